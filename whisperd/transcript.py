@@ -1,0 +1,72 @@
+"""What a transcription is: words, segments, transcripts. Times in seconds from the start of the audio."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+Task = Literal["transcribe", "translate"]
+
+SAMPLE_RATE_HZ = 16_000  # what Whisper was trained on; everything inside whisperd uses it
+
+
+class Span(NamedTuple):
+    """A half-open stretch of samples at 16 kHz."""
+
+    start_samples: int
+    end_samples: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Word:
+    """One word with its punctuation; ``text`` keeps the leading space."""
+
+    text: str
+    start_s: float
+    end_s: float
+    probability: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Segment:
+    """One phrase as the model cut it, with the figures that Whisper's safeguards looked at.
+
+    ``tokens`` are the sampled ids including timestamps; ``text`` keeps the leading space.
+    """
+
+    start_s: float
+    end_s: float
+    text: str
+    tokens: tuple[int, ...]
+    temperature: float
+    avg_logprob: float
+    compression_ratio: float
+    no_speech_prob: float
+    words: tuple[Word, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WindowStatistics:
+    """How the windows of one request fared; counts."""
+
+    decoded: int = 0
+    retried: int = 0
+    dropped: int = 0
+    continued: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Transcript:
+    """The outcome of one request. ``language`` is a code such as ``"en"``."""
+
+    task: Task
+    language: str
+    language_probability: float
+    duration_s: float
+    segments: tuple[Segment, ...]
+    windows: WindowStatistics = WindowStatistics()
+
+    @property
+    def text(self) -> str:
+        """All segments as one line."""
+        return "".join(segment.text for segment in self.segments).strip()
