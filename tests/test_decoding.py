@@ -26,6 +26,8 @@ attempts = st.builds(
         pytest.param({}, None, id="good"),
         pytest.param({"compression_ratio": 2.5}, "compression_ratio", id="loop"),
         pytest.param({"avg_logprob": -1.1}, "avg_logprob", id="unsure"),
+        pytest.param({"past_audio_s": 16.8}, "end_past_audio", id="lost its place"),
+        pytest.param({"past_audio_s": 0.6}, None, id="rounds up"),
         pytest.param({"avg_logprob": -1.1, "no_speech_prob": 0.7}, None, id="silence needs no retry"),
         pytest.param({"compression_ratio": 9.0, "no_speech_prob": 0.7}, "compression_ratio", id="sure of its loop"),
     ],

@@ -7,7 +7,16 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from whisperd.timestamps import TimestampRule, bound_durations, covered_s, merge_punctuation, pieces, shifted
+from whisperd.timestamps import (
+    TimestampRule,
+    bound_durations,
+    covered_s,
+    finished,
+    merge_punctuation,
+    past_audio_s,
+    pieces,
+    shifted,
+)
 from whisperd.transcript import Word
 
 RULE = TimestampRule(begin=1000)
@@ -91,3 +100,19 @@ def test_words_are_ordered_and_inside(times: list[tuple[float, float]], offset_s
     edges = [edge for w in placed for edge in (w.start_s, w.end_s)]
     assert edges == sorted(edges)
     assert all(offset_s - 0.001 <= edge <= end_s + 0.001 for edge in edges)
+
+
+def test_an_open_end_is_read_again() -> None:
+    """A last piece without an end is left out when others came before it; alone it stays."""
+    both = pieces([at(0), 5, at(4), at(4), 6], RULE, 30.0)
+    assert [piece.tokens for piece in finished(both)] == [(at(0), 5, at(4))]
+    alone = pieces([at(0), 5, 6], RULE, 30.0)
+    assert finished(alone) == alone
+    assert finished(()) == ()
+
+
+def test_past_audio() -> None:
+    """How far the last timestamp lies behind the audio, whatever follows it."""
+    assert past_audio_s([at(0), 5, at(28.16), at(28.16), 6], RULE, 11.0) == 17.16
+    assert past_audio_s([at(0), 5, at(9)], RULE, 11.0) == 0.0
+    assert past_audio_s([], RULE, 11.0) == 0.0

@@ -72,6 +72,17 @@ def _piece(tokens: Sequence[int], rule: TimestampRule, window_s: float) -> Piece
     return Piece(start_s=start_s, end_s=end_s, tokens=tuple(tokens), closed=closed)
 
 
+def finished(found: tuple[Piece, ...]) -> tuple[Piece, ...]:
+    """Without an open piece at the end that follows closed ones: the model broke off, and will read it again."""
+    return found[:-1] if len(found) > 1 and not found[-1].closed else found
+
+
+def past_audio_s(tokens: Sequence[int], rule: TimestampRule, window_s: float) -> float:
+    """How far behind the end of the audio the last timestamp lies; 0 when it lies inside."""
+    last = next((token for token in reversed(tokens) if rule.is_timestamp(token)), rule.begin)
+    return max(0.0, rule.seconds(last) - window_s)
+
+
 def covered_s(found: Sequence[Piece]) -> float:
     """Up to where the model has read the window, in seconds; an open piece reaches its end."""
     return found[-1].end_s if found else 0.0

@@ -120,7 +120,7 @@ class Engine(Protocol):
         ...
 
     def step(self) -> Sequence[Outcome]:
-        """Works, or waits for its workers, for a moment (at most about ``STEP_S``); returns what is finished, if any."""
+        """Works or waits for a moment, at most about ``STEP_S``; returns what is finished, if anything."""
         ...
 
     def cancel(self, window_ids: frozenset[int]) -> None:

@@ -1,0 +1,124 @@
+"""What every engine promises, whatever runs inside. ``whisperd.engine.base`` is the text of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.fakes import FakeEngine
+from tests.speech import Clip, Samples
+from whisperd.engine.base import DecodeRequest, Engine, Hypothesis, Outcome, Window
+from whisperd.engine.ct2 import Ct2Engine
+from whisperd.tokens import Vocabulary
+from whisperd.transcript import SAMPLE_RATE_HZ
+
+EMPTY_STEPS_MAX = 2000  # of at most 50 ms: a broken engine fails the test and does not hang it
+
+
+def open_ct2(snapshot: Path, vocabulary: Vocabulary) -> Engine:
+    return Ct2Engine.load(snapshot, vocabulary, compute_type="float32", batch_size=3, workers=2, threads_per_worker=1)
+
+
+def open_fake(_: Path, vocabulary: Vocabulary) -> Engine:
+    return FakeEngine(vocabulary, slots=6)
+
+
+@pytest.fixture(params=[open_fake, open_ct2], ids=["fake", "ct2"], scope="module")
+def engine(request: pytest.FixtureRequest, snapshot: Path, vocabulary: Vocabulary) -> Iterator[Engine]:
+    opener: Callable[[Path, Vocabulary], Engine] = request.param
+    engine = opener(snapshot, vocabulary)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def speech(clips: dict[str, Clip]) -> Samples:
+    return clips["monkeys"].samples()
+
+
+def drain(engine: Engine, n_windows: int) -> dict[int, Outcome]:
+    """Steps until so many windows came out."""
+    outcomes: list[Outcome] = []
+    empty_steps = 0
+    while len(outcomes) < n_windows and empty_steps < EMPTY_STEPS_MAX:
+        found = engine.step()
+        empty_steps = 0 if found else empty_steps + 1
+        outcomes.extend(found)
+    assert len(outcomes) == len({outcome.window_id for outcome in outcomes}) == n_windows
+    return {outcome.window_id: outcome for outcome in outcomes}
+
+
+def decode(engine: Engine, samples: Samples, request: DecodeRequest) -> Hypothesis:
+    engine.admit([Window(id=1, samples=samples, request=request)])
+    outcome = drain(engine, 1)[1]
+    assert isinstance(outcome, Hypothesis)
+    return outcome
+
+
+def test_slots(engine: Engine, speech: Samples) -> None:
+    """Each admitted window takes a slot and gives it back when it comes out, exactly once."""
+    slots = engine.info.slots
+    assert engine.free_slots == slots
+    engine.admit([Window(id=key, samples=speech, request=DecodeRequest()) for key in range(slots)])
+    assert engine.free_slots <= slots
+    assert set(drain(engine, slots)) == set(range(slots))
+    assert engine.free_slots == slots
+
+
+def test_an_idle_engine_has_nothing(engine: Engine) -> None:
+    """A step without windows returns soon and empty."""
+    assert list(engine.step()) == []
+
+
+def test_a_hypothesis_says_how_it_was_made(engine: Engine, speech: Samples, vocabulary: Vocabulary) -> None:
+    """Temperature, language, scores and tokens are those of the contract."""
+    found = decode(engine, speech, DecodeRequest(temperature=0.4, best_of=2))
+    assert found.temperature == 0.4
+    assert found.language in engine.info.languages
+    assert 0.0 <= found.no_speech_prob <= 1.0
+    assert found.avg_logprob <= 0.0
+    assert found.alignment is None
+    assert vocabulary.eot not in found.tokens
+    assert found.tokens[0] >= vocabulary.timestamp_begin
+
+
+def test_word_times(engine: Engine, speech: Samples, vocabulary: Vocabulary) -> None:
+    """One time for each text token, in order, inside the window."""
+    found = decode(engine, speech, DecodeRequest(word_timestamps=True))
+    assert found.alignment is not None
+    assert [time.token for time in found.alignment] == [token for token in found.tokens if token < vocabulary.eot]
+    edges = [edge for time in found.alignment for edge in (time.start_s, time.end_s)]
+    assert edges == sorted(edges)
+    assert edges[-1] <= len(speech) / SAMPLE_RATE_HZ + 0.1
+    assert all(0.0 <= time.probability <= 1.0 for time in found.alignment)
+
+
+def test_a_batch_changes_nothing(engine: Engine, speech: Samples, clips: dict[str, Clip]) -> None:
+    """Windows of different lengths and requests decode to the same tokens together as alone."""
+    other = clips["agent"].samples()
+    requests = [
+        (speech, DecodeRequest()),
+        (other, DecodeRequest(prompt_tokens=(2061, 318))),
+        (speech[:16000], DecodeRequest(word_timestamps=True)),
+        (np.concatenate([other, speech]), DecodeRequest()),
+    ]
+    alone = [decode(engine, samples, request).tokens for samples, request in requests]
+    engine.admit([Window(id=key, samples=samples, request=request) for key, (samples, request) in enumerate(requests)])
+    together = drain(engine, len(requests))
+    assert [getattr(together[key], "tokens", None) for key in range(len(requests))] == alone
+
+
+def test_cancel_frees_slots(engine: Engine, speech: Samples) -> None:
+    """Cancelled windows may come out or not; their slots are free again, and the next window is served."""
+    n_windows = engine.info.slots
+    engine.admit([Window(id=key, samples=speech, request=DecodeRequest()) for key in range(n_windows)])
+    engine.cancel(frozenset(range(n_windows)))
+    for _ in range(EMPTY_STEPS_MAX):
+        engine.step()
+        if engine.free_slots == n_windows:
+            break
+    assert engine.free_slots == n_windows
+    assert decode(engine, speech, DecodeRequest()).window_id == 1

@@ -1,0 +1,88 @@
+"""An engine that answers at once, by script. It keeps the contract of ``whisperd.engine.base``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+from whisperd.engine.base import STEP_S, EngineInfo, Hypothesis, Outcome, TokenTime, Window, WindowFailure
+from whisperd.tokens import Vocabulary
+from whisperd.transcript import SAMPLE_RATE_HZ
+
+Script = Callable[[Window], Hypothesis | Exception]
+
+
+class FakeEngine:
+    """Answers each window with what ``script`` says; ``seen`` keeps all windows in the order of admission."""
+
+    def __init__(self, vocabulary: Vocabulary, script: Script | None = None, *, slots: int = 4) -> None:
+        self.seen: list[Window] = []
+        self.closed = False
+        self.largest_batch = 0
+        self._script = script or (lambda window: written(vocabulary, window, " hello"))
+        self._running: list[Window] = []
+        self._slots = slots
+        self.info = EngineInfo(
+            engine="fake",
+            device="cpu",
+            compute_type="float32",
+            multilingual=vocabulary.multilingual,
+            languages=tuple(vocabulary.languages),
+            slots=slots,
+        )
+
+    @property
+    def free_slots(self) -> int:
+        return self._slots - len(self._running)
+
+    def admit(self, windows: Sequence[Window]) -> None:
+        assert len(windows) <= self.free_slots
+        self.seen.extend(windows)
+        self._running.extend(windows)
+        self.largest_batch = max(self.largest_batch, len(self._running))
+
+    def step(self) -> Sequence[Outcome]:
+        if not self._running:
+            time.sleep(STEP_S / 10)
+        done, self._running = self._running, []
+        return [self._outcome(window) for window in done]
+
+    def cancel(self, window_ids: frozenset[int]) -> None:
+        self._running = [window for window in self._running if window.id not in window_ids]
+
+    def close(self) -> None:
+        self.closed = True
+
+    def _outcome(self, window: Window) -> Outcome:
+        answer = self._script(window)
+        return WindowFailure(window_id=window.id, error=answer) if isinstance(answer, Exception) else answer
+
+
+def written(
+    vocabulary: Vocabulary,
+    window: Window,
+    text: str,
+    *,
+    avg_logprob: float = -0.2,
+    no_speech_prob: float = 0.0,
+    end_s: float | None = None,
+) -> Hypothesis:
+    """A hypothesis of one segment from the start of the window to ``end_s`` (its end)."""
+    window_s = len(window.samples) / SAMPLE_RATE_HZ
+    tokens = vocabulary.encode(text)
+    step_s = (end_s or window_s) / max(1, len(tokens))
+    times = [
+        TokenTime(token=token, start_s=index * step_s, end_s=(index + 1) * step_s, probability=0.9)
+        for index, token in enumerate(tokens)
+    ]
+    end = vocabulary.timestamp_begin + round((end_s or window_s) / 0.02)
+    return Hypothesis(
+        window_id=window.id,
+        language=window.request.language or "en",
+        language_probability=0.8,
+        tokens=(vocabulary.timestamp_begin, *tokens, end),
+        avg_logprob=avg_logprob,
+        no_speech_prob=no_speech_prob,
+        temperature=window.request.temperature,
+        alignment=tuple(times) if window.request.word_timestamps else None,
+    )

@@ -1,0 +1,56 @@
+"""Real speech as samples, and simple sounds."""
+
+from __future__ import annotations
+
+import io
+import re
+import wave
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from whisperd import audio
+from whisperd.transcript import SAMPLE_RATE_HZ
+
+Samples = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Clip:
+    """A file of speech and what is said in it."""
+
+    path: Path
+    text: str
+
+    def samples(self) -> Samples:
+        """float32 [n] at 16 kHz."""
+        with self.path.open("rb") as file:
+            return np.concatenate(list(audio.blocks(file)))
+
+
+def wav(samples: Samples, *, rate_hz: int = SAMPLE_RATE_HZ) -> io.BytesIO:
+    """float32 [n] as a 16-bit mono wav file in memory."""
+    file = io.BytesIO()
+    with wave.open(file, "wb") as writer:
+        writer.setnchannels(1)
+        writer.setsampwidth(2)
+        writer.setframerate(rate_hz)
+        writer.writeframes((np.clip(samples, -1, 1) * 32767).astype("<i2").tobytes())
+    file.seek(0)
+    return file
+
+
+def silence(duration_s: float) -> Samples:
+    return np.zeros(round(duration_s * SAMPLE_RATE_HZ), np.float32)
+
+
+def noise(duration_s: float, *, level: float = 0.05) -> Samples:
+    generator = np.random.default_rng(7)
+    return (generator.standard_normal(round(duration_s * SAMPLE_RATE_HZ)) * level).astype(np.float32)
+
+
+def plain(text: str) -> str:
+    """Lower case words only, so that texts compare by what is said."""
+    return " ".join(re.findall(r"[a-z0-9']+", text.lower()))

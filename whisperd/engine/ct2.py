@@ -1,0 +1,306 @@
+"""Whisper on CTranslate2. A batch runs to its end in one call; several workers keep all cores busy.
+
+Workers pull: whoever is free takes the windows that wait and may share a batch, so that a window never waits for a
+batch to fill, and batches grow by themselves under load.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from whisperd.engine.base import (
+    STEP_S,
+    DecodeRequest,
+    EngineInfo,
+    Hypothesis,
+    Outcome,
+    TokenTime,
+    Window,
+    WindowFailure,
+)
+from whisperd.errors import EngineError, OutOfMemory, SourceError
+from whisperd.features import HOP_SAMPLES, LogMel
+from whisperd.tokens import Vocabulary
+
+if TYPE_CHECKING:
+    import ctranslate2
+
+DECODER_POSITIONS = 448  # CTranslate2 stops a text at half of it, as openai-whisper does
+ENCODER_STATES_PER_S = 50
+MEDIAN_FILTER_WIDTH = 7  # openai-whisper's timing.py
+CLOSE_TIMEOUT_S = 30.0
+
+
+class Ct2Engine:
+    """One loaded model; ``load`` opens it.
+
+    Args:
+        model: opened with as many ``inter_threads`` as there are workers.
+        vocabulary: the model's tokens.
+        batch_size: windows that one worker decodes together.
+        workers: batches in flight at the same time.
+    """
+
+    def __init__(
+        self, model: ctranslate2.models.Whisper, vocabulary: Vocabulary, *, batch_size: int, workers: int
+    ) -> None:
+        self._decode = _Decoder(model, vocabulary)
+        self._model = model
+        self._batch_size = batch_size
+        self._waiting: list[Window] = []
+        self._inside: set[int] = set()
+        self._idle_workers = 0
+        self._closing = False
+        self._changed = threading.Condition()
+        self._finished: SimpleQueue[Outcome] = SimpleQueue()
+        self._info = EngineInfo(
+            engine="ctranslate2",
+            device=model.device,
+            compute_type=model.compute_type,
+            multilingual=vocabulary.multilingual,
+            languages=tuple(vocabulary.languages),
+            slots=batch_size * workers,
+        )
+        self._threads = [
+            threading.Thread(target=self._work, name=f"ct2-{number}", daemon=True) for number in range(workers)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    @classmethod
+    def load(
+        cls,
+        path: Path,
+        vocabulary: Vocabulary,
+        *,
+        compute_type: str,
+        batch_size: int,
+        workers: int,
+        threads_per_worker: int,
+    ) -> Ct2Engine:
+        """Opens a CTranslate2 directory on the CPU; raises SourceError when it is damaged or no Whisper."""
+        import ctranslate2
+
+        try:
+            model = ctranslate2.models.Whisper(
+                str(path),
+                device="cpu",
+                compute_type=compute_type,
+                inter_threads=workers,
+                intra_threads=threads_per_worker,
+            )
+        except (RuntimeError, ValueError) as error:
+            raise SourceError(f"the model in {path} cannot be loaded: {error}") from error
+        return cls(model, vocabulary, batch_size=batch_size, workers=workers)
+
+    @property
+    def info(self) -> EngineInfo:
+        """Constant facts about the loaded model."""
+        return self._info
+
+    @property
+    def free_slots(self) -> int:
+        """How many more windows ``admit`` takes now."""
+        with self._changed:
+            return self._info.slots - len(self._inside)
+
+    def admit(self, windows: Sequence[Window]) -> None:
+        """Hands windows to the workers."""
+        with self._changed:
+            self._waiting.extend(windows)
+            self._inside.update(window.id for window in windows)
+            self._changed.notify_all()
+
+    def step(self) -> Sequence[Outcome]:
+        """Waits at most ``STEP_S`` for a batch to end; returns all that is finished."""
+        outcomes: list[Outcome] = []
+        try:
+            outcomes.append(self._finished.get(timeout=STEP_S))
+            while True:
+                outcomes.append(self._finished.get_nowait())
+        except Empty:
+            pass
+        with self._changed:
+            self._inside.difference_update(outcome.window_id for outcome in outcomes)
+        return outcomes
+
+    def cancel(self, window_ids: frozenset[int]) -> None:
+        """Forgets windows that no worker has taken yet; the others run to the end of their batch."""
+        with self._changed:
+            dropped = {window.id for window in self._waiting if window.id in window_ids}
+            self._waiting = [window for window in self._waiting if window.id not in dropped]
+            self._inside -= dropped
+
+    def close(self) -> None:
+        """Ends the workers after the batches that run, and unloads the model."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join(CLOSE_TIMEOUT_S)
+        self._model.unload_model()
+
+    def _work(self) -> None:
+        while batch := self._next_batch():
+            for outcome in self._outcomes(batch):
+                self._finished.put(outcome)
+
+    def _next_batch(self) -> list[Window]:
+        """Waits for windows; an empty batch means that the engine closes."""
+        with self._changed:
+            self._idle_workers += 1
+            self._changed.wait_for(lambda: self._closing or self._waiting)
+            batch = [] if self._closing else self._take()
+            self._idle_workers -= 1
+            return batch
+
+    def _take(self) -> list[Window]:
+        """The first window and those that may run beside it; a fair share, so that no worker stays idle."""
+        key = _batch_key(self._waiting[0].request)
+        fitting = [window for window in self._waiting if _batch_key(window.request) == key]
+        share = min(self._batch_size, -(-len(fitting) // self._idle_workers))
+        taken = fitting[:share]
+        ids = {window.id for window in taken}
+        self._waiting = [window for window in self._waiting if window.id not in ids]
+        return taken
+
+    def _outcomes(self, batch: list[Window]) -> Sequence[Outcome]:
+        try:
+            return self._decode(batch)
+        except (RuntimeError, ValueError, MemoryError) as error:
+            failure = _translated(error)
+            return [WindowFailure(window_id=window.id, error=failure) for window in batch]
+
+
+class _Decoder:
+    """Windows that may share a batch to hypotheses; used by several workers at the same time."""
+
+    def __init__(self, model: ctranslate2.models.Whisper, vocabulary: Vocabulary) -> None:
+        self._model = model
+        self._vocabulary = vocabulary
+        self._log_mel = LogMel(model.n_mels)
+        self._language_of = {f"<|{code}|>": code for code in vocabulary.languages}
+
+    def __call__(self, batch: Sequence[Window]) -> list[Hypothesis]:
+        import ctranslate2
+
+        features = np.stack([self._log_mel(window.samples) for window in batch])
+        encoded = self._model.encode(ctranslate2.StorageView.from_array(features))
+        languages = self._languages(batch, encoded)
+        prompts = [
+            self._vocabulary.prefix(window.request.task, language, window.request.prompt_tokens)
+            for window, (language, _) in zip(batch, languages, strict=True)
+        ]
+        results = self._model.generate(encoded, prompts, **_sampling(batch[0].request))
+        found = [
+            _hypothesis(window, language, result)
+            for window, language, result in zip(batch, languages, results, strict=True)
+        ]
+        return self._with_alignments(batch, found, encoded)
+
+    def _languages(self, batch: Sequence[Window], encoded: ctranslate2.StorageView) -> list[tuple[str, float]]:
+        """The language of each window and how sure it is: asked for (1.0) or detected."""
+        asked = [window.request.language for window in batch]
+        if not self._vocabulary.multilingual:
+            return [("en", 1.0) for _ in asked]
+        if None not in asked:
+            return [(language, 1.0) for language in asked if language is not None]
+        detected = self._model.detect_language(encoded)
+        return [
+            (language, 1.0) if language is not None else self._most_probable(ranking)
+            for language, ranking in zip(asked, detected, strict=True)
+        ]
+
+    def _most_probable(self, ranking: Sequence[tuple[str, float]]) -> tuple[str, float]:
+        known = ((self._language_of.get(token), probability) for token, probability in ranking)
+        return next(((code, probability) for code, probability in known if code is not None), ("en", 0.0))
+
+    def _with_alignments(
+        self, batch: Sequence[Window], found: list[Hypothesis], encoded: ctranslate2.StorageView
+    ) -> list[Hypothesis]:
+        if not any(window.request.word_timestamps for window in batch):
+            return found
+        return [
+            self._aligned(window, hypothesis, row) if window.request.word_timestamps else hypothesis
+            for window, hypothesis, row in zip(batch, found, _rows(encoded), strict=True)
+        ]
+
+    def _aligned(self, window: Window, hypothesis: Hypothesis, row: NDArray[np.float32]) -> Hypothesis:
+        """Adds token times; ``row``: float32 [1, 1500, d_model], the encoded window."""
+        import ctranslate2
+
+        tokens = [token for token in hypothesis.tokens if token < self._vocabulary.eot]
+        if not tokens:
+            return replace(hypothesis, alignment=())
+        (result,) = self._model.align(
+            ctranslate2.StorageView.from_array(row),
+            self._vocabulary.start(window.request.task, hypothesis.language),
+            [tokens],
+            -(-len(window.samples) // HOP_SAMPLES),
+            median_filter_width=MEDIAN_FILTER_WIDTH,
+        )
+        return replace(hypothesis, alignment=_token_times(tokens, result))
+
+
+def _batch_key(request: DecodeRequest) -> tuple[object, ...]:
+    """What must be equal in a batch: CTranslate2 takes one set of options, and all prompts start at one position."""
+    return (len(request.prompt_tokens), request.temperature, request.beam_size, request.best_of)
+
+
+def _sampling(request: DecodeRequest) -> dict[str, Any]:
+    common = {"max_length": DECODER_POSITIONS, "return_scores": True, "return_no_speech_prob": True}
+    if request.temperature == 0.0:
+        return common | {"beam_size": request.beam_size}
+    return common | {
+        "beam_size": 1,
+        "num_hypotheses": request.best_of,
+        "sampling_topk": 0,
+        "sampling_temperature": request.temperature,
+    }
+
+
+def _hypothesis(window: Window, language: tuple[str, float], result: Any) -> Hypothesis:
+    """CTranslate2's score is a mean over the tokens; openai-whisper counts the end token too."""
+    best = int(np.argmax(result.scores))
+    tokens = tuple(result.sequences_ids[best])
+    return Hypothesis(
+        window_id=window.id,
+        language=language[0],
+        language_probability=language[1],
+        tokens=tokens,
+        avg_logprob=float(result.scores[best]) * len(tokens) / (len(tokens) + 1),
+        no_speech_prob=float(result.no_speech_prob),
+        temperature=window.request.temperature,
+    )
+
+
+def _rows(encoded: ctranslate2.StorageView) -> list[NDArray[np.float32]]:
+    import ctranslate2
+
+    states = np.asarray(encoded.to(ctranslate2.DataType.float32))
+    return [np.ascontiguousarray(states[index : index + 1]) for index in range(len(states))]
+
+
+def _token_times(tokens: Sequence[int], result: Any) -> tuple[TokenTime, ...]:
+    """A token starts where the path of the alignment first reaches it, and ends where the next one starts."""
+    text_at, state_at = np.array(result.alignments).T
+    starts = state_at[np.diff(text_at, prepend=-1).astype(bool)] / ENCODER_STATES_PER_S
+    ends = [*starts[1:], state_at[-1] / ENCODER_STATES_PER_S]
+    return tuple(
+        TokenTime(token=token, start_s=float(start_s), end_s=float(end_s), probability=float(probability))
+        for token, start_s, end_s, probability in zip(tokens, starts, ends, result.text_token_probs, strict=False)
+    )
+
+
+def _translated(error: Exception) -> EngineError:
+    exhausted = isinstance(error, MemoryError) or "out of memory" in str(error).lower()
+    message = f"CTranslate2 failed: {error or type(error).__name__}"
+    return OutOfMemory(message) if exhausted else EngineError(message)
