@@ -1,0 +1,132 @@
+"""One engine serves many requests: every window is answered once, and nobody waits for a dead engine."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.fakes import FakeEngine, Script, written
+from tests.speech import silence
+from whisperd.batcher import Batcher, Ticket
+from whisperd.engine.base import DecodeRequest, Hypothesis, Window, WindowFailure
+from whisperd.errors import EngineError
+from whisperd.tokens import Vocabulary
+
+Opener = Callable[..., tuple[FakeEngine, Batcher]]
+
+
+@pytest.fixture
+def opened(vocabulary: Vocabulary) -> Iterator[Opener]:
+    """Opens a fake engine in a batcher, and closes it."""
+    batchers: list[Batcher] = []
+
+    def open_one(script: Script | None = None, *, slots: int = 4) -> tuple[FakeEngine, Batcher]:
+        engine = FakeEngine(vocabulary, script, slots=slots)
+        batchers.append(Batcher(engine, name="test"))
+        return engine, batchers[-1]
+
+    yield open_one
+    for batcher in batchers:
+        batcher.close()
+
+
+def submit(ticket: Ticket, n_windows: int) -> set[int]:
+    return {ticket.submit(silence(1.0), DecodeRequest()) for _ in range(n_windows)}
+
+
+def test_every_window_once(opened: Opener) -> None:
+    """Windows of several requests share batches and come back to their own request."""
+    engine, batcher = opened()
+    tickets = [batcher.ticket() for _ in range(3)]
+    sent = [submit(ticket, 7) for ticket in tickets]
+    for ticket, expected in zip(tickets, sent, strict=True):
+        found = [ticket.collect() for _ in expected]
+        assert {outcome.window_id for outcome in found if isinstance(outcome, Hypothesis)} == expected
+    assert engine.largest_batch > 1
+    assert batcher.load.waiting == batcher.load.running == 0
+
+
+def test_a_short_request_is_not_stuck(opened: Opener, vocabulary: Vocabulary) -> None:
+    """A request of one window is answered long before one of fifty that came first."""
+    gate = threading.Event()
+
+    def script(window: Window) -> Hypothesis:
+        gate.wait(5)
+        return written(vocabulary, window, " hello")
+
+    engine, batcher = opened(script, slots=2)
+    long, short = batcher.ticket(), batcher.ticket()
+    submit(long, 50)
+    (only,) = submit(short, 1)
+    gate.set()
+    short.collect()
+    position = [window.id for window in engine.seen].index(only)
+    assert position <= 5
+
+
+def test_a_failing_window_fails_alone(opened: Opener, vocabulary: Vocabulary) -> None:
+    """The window's error reaches its request; the next one is served."""
+    failures = iter([RuntimeError("boom")])
+    _, batcher = opened(lambda window: next(failures, None) or written(vocabulary, window, " hello"))
+    ticket = batcher.ticket()
+    submit(ticket, 1)
+    outcome = ticket.collect()
+    assert isinstance(outcome, WindowFailure)
+    assert str(outcome.error) == "boom"
+    submit(ticket, 1)
+    assert isinstance(ticket.collect(), Hypothesis)
+
+
+def test_a_dead_engine(opened: Opener) -> None:
+    """When the engine itself breaks, all that wait get an error, and so do those who come later."""
+
+    def script(_: Window) -> Hypothesis:
+        raise MemoryError("the device is gone")
+
+    engine, batcher = opened(script, slots=1)
+    ticket = batcher.ticket()
+    submit(ticket, 3)
+    outcomes = [ticket.collect() for _ in range(3)]
+    assert all(isinstance(outcome, WindowFailure) for outcome in outcomes)
+    with pytest.raises(EngineError, match="the device is gone"):
+        submit(batcher.ticket(), 1)
+    batcher.close()
+    assert engine.closed
+
+
+def test_cancel(opened: Opener) -> None:
+    """A closed ticket's windows leave the queue; others go on."""
+    _, batcher = opened()
+    gone, stays = batcher.ticket(), batcher.ticket()
+    submit(gone, 20)
+    gone.close()
+    (only,) = submit(stays, 1)
+    outcome = stays.collect()
+    assert isinstance(outcome, Hypothesis)
+    assert outcome.window_id == only
+    assert batcher.load.waiting == 0
+
+
+def test_close_answers_all(opened: Opener, vocabulary: Vocabulary) -> None:
+    """Closing with windows inside fails them; nobody blocks for ever."""
+    gate = threading.Event()
+    started = threading.Event()
+
+    def script(window: Window) -> Hypothesis:
+        started.set()
+        gate.wait(5)
+        return written(vocabulary, window, " hello")
+
+    engine, batcher = opened(script, slots=1)
+    ticket = batcher.ticket()
+    submit(ticket, 3)
+    started.wait(5)
+    closer = threading.Thread(target=batcher.close)
+    closer.start()
+    gate.set()
+    closer.join(5)
+    outcomes = [ticket.collect() for _ in range(3)]
+    assert sum(isinstance(outcome, WindowFailure) for outcome in outcomes) >= 2
+    assert engine.closed

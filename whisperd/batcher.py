@@ -1,0 +1,168 @@
+"""One thread that owns one engine: windows of all requests share its batches.
+
+Requests talk to it through tickets: a ticket's windows come back in its inbox, in the order in which they finish.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from queue import SimpleQueue
+
+import numpy as np
+from numpy.typing import NDArray
+
+from whisperd.engine.base import DecodeRequest, Engine, EngineInfo, Outcome, Window, WindowFailure
+from whisperd.errors import EngineError, Error
+from whisperd.scheduler import Scheduler
+
+log = logging.getLogger(__name__)
+
+CLOSE_TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """What a batcher is doing; counts of windows, and how long ago the engine last moved."""
+
+    waiting: int
+    running: int
+    stalled_s: float
+
+
+class Ticket:
+    """One request's place at a batcher; made by ``Batcher.ticket``."""
+
+    def __init__(self, batcher: Batcher, request_id: int) -> None:
+        self._batcher = batcher
+        self.request_id = request_id
+        self._inbox: SimpleQueue[Outcome | None] = SimpleQueue()
+
+    def submit(self, samples: NDArray[np.float32], request: DecodeRequest, *, again: bool = False) -> int:
+        """Queues a window (float32 [n], 16 kHz) and returns its id; ``again`` marks a second decoding."""
+        return self._batcher.enqueue(self, samples, request, again=again)
+
+    def collect(self) -> Outcome | None:
+        """The next finished window; None when ``poke`` was called. Blocks."""
+        return self._inbox.get()
+
+    def poke(self) -> None:
+        """Wakes a thread that is blocked in ``collect``; may be called from any thread."""
+        self._inbox.put(None)
+
+    def deliver(self, outcome: Outcome) -> None:
+        """Called by the batcher with each finished window."""
+        self._inbox.put(outcome)
+
+    def close(self) -> None:
+        """Cancels what is still waiting or running."""
+        self._batcher.cancel(self)
+
+
+class Batcher:
+    """Feeds an engine from many requests. All public methods may be called from any thread."""
+
+    def __init__(self, engine: Engine, *, name: str) -> None:
+        self._engine = engine
+        self._scheduler = Scheduler()
+        self._windows: dict[int, tuple[Window, Ticket]] = {}
+        self._ids = itertools.count(1)
+        self._wakeup = threading.Condition()
+        self._dropped: set[int] = set()
+        self._closing = False
+        self._moved_at_s = time.monotonic()
+        self.failure: Error | None = None
+        self._thread = threading.Thread(target=self._run, name=f"batcher-{name}", daemon=True)
+        self._thread.start()
+
+    @property
+    def info(self) -> EngineInfo:
+        """Facts about the engine."""
+        return self._engine.info
+
+    @property
+    def load(self) -> Load:
+        """Windows waiting and running now."""
+        with self._wakeup:
+            running = self._scheduler.running
+            stalled_s = time.monotonic() - self._moved_at_s if running else 0.0
+            return Load(waiting=self._scheduler.waiting, running=running, stalled_s=stalled_s)
+
+    def ticket(self) -> Ticket:
+        """A place for one request; close it at the end."""
+        return Ticket(self, next(self._ids))
+
+    def enqueue(self, ticket: Ticket, samples: NDArray[np.float32], request: DecodeRequest, *, again: bool) -> int:
+        """Queues one window for a ticket; see ``Ticket.submit``."""
+        with self._wakeup:
+            if self.failure is not None:
+                raise self.failure
+            window = Window(id=next(self._ids), samples=samples, request=request)
+            self._windows[window.id] = (window, ticket)
+            self._scheduler.submit(ticket.request_id, window.id, again=again)
+            self._wakeup.notify()
+        return window.id
+
+    def close(self) -> None:
+        """Stops the thread and closes the engine; windows that wait or run fail with EngineError."""
+        with self._wakeup:
+            self._closing = True
+            self._wakeup.notify()
+        self._thread.join(CLOSE_TIMEOUT_S)
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Forgets all windows of a ticket; see ``Ticket.close``."""
+        with self._wakeup:
+            self._dropped |= self._scheduler.cancel(ticket.request_id)
+            self._windows = {key: pair for key, pair in self._windows.items() if pair[1] is not ticket}
+            self._wakeup.notify()
+
+    def _run(self) -> None:
+        try:
+            while self._wait_for_work():
+                self._admit()
+                self._deliver(self._engine.step())
+            self._fail(EngineError("the engine was closed"))
+        except Exception as error:
+            # the outermost loop of a thread: whatever it was, nobody may wait forever for a dead engine
+            log.exception("engine %s stopped", self.info.engine)
+            self._fail(error if isinstance(error, Error) else EngineError(f"the engine stopped: {error!r}"))
+        finally:
+            self._engine.close()
+
+    def _wait_for_work(self) -> bool:
+        with self._wakeup:
+            self._wakeup.wait_for(lambda: self._closing or self._scheduler.waiting or self._scheduler.running)
+            return not self._closing
+
+    def _admit(self) -> None:
+        with self._wakeup:
+            dropped, self._dropped = frozenset(self._dropped), set()
+            taken = [self._windows[key][0] for key in self._scheduler.take(self._engine.free_slots)]
+            if taken and self._scheduler.running == len(taken):
+                self._moved_at_s = time.monotonic()
+        if dropped:
+            self._engine.cancel(dropped)
+        if taken:
+            self._engine.admit(taken)
+
+    def _deliver(self, outcomes: Sequence[Outcome]) -> None:
+        with self._wakeup:
+            if outcomes:
+                self._moved_at_s = time.monotonic()
+            for outcome in outcomes:
+                self._scheduler.finish(outcome.window_id)
+                _, ticket = self._windows.pop(outcome.window_id, (None, None))
+                if ticket is not None:
+                    ticket.deliver(outcome)
+
+    def _fail(self, error: Error) -> None:
+        with self._wakeup:
+            self.failure = error
+            for window, ticket in self._windows.values():
+                ticket.deliver(WindowFailure(window_id=window.id, error=error))
+            self._windows.clear()
