@@ -46,9 +46,9 @@ class Options:
 class Attempt:
     """The figures of one decoding of one window.
 
-    ``compression_ratio`` is bytes of text over bytes after zlib, the worst of the window and its segments: a loop
-    at the end of a long text hides in the ratio of the whole. ``past_audio_s`` says how far behind the end of the audio the
-    last timestamp lies.
+    ``compression_ratio`` is bytes of text over bytes after zlib, the worst of the window and its segments: a loop at
+    the end of a long text hides in the ratio of the whole. ``past_audio_s`` says how far behind the end of the audio
+    the last timestamp lies.
     """
 
     avg_logprob: float

@@ -1,0 +1,42 @@
+"""The declared options, where they are found, and what the environment adds."""
+
+from __future__ import annotations
+
+from whisperd.config.catalog import Option, options
+from whisperd.config.environment import (
+    Token,
+    cache_dir,
+    cache_dir_origin,
+    endpoint,
+    offline,
+    socket_path,
+    spool_dir,
+    token,
+)
+from whisperd.config.load import Loaded, load
+from whisperd.config.model import ModelTable
+from whisperd.config.options import DEFAULT_MODEL, Config
+from whisperd.config.render import Change, Effective, diff, effective, render
+
+__all__ = [
+    "DEFAULT_MODEL",
+    "Change",
+    "Config",
+    "Effective",
+    "Loaded",
+    "ModelTable",
+    "Option",
+    "Token",
+    "cache_dir",
+    "cache_dir_origin",
+    "diff",
+    "effective",
+    "endpoint",
+    "load",
+    "offline",
+    "options",
+    "render",
+    "socket_path",
+    "spool_dir",
+    "token",
+]

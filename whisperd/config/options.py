@@ -1,0 +1,224 @@
+"""Every option of whisperd.toml, declared once: type, default, bounds, help, and when a change takes effect."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
+
+from whisperd.config.model import ModelTable, Table
+
+DEFAULT_MODEL = "openai/whisper-large-v3-turbo"
+
+GIB = 1024**3
+WORLD_WRITABLE = 0o002
+
+Reload = Literal["live", "restart"]
+
+
+def option(default: Any, *, reload: Reload, help: str, **bounds: Any) -> Any:
+    """A field with its help text; ``reload`` says whether SIGHUP is enough for a change."""
+    return Field(default=default, description=help, json_schema_extra={"reload": reload}, **bounds)
+
+
+def _empty_is_unset(value: object) -> object:
+    return None if value == "" else value
+
+
+def _absolute(text: str | None) -> str | None:
+    if text is not None and not text.startswith(("/", "~/")):
+        raise ValueError(f"expects an absolute path or ~/..., got {text!r}")
+    return text
+
+
+def _octal_mode(text: str) -> str:
+    if not re.fullmatch(r"0?[0-7]{3}", text):
+        raise ValueError(f'expects an octal mode such as "0660", got {text!r}')
+    if int(text, 8) & WORLD_WRITABLE:
+        raise ValueError(f"must not let everybody write, got {text!r}; use socket_group to admit people")
+    return text
+
+
+def _url(text: str | None) -> str | None:
+    if text is not None and not re.fullmatch(r"https?://[^\s/]+(/\S*)?", text):
+        raise ValueError(f"expects an http:// or https:// address, got {text!r}")
+    return text
+
+
+Text = Annotated[str | None, BeforeValidator(_empty_is_unset)]
+PathText = Annotated[Text, AfterValidator(_absolute)]
+Url = Annotated[Text, AfterValidator(_url)]
+Mode = Annotated[str, AfterValidator(_octal_mode)]
+Temperature = Annotated[float, Field(ge=0, le=1)]
+
+
+class ServerTable(Table):
+    """The socket that people and programs talk to."""
+
+    socket: PathText = option(
+        None, reload="restart", help="Path of the Unix socket; a socket that systemd passes comes first."
+    )
+    socket_mode: Mode = option("0660", reload="restart", help="Permissions of a socket that whisperd makes.")
+    socket_group: Text = option(None, reload="restart", help="Group of a socket that whisperd makes.")
+    spool_dir: PathText = option(None, reload="restart", help="Where uploads wait, on disk (/var/tmp).")
+    shutdown_timeout_s: float = option(
+        60.0, reload="restart", ge=0, le=3600, help="How long running requests may go on after a stop."
+    )
+    header_timeout_s: float = option(
+        10.0, reload="restart", ge=0.1, le=3600, help="How long a client may take to send its headers."
+    )
+    idle_timeout_s: float = option(
+        75.0, reload="restart", ge=0.1, le=3600, help="How long a connection without a request stays open."
+    )
+
+
+class EngineTable(Table):
+    """Where and how models compute."""
+
+    device: Literal["auto", "cpu", "cuda"] = option(
+        "auto", reload="restart", help="auto is the cpu; this version refuses cuda."
+    )
+    compute_type: Literal["auto", "int8", "int8_float32", "float32", "float16", "bfloat16", "int8_float16"] = option(
+        "auto", reload="restart", help="Number format; auto: int8."
+    )
+    batch_size: int = option(
+        4, reload="restart", ge=1, le=512, help="Windows of 30 s that one worker decodes together."
+    )
+    workers: int = option(
+        0,
+        reload="restart",
+        ge=0,
+        le=256,
+        help="Batches at the same time on the cpu; 0: as many as keep the cores busy.",
+    )
+    threads_per_worker: int = option(
+        0, reload="restart", ge=0, le=256, help="Threads of each worker on the cpu; 0: up to four, as the cores allow."
+    )
+
+
+class DecodeTable(Table):
+    """How text is found, unless a request says otherwise."""
+
+    beam_size: int = option(1, reload="live", ge=1, le=32, help="Beams at temperature 0; 1 is greedy.")
+    best_of: int = option(5, reload="live", ge=1, le=32, help="Samples at temperatures above 0; the likeliest wins.")
+    temperatures: tuple[Temperature, ...] = option(
+        (0.0, 0.2, 0.4, 0.6, 0.8, 1.0),
+        reload="live",
+        min_length=1,
+        help="The first for every window; one that fails a test below is decoded again with the next.",
+    )
+    compression_ratio_threshold: float = option(
+        2.4, reload="live", ge=1, allow_inf_nan=True, help="A text more repetitive than this fails; inf: none does."
+    )
+    log_prob_threshold: float = option(
+        -1.0,
+        reload="live",
+        le=0,
+        allow_inf_nan=True,
+        help="A text less likely than this fails (mean log probability of a token); -inf: none does.",
+    )
+    no_speech_threshold: float = option(
+        0.6,
+        reload="live",
+        ge=0,
+        le=1,
+        help="Above it, a text that is not likely either is taken for silence; 1.0: never.",
+    )
+    prompt: Text = option(None, reload="live", help="Text that every window sees as if it had been said before.")
+
+
+class VadTable(Table):
+    """Finding speech, so that silence costs nothing."""
+
+    filter: bool = option(True, reload="live", help="Transcribe only what sounds like speech.")
+    threshold: float = option(0.5, reload="live", ge=0, le=1, help="Probability from which sound counts as speech.")
+    min_silence_ms: int = option(
+        160, reload="live", ge=0, le=60_000, help="A silence shorter than this does not end speech."
+    )
+    speech_pad_ms: int = option(400, reload="live", ge=0, le=15_000, help="Sound kept on both sides of speech.")
+
+
+class LimitsTable(Table):
+    """What one daemon takes on before it refuses."""
+
+    upload_bytes: int = option(2 * GIB, reload="live", ge=1024, help="Largest upload (2 GiB).")
+    audio_s: float = option(21600.0, reload="live", ge=1, help="Longest audio (6 hours).")
+    requests: int = option(
+        64, reload="live", ge=1, le=100_000, help="Requests at the same time, waiting ones included."
+    )
+    spool_bytes: int = option(8 * GIB, reload="live", ge=1024, help="All uploads together on disk (8 GiB).")
+
+    @model_validator(mode="after")
+    def _spool_holds_an_upload(self) -> LimitsTable:
+        if self.spool_bytes < self.upload_bytes:
+            raise ValueError(
+                f"spool_bytes must hold the largest upload: expects at least upload_bytes, {self.upload_bytes}, "
+                f"got {self.spool_bytes}"
+            )
+        return self
+
+
+class ReconcileTable(Table):
+    """Bringing the cache into the declared state."""
+
+    endpoint: Url = option(None, reload="live", help="Address of the Hub or a mirror (https://huggingface.co).")
+    offline: bool = option(False, reload="live", help="Never ask the Hub; the cache must be complete.")
+    verify: bool = option(False, reload="live", help="Hash every file at each reconcile, not only new ones.")
+    metadata_timeout_s: float = option(10.0, reload="live", ge=0.1, le=600, help="How long the Hub may take to answer.")
+    stall_timeout_s: float = option(
+        60.0, reload="live", ge=1, le=3600, help="A download that makes no progress for this long is given up."
+    )
+    parallel: int = option(2, reload="live", ge=1, le=16, help="Downloads at the same time.")
+
+
+class LogTable(Table):
+    """What the log looks like."""
+
+    format: Literal["auto", "plain", "journal"] = option(
+        "auto", reload="restart", help="auto: journal where stderr leads to the journal."
+    )
+
+
+class Config(Table):
+    """The whole of whisperd.toml."""
+
+    requires: Text = option(None, reload="live", help='Versions of whisperd that may read this file, as in ">=0.1".')
+    models: tuple[ModelTable, ...] = option(
+        (), reload="live", help="What is kept on disk and served; the first is the default."
+    )
+    force: bool = option(False, reload="live", help="Fetch every file anew at each reconcile.")
+    cache_dir: PathText = option(
+        None, reload="restart", help="A plain Hugging Face cache, shared with other tools (~/.cache/huggingface/hub)."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = option(
+        "info", reload="live", help="The least serious messages that are logged."
+    )
+
+    server: ServerTable = ServerTable()
+    engine: EngineTable = EngineTable()
+    decode: DecodeTable = DecodeTable()
+    vad: VadTable = VadTable()
+    limits: LimitsTable = LimitsTable()
+    reconcile: ReconcileTable = ReconcileTable()
+    log: LogTable = LogTable()
+
+    @field_validator("requires")
+    @classmethod
+    def _is_a_specifier(cls, text: str | None) -> str | None:
+        from packaging.specifiers import InvalidSpecifier, SpecifierSet
+
+        try:
+            SpecifierSet(text or "")
+        except InvalidSpecifier as error:
+            raise ValueError(f'expects a version specifier such as ">=0.1", got {text!r}') from error
+        return text
+
+    @field_validator("models")
+    @classmethod
+    def _names_are_unique(cls, models: tuple[ModelTable, ...]) -> tuple[ModelTable, ...]:
+        counts = Counter(name for model in models for name in model.names)
+        if twice := [name for name, count in counts.items() if count > 1]:
+            raise ValueError(f"names and aliases must differ, used more than once: {', '.join(map(repr, twice))}")
+        return models
