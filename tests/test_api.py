@@ -1,0 +1,481 @@
+"""The HTTP interface over a real socket: bad input, errors, streams, clients that go away."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import httpx2
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from starlette.requests import Request
+
+from tests.service_fake import MODEL, PATIENCE_S, TEXT, TRANSCRIPT, Daemon, FakeService, daemon, serving
+from whisperd.api import Readiness, create_app
+from whisperd.api.params import FIELDS, parse_fields
+from whisperd.api.service import ApiSettings
+from whisperd.api.spool import Spool
+from whisperd.api.upload import Upload, receive_upload
+from whisperd.decoding import TEMPERATURES, Options
+from whisperd.errors import ConfigError, Problem, RequestError, UnsupportedParameter
+from whisperd.server import ServerSettings
+
+URL = "/v1/audio/transcriptions"
+AUDIO = ("file", ("talk.flac", b"fLaC and so on"))
+BOUNDARY = b"--x\r\n"
+FILE_PART = BOUNDARY + b'Content-Disposition: form-data; name="file"; filename="a.wav"\r\n\r\n'
+FIELD_PART = BOUNDARY + b'Content-Disposition: form-data; name="language"\r\n\r\n'
+FORM_IN_STREAM = (
+    FILE_PART + b"abc\r\n",
+    BOUNDARY + b'Content-Disposition: form-data; name="stream"\r\n\r\ntrue\r\n--x--\r\n',
+)
+
+
+@pytest.fixture
+def whisperd(tmp_path: Path) -> Iterator[Daemon]:
+    with daemon(tmp_path) as running:
+        yield running
+
+
+@contextmanager
+def client_of(path: Path) -> Iterator[httpx2.Client]:
+    transport = httpx2.HTTPTransport(uds=str(path))
+    with httpx2.Client(transport=transport, base_url="http://whisperd", timeout=PATIENCE_S) as client:
+        yield client
+
+
+@pytest.fixture
+def client(whisperd: Daemon) -> Iterator[httpx2.Client]:
+    with client_of(whisperd.path) as client:
+        yield client
+
+
+def connected(whisperd: Daemon) -> socket.socket:
+    raw = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    raw.settimeout(PATIENCE_S)
+    raw.connect(str(whisperd.path))
+    return raw
+
+
+def rest_of(raw: socket.socket) -> bytes:
+    return b"".join(iter(lambda: raw.recv(65_536), b""))
+
+
+def head(length_bytes: int) -> bytes:
+    return (
+        f"POST {URL} HTTP/1.1\r\nHost: whisperd\r\nContent-Type: multipart/form-data; boundary=x\r\n"
+        f"Content-Length: {length_bytes}\r\n\r\n"
+    ).encode()
+
+
+def error_of(response: httpx2.Response) -> dict[str, Any]:
+    (error,) = response.json().values()
+    assert set(error) == {"message", "type", "param", "code"}
+    assert response.headers["x-request-id"]
+    return dict(error)
+
+
+Files = Sequence[tuple[str, tuple[str, bytes]]]
+
+
+@pytest.mark.parametrize(
+    ("files", "fields", "status", "code", "param", "message"),
+    [
+        ([("other", ("a.wav", b"x"))], {}, 400, "invalid_value", "other", "the audio belongs in 'file'"),
+        ([AUDIO, AUDIO], {}, 400, "invalid_value", "file", "two files"),
+        ([("file", ("a.wav", b""))], {}, 400, "invalid_value", "file", "empty"),
+        ([("file", ("a.wav", b"x" * 1_000_001))], {}, 413, "file_too_large", "file", "limits.upload_bytes"),
+        ([AUDIO], {"langauge": "en"}, 400, "invalid_value", "langauge", "did you mean 'language'"),
+        ([AUDIO], {"zzz": "1"}, 400, "invalid_value", "zzz", "there are: file, model"),
+        ([AUDIO], {"language": "germn"}, 400, "invalid_value", "language", "did you mean 'german'"),
+        ([AUDIO], {"temperature": "1.5"}, 400, "invalid_value", "temperature", "a number from 0 to 1, got '1.5'"),
+        ([AUDIO], {"temperature": "nan"}, 400, "invalid_value", "temperature", "a number from 0 to 1"),
+        ([AUDIO], {"temperature": "hot"}, 400, "invalid_value", "temperature", "a number from 0 to 1"),
+        ([AUDIO], {"response_format": "xml"}, 400, "invalid_value", "response_format", "json, text, srt"),
+        ([AUDIO], {"response_format": "diarized_json"}, 400, "unsupported_parameter", "response_format", "speaker"),
+        ([AUDIO], {"include[]": "logprobs"}, 400, "unsupported_parameter", "include[]", "avg_logprob"),
+        ([AUDIO], {"stream": "maybe"}, 400, "invalid_value", "stream", "true or false"),
+        ([AUDIO], {"beam_size": "0"}, 400, "invalid_value", "beam_size", "from 1 to 10"),
+        (
+            [AUDIO],
+            {"timestamp_granularities[]": "word"},
+            400,
+            "invalid_value",
+            "timestamp_granularities[]",
+            "verbose_json, got json",
+        ),
+        ([AUDIO], {"model": ["a", "b"]}, 400, "invalid_value", "model", "given twice"),
+        ([AUDIO], {"prompt": "x" * 65_537}, 400, "invalid_value", "prompt", "longer than 65536 bytes"),
+        ([AUDIO], {"model": ["a"] * 65}, 400, "invalid_value", None, "more than 64 fields"),
+        ([AUDIO], {"prompt": b"\xff"}, 400, "invalid_value", "prompt", "not UTF-8"),
+        ([AUDIO], {"model": "nope"}, 404, "model_not_found", "model", "nope"),
+    ],
+)
+def test_bad_requests(
+    client: httpx2.Client,
+    whisperd: Daemon,
+    files: Files,
+    fields: dict[str, Any],
+    status: int,
+    code: str,
+    param: str | None,
+    message: str,
+) -> None:
+    """Each mistake has its status, code and field, says what to do, and leaves no upload behind."""
+    response = client.post(URL, files=files, data=fields)
+    error = error_of(response)
+    assert (response.status_code, error["code"], error["param"]) == (status, code, param)
+    assert message in error["message"]
+    assert f"POST {URL} {status} " in whisperd.finished()
+
+
+def test_a_form_without_a_file(client: httpx2.Client, whisperd: Daemon) -> None:
+    """The missing file is named."""
+    body = BOUNDARY + b'Content-Disposition: form-data; name="model"\r\n\r\nwhisper-1\r\n--x--\r\n'
+    response = client.post(URL, content=body, headers={"content-type": "multipart/form-data; boundary=x"})
+    assert response.status_code == 400
+    assert (error_of(response)["code"], error_of(response)["param"]) == ("missing_required_parameter", "file")
+    whisperd.finished()
+
+
+@pytest.mark.parametrize(
+    ("body", "content_type", "message"),
+    [
+        (b"fLaC", "audio/flac", "expected content-type multipart/form-data"),
+        (b"fLaC", "multipart/form-data", "with a boundary"),
+        (FILE_PART + b"abc", "multipart/form-data; boundary=x", "ends before its closing boundary"),
+        (b"no boundary here", "multipart/form-data; boundary=x", "cannot be read"),
+        (BOUNDARY + b"A: b\r\n\r\nx\r\n--x--\r\n", "multipart/form-data; boundary=x", "has no name"),
+        (b"", "multipart/form-data; boundary=x", "ends before its closing boundary"),
+    ],
+)
+def test_bodies_that_are_no_form(
+    client: httpx2.Client, whisperd: Daemon, body: bytes, content_type: str, message: str
+) -> None:
+    """What is not a whole multipart form is a 400 that says why."""
+    response = client.post(URL, content=body, headers={"content-type": content_type})
+    assert response.status_code == 400
+    assert message in error_of(response)["message"]
+    whisperd.finished()
+
+
+def test_a_file_that_is_too_large_without_a_length(client: httpx2.Client, whisperd: Daemon) -> None:
+    """The cap holds while a chunked upload is being read."""
+
+    def body() -> Iterator[bytes]:
+        yield FILE_PART
+        for _ in range(20):
+            yield b"x" * 100_000
+
+    response = client.post(URL, content=body(), headers={"content-type": "multipart/form-data; boundary=x"})
+    assert response.status_code == 413
+    assert error_of(response)["code"] == "file_too_large"
+    whisperd.finished()
+
+
+def test_a_length_over_the_cap_is_refused_before_the_body(whisperd: Daemon) -> None:
+    """Ten gigabytes are refused by their header alone."""
+    with connected(whisperd) as raw:
+        raw.sendall(head(10_000_000_000))
+        assert raw.recv(65_536).startswith(b"HTTP/1.1 413 ")
+    assert ": 0 bytes" in whisperd.finished()
+
+
+def test_a_full_spool(tmp_path: Path) -> None:
+    """Uploads share one budget; what does not fit is told to come back."""
+    with daemon(tmp_path, spool_bytes=10) as whisperd, client_of(whisperd.path) as client:
+        response = client.post(URL, files=[AUDIO])
+        assert (response.status_code, error_of(response)["code"]) == (503, "spool_full")
+        assert response.headers["retry-after"] == "5"
+        whisperd.finished()
+
+
+def test_a_spool_that_cannot_be_written(tmp_path: Path) -> None:
+    """A missing spool directory is the daemon's trouble and says so."""
+    with daemon(tmp_path, spool_dir=tmp_path / "gone") as whisperd, client_of(whisperd.path) as client:
+        response = client.post(URL, files=[AUDIO])
+        assert (response.status_code, error_of(response)["code"]) == (503, "spool_full")
+        assert "gone cannot be written (No such file" in error_of(response)["message"]
+        whisperd.finished()
+
+
+def test_nobody_uploads_to_a_daemon_that_is_not_ready(whisperd: Daemon) -> None:
+    """The refusal comes before the body, with the reason and the time to wait."""
+    whisperd.service.now = Readiness(ready=False, reason="large-v3 loads", retry_after_s=2.5)
+    with connected(whisperd) as raw:
+        raw.sendall(head(1000))
+        answer = b""
+        while not answer.endswith(b"}}"):
+            answer += raw.recv(65_536)
+    assert answer.startswith(b"HTTP/1.1 503 ")
+    assert b"retry-after: 3\r\n" in answer
+    assert b"retry-after-ms: 2500\r\n" in answer
+    assert b"large-v3 loads" in answer
+    whisperd.finished()
+
+
+def test_health(client: httpx2.Client, whisperd: Daemon) -> None:
+    """A loading daemon lives but is not ready; a draining one says so by its code."""
+    routes = ("/livez", "/readyz", "/healthz", "/health")
+    assert [client.get(route).json() for route in routes] == [{"status": "ok"}] * 4
+    whisperd.service.now = Readiness(ready=False, draining=True)
+    assert [client.get(route).status_code for route in routes] == [200, 503, 503, 503]
+    assert error_of(client.get("/readyz"))["code"] == "draining"
+
+
+def test_unknown_routes_and_methods(client: httpx2.Client) -> None:
+    """The router's own errors have the same envelope."""
+    missing = client.get("/v1/audio/speech")
+    assert (missing.status_code, error_of(missing)["code"]) == (404, "not_found")
+    slash = client.get("/v1/models/")
+    assert (slash.status_code, error_of(slash)["code"]) == (404, "model_not_found")
+    wrong = client.get(URL)
+    assert (wrong.status_code, wrong.headers["allow"]) == (405, "POST")
+    assert error_of(wrong)["code"] == "method_not_allowed"
+
+
+def test_an_unexpected_exception(client: httpx2.Client, whisperd: Daemon) -> None:
+    """A bug is a 500 with the request's id; what happened is in the log and not in the answer."""
+    whisperd.service.error = ValueError("secret detail")
+    response = client.post(URL, files=[AUDIO], headers={"x-request-id": "mine-1"})
+    assert response.status_code == 500
+    assert "secret" not in response.text
+    assert "mine-1" in error_of(response)["message"]
+    assert whisperd.log.next() == "mine-1: unexpected error"
+    whisperd.finished()
+
+
+@pytest.mark.parametrize(("given", "kept"), [("abc 123", True), ("x" * 129, False), ("a\tb", False)])
+def test_request_ids(client: httpx2.Client, given: str, kept: bool) -> None:
+    """A client's own id is used when it is short and printable, else one is made."""
+    found = client.get("/livez", headers={"x-request-id": given}).headers["x-request-id"]
+    assert found == given if kept else re.fullmatch("req_[0-9a-f]{32}", found)
+
+
+def test_the_log_line(client: httpx2.Client, whisperd: Daemon) -> None:
+    """One line has everything about a request but its text."""
+    response = client.post(URL, files=[AUDIO], data={"model": MODEL}, headers={"x-request-id": "id-7"})
+    n_bytes = int(response.request.headers["content-length"])
+    line = whisperd.finished()
+    pattern = rf"POST {URL} 200 in \d+ ms: {n_bytes} bytes, 4\.5 s of audio, model {MODEL}, id-7"
+    assert re.fullmatch(pattern, line)
+    assert "Hello" not in line
+
+
+def test_a_client_that_leaves_cancels_its_job(whisperd: Daemon) -> None:
+    """The work of a request ends with its connection, and the audio stays open until then."""
+    whisperd.service.waits_last = True
+    body = FILE_PART + b"abc\r\n--x--\r\n"
+    with connected(whisperd) as raw:
+        raw.sendall(head(len(body)) + body)
+        assert whisperd.service.started.wait(PATIENCE_S)
+    assert whisperd.service.cancelled.wait(PATIENCE_S)
+    assert f"POST {URL} 499 " in whisperd.finished()
+
+
+def test_a_client_that_leaves_its_stream_cancels_its_job(client: httpx2.Client, whisperd: Daemon) -> None:
+    """The same holds after the first events."""
+    whisperd.service.waits_last = True
+    with client.stream("POST", URL, files=[AUDIO], data={"stream": "true"}) as response:
+        assert next(response.iter_lines()) == "event: transcript.text.delta"
+    assert whisperd.service.cancelled.wait(PATIENCE_S)
+    whisperd.finished()
+
+
+def test_a_client_that_leaves_its_upload(whisperd: Daemon) -> None:
+    """Half an upload leaves nothing behind and reaches nobody."""
+    with connected(whisperd) as raw:
+        raw.sendall(head(10_000) + FILE_PART + b"abc")
+    assert f"POST {URL} 499 " in whisperd.finished()
+    assert not whisperd.service.jobs
+
+
+def test_an_upload_that_stands_still(tmp_path: Path) -> None:
+    """A client that stops sending gives its place back."""
+    with daemon(tmp_path, upload_idle_s=0.05) as whisperd, connected(whisperd) as raw:
+        raw.sendall(head(10_000) + FILE_PART + b"abc")
+        assert raw.recv(65_536).startswith(b"HTTP/1.1 408 ")
+        whisperd.finished()
+
+
+def test_events_for_whisperd_clients(client: httpx2.Client, whisperd: Daemon) -> None:
+    """With the header, segments, progress and the whole transcript come too."""
+    response = client.post(URL, files=[AUDIO], data={"stream": "true"}, headers={"x-whisperd-events": "1"})
+    assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
+    frames = response.text.split("\n\n")
+    assert frames[-2:] == ["data: [DONE]", ""]
+    events = [json.loads(frame.partition("data: ")[2]) for frame in frames[:-2]]
+    assert [event["type"] for event in events] == [
+        "transcript.text.delta",
+        "whisperd.segment",
+        "whisperd.progress",
+    ] * 2 + ["whisperd.transcript", "transcript.text.done"]
+    assert (events[1]["id"], events[1]["text"]) == (0, " Hello there.")
+    assert (events[2]["done_s"], events[2]["total_s"]) == (2.0, 4.5)
+    assert events[-2]["x_whisperd"]["windows"]["decoded"] == 1
+    assert events[-2]["text"] == events[-1]["text"] == TEXT
+    assert "4.5 s of audio" in whisperd.finished()
+
+
+def test_a_silent_stream_is_kept_alive(tmp_path: Path) -> None:
+    """Comments come while there is nothing to tell."""
+    with daemon(tmp_path, keep_alive_s=0.02) as whisperd, client_of(whisperd.path) as client:
+        whisperd.service.waits_first = True
+        with client.stream("POST", URL, files=[AUDIO], data={"stream": "true"}) as response:
+            lines = response.iter_lines()
+            assert next(lines) == ": keep-alive"
+            whisperd.service.release()
+            assert list(lines)[-2:] == ["data: [DONE]", ""]
+        whisperd.finished()
+
+
+def test_a_bug_in_mid_stream_ends_with_an_error(client: httpx2.Client, whisperd: Daemon) -> None:
+    """Whatever is raised after the first words, the stream ends with an error in the envelope."""
+    whisperd.service.late_error = ValueError("secret detail")
+    response = client.post(URL, files=[AUDIO], data={"stream": "true"})
+    last = json.loads(response.text.strip().splitlines()[-1].removeprefix("data: "))
+    assert last["error"]["code"] == "internal_error"
+    assert "secret" not in response.text
+
+
+def test_work_that_outlives_the_drain(tmp_path: Path) -> None:
+    """A request that the stopping daemon has no time for is told to come back, in a stream as well."""
+    whole, streamed = FILE_PART + b"abc\r\n--x--\r\n", b"".join(FORM_IN_STREAM)
+    with daemon(tmp_path, server=ServerSettings(drain_s=1)) as whisperd:
+        whisperd.service.waits_last = True
+        with connected(whisperd) as first, connected(whisperd) as second:
+            for raw, body in ((first, whole), (second, streamed)):
+                whisperd.service.started.clear()
+                raw.sendall(head(len(body)) + body)
+                assert whisperd.service.started.wait(PATIENCE_S)
+            whisperd.stop()
+            answers = [rest_of(raw) for raw in (first, second)]
+        assert [answer.partition(b"\r\n")[0].split()[1] for answer in answers] == [b"503", b"200"]
+        assert b'"code":"draining"' in answers[0]
+        assert b'"code": "draining"' in answers[1]
+        whisperd.finished()
+
+
+def received(chunks: Sequence[bytes], spool: Spool) -> Upload:
+    messages = iter([*chunks, b""])
+
+    async def receive() -> Any:
+        body = next(messages)
+        return {"type": "http.request", "body": body, "more_body": bool(body)}
+
+    headers = [(b"content-type", b"multipart/form-data; boundary=x")]
+    request = Request({"type": "http", "method": "POST", "headers": headers}, receive)
+    return asyncio.run(receive_upload(request, spool, PATIENCE_S))
+
+
+@settings(deadline=None)  # the first call is slow on a busy machine
+@given(st.binary(min_size=1, max_size=60), st.lists(st.integers(1, 40), max_size=8))
+def test_a_form_may_arrive_in_any_pieces(data: bytes, sizes: list[int]) -> None:
+    """However a form is cut on its way, and whatever the file holds, the same fields and bytes come out."""
+    body = FILE_PART + data + b"\r\n" + FIELD_PART + b"ja\r\n--x--\r\n"
+    chunks = []
+    for size in sizes:
+        chunks.append(body[:size])
+        body = body[size:]
+    with TemporaryDirectory() as directory:
+        spool = Spool(Path(directory), upload_bytes=100, budget_bytes=100)
+        upload = received([chunk for chunk in (*chunks, body) if chunk], spool)
+        with upload.file:
+            assert upload.file.rewound().read() == data
+        assert (upload.filename, upload.fields) == ("a.wav", (("language", "ja"),))
+        assert (spool.open_files, spool.used_bytes) == (0, 0)
+
+
+def test_node_sends_the_file_first(client: httpx2.Client, whisperd: Daemon) -> None:
+    """Fields behind the file count, names with brackets and objects are understood."""
+    fields = {"model": "whisper-1", "timestamp_granularities[]": "segment", "chunking_strategy[type]": "server_vad"}
+    parts = [(name, (None, value.encode())) for name, value in fields.items()]
+    assert client.post(URL, files=[AUDIO, *parts]).json()["text"] == TEXT
+    job = whisperd.service.jobs[0]
+    assert (job.model, job.vad_filter) == ("whisper-1", True)
+
+
+def test_reload(client: httpx2.Client, whisperd: Daemon) -> None:
+    """The daemon's own user may reload; a configuration with mistakes is refused in its own words."""
+    assert client.post("/v1/whisperd/reload").json() == {"changed": []}
+    whisperd.service.reload_error = ConfigError(Problem(where="whisperd.toml", key="models", message="is empty"))
+    response = client.post("/v1/whisperd/reload")
+    assert (response.status_code, error_of(response)["code"]) == (500, "config_error")
+    assert error_of(response)["message"] == "whisperd.toml: models: is empty"
+
+
+def test_status(client: httpx2.Client) -> None:
+    """Status is the service's own JSON."""
+    assert client.get("/v1/whisperd/status").json() == {"models": [MODEL], "queued": 0}
+
+
+@pytest.mark.parametrize("peer", [(1, os.geteuid() + 12_345, 1), None])
+def test_strangers_may_not_reload(tmp_path: Path, peer: tuple[int, int, int] | None) -> None:
+    """Another user, or one that the kernel does not name, is refused."""
+    settings = ApiSettings(spool_dir=tmp_path, upload_bytes=1000, spool_bytes=1000)
+    app = create_app(FakeService(), settings)
+
+    async def disguised(scope: Any, receive: Any, send: Any) -> None:
+        scope["state"]["peer"] = peer
+        await app(scope, receive, send)
+
+    path = tmp_path / "stranger.sock"
+    with serving(disguised, path), client_of(path) as client:
+        response = client.post("/v1/whisperd/reload")
+        assert (response.status_code, error_of(response)["code"]) == (403, "peer_not_allowed")
+        assert error_of(response)["type"] == "permission_error"
+
+
+def parse(*form: tuple[str, str], defaults: Options | None = None) -> Options:
+    return parse_fields(form, "transcribe", defaults or Options()).options
+
+
+def test_temperature_zero_is_the_ladder() -> None:
+    """0 keeps the configured ladder, anything above is the only temperature."""
+    assert parse(("temperature", "0")).temperatures == TEMPERATURES
+    assert parse(("temperature", "0.4")).temperatures == (0.4,)
+    assert parse(("temperature", "0.0"), defaults=Options(temperatures=(0.0, 0.5))).temperatures == (0.0, 0.5)
+
+
+def test_languages() -> None:
+    """Codes and names are accepted; auto means detection, nothing means the configuration."""
+    german = Options(language="de")
+    assert parse(("language", "French")).language == "fr"
+    assert parse(("language", "auto"), defaults=german).language is None
+    assert parse(("language", ""), defaults=german).language == "de"
+
+
+def test_thresholds_can_be_switched_off() -> None:
+    """'none' switches a safeguard off, a number sets it."""
+    options = parse(("no_speech_threshold", "none"), ("log_prob_threshold", "-0.5"))
+    assert (options.no_speech_threshold, options.log_prob_threshold) == (None, -0.5)
+
+
+def test_every_field_takes_an_empty_value() -> None:
+    """Clients that send all their fields, most of them empty, get the defaults."""
+    found = parse_fields([(name, "") for name in FIELDS], "translate", Options())
+    assert found.options == Options(task="translate")
+    assert (found.model, found.vad_filter, found.stream, found.response_format) == (None, None, False, "json")
+
+
+def test_long_values_are_cut_in_messages() -> None:
+    """A client's own words come back shortened."""
+    with pytest.raises(RequestError) as caught:
+        parse(("x" * 60_000, "1"))
+    assert len(str(caught.value)) < 500
+    with pytest.raises(UnsupportedParameter, match="it is called 'prompt' here"):
+        parse(("initial_prompt", "x"))
+
+
+def test_the_fake_is_what_the_tests_expect() -> None:
+    """The transcript behind all these answers has the text that they compare with."""
+    assert TRANSCRIPT.text == TEXT

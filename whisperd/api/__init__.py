@@ -1,0 +1,8 @@
+"""The HTTP interface: OpenAI's audio routes, health, status. Home of starlette and python-multipart."""
+
+from __future__ import annotations
+
+from whisperd.api.app import create_app
+from whisperd.api.service import ApiSettings, Job, ModelCard, Peer, Readiness, Service
+
+__all__ = ["ApiSettings", "Job", "ModelCard", "Peer", "Readiness", "Service", "create_app"]

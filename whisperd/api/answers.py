@@ -1,0 +1,73 @@
+"""Bodies of answers: transcripts in the format that was asked for, errors in OpenAI's envelope."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+
+from whisperd import formats
+from whisperd.api.params import ResponseFormat
+from whisperd.errors import Error, Unavailable
+from whisperd.transcript import Transcript
+
+
+def transcript_response(transcript: Transcript, response_format: ResponseFormat, wall_s: float) -> Response:
+    """The whole transcript as one answer."""
+    if response_format == "verbose_json":
+        return JSONResponse(verbose(transcript, wall_s))
+    return PLAIN[response_format](transcript)
+
+
+def verbose(transcript: Transcript, wall_s: float) -> dict[str, Any]:
+    """OpenAI's ``verbose_json`` with its usage and what whisperd adds."""
+    return formats.verbose_json(transcript) | {
+        "usage": usage(transcript),
+        "x_whisperd": formats.extension(transcript, wall_s),
+    }
+
+
+def usage(transcript: Transcript) -> dict[str, Any]:
+    """What OpenAI would bill."""
+    return {"type": "duration", "seconds": round(transcript.duration_s, 3)}
+
+
+def error_response(error: Error, *, headers: Mapping[str, str] | None = None) -> Response:
+    """An error with its status; one that passes says when to come back."""
+    return JSONResponse(
+        error_body(error), status_code=error.http_status, headers=retry_headers(error) | dict(headers or {})
+    )
+
+
+def error_body(error: Error) -> dict[str, Any]:
+    """OpenAI's envelope."""
+    return envelope(str(error), type=error.type, code=error.code, param=getattr(error, "param", None))
+
+
+def envelope(message: str, *, type: str, code: str, param: str | None = None) -> dict[str, Any]:
+    """OpenAI's envelope from its four members."""
+    return {"error": {"message": message, "type": type, "param": param, "code": code}}
+
+
+def retry_headers(error: Error) -> dict[str, str]:
+    """Both spellings of the time to wait: whole seconds for everybody, milliseconds for OpenAI's clients."""
+    if not isinstance(error, Unavailable):
+        return {}
+    return {
+        "retry-after": str(math.ceil(error.retry_after_s)),
+        "retry-after-ms": str(math.ceil(error.retry_after_s * 1000)),
+    }
+
+
+def _json(transcript: Transcript) -> Response:
+    return JSONResponse({"text": transcript.text, "usage": usage(transcript)})
+
+
+PLAIN: Mapping[str, Callable[[Transcript], Response]] = {
+    "json": _json,
+    "text": lambda transcript: PlainTextResponse(transcript.text + "\n"),
+    "srt": lambda transcript: PlainTextResponse(formats.srt(transcript)),
+    "vtt": lambda transcript: PlainTextResponse(formats.vtt(transcript), media_type="text/vtt"),
+}

@@ -1,0 +1,185 @@
+"""The routes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from whisperd.api.answers import envelope, transcript_response
+from whisperd.api.exchange import Exchange, ExchangeMiddleware
+from whisperd.api.params import parse_fields
+from whisperd.api.service import ApiSettings, Job, ModelCard, Peer, Service
+from whisperd.api.spool import Spool
+from whisperd.api.streaming import stream, while_connected
+from whisperd.api.upload import Upload, receive_upload
+from whisperd.errors import Draining, ModelLoading, ModelNotFound, PeerNotAllowed
+from whisperd.transcript import Task
+
+EVENTS_HEADER = "x-whisperd-events"  # a client that sends "1" knows whisperd's own events
+
+
+def create_app(service: Service, settings: ApiSettings) -> Starlette:
+    """The ASGI application; ``app.state.spool`` is its spool."""
+    spool = Spool(settings.spool_dir, upload_bytes=settings.upload_bytes, budget_bytes=settings.spool_bytes)
+    routes = Routes(service)
+    app = Starlette(
+        routes=[
+            Route("/v1/audio/transcriptions", Audio(service, settings, spool, "transcribe"), methods=["POST"]),
+            Route("/v1/audio/translations", Audio(service, settings, spool, "translate"), methods=["POST"]),
+            Route("/v1/models", routes.models),
+            Route("/v1/models/{id:path}", routes.model),
+            Route("/v1/whisperd/status", routes.status),
+            Route("/v1/whisperd/reload", routes.reload, methods=["POST"]),
+            Route("/livez", routes.live),
+            *(Route(path, routes.ready) for path in ("/readyz", "/healthz", "/health")),
+        ],
+        middleware=[Middleware(ExchangeMiddleware)],
+        exception_handlers={HTTPException: _router_error},
+    )
+    app.router.redirect_slashes = False
+    app.state.spool = spool
+    return app
+
+
+class Audio:
+    """Transcribes or translates one upload."""
+
+    def __init__(self, service: Service, settings: ApiSettings, spool: Spool, task: Task) -> None:
+        self._service = service
+        self._settings = settings
+        self._spool = spool
+        self._task = task
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI; the file is closed when the answer is out."""
+        refuse_unready(self._service)  # before the body: nobody uploads an hour of audio to hear "later"
+        request = Request(scope, receive)
+        upload = await receive_upload(request, self._spool, self._settings.upload_idle_s)
+        with upload.file:
+            await self._answer(request, upload, send)
+
+    async def _answer(self, request: Request, upload: Upload, send: Send) -> None:
+        parameters = parse_fields(upload.fields, self._task, self._service.default_options())
+        exchange = Exchange.of(request)
+        exchange.model = parameters.model
+        job = Job(
+            audio=upload.file.rewound(),
+            filename=upload.filename,
+            model=parameters.model,
+            options=parameters.options,
+            vad_filter=parameters.vad_filter,
+            request_id=exchange.request_id,
+        )
+        if parameters.stream:
+            await self._stream(request, job)
+            return
+        transcript = await while_connected(self._service.transcribe(job), request.receive)
+        exchange.audio_s = transcript.duration_s
+        response = transcript_response(transcript, parameters.response_format, exchange.wall_s)
+        await response(request.scope, request.receive, send)
+
+    async def _stream(self, request: Request, job: Job) -> None:
+        exchange = Exchange.of(request)
+        told = stream(
+            self._service,
+            job,
+            exchange,
+            extended=request.headers.get(EVENTS_HEADER) == "1",
+            keep_alive_s=self._settings.keep_alive_s,
+        )
+        exchange.audio_s = (await while_connected(told, request.receive)).duration_s
+
+
+class Routes:
+    """The routes without audio."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    async def models(self, _: Request) -> Response:
+        """``GET /v1/models``"""
+        return JSONResponse({"object": "list", "data": [_card(card) for card in self._service.models()]})
+
+    async def model(self, request: Request) -> Response:
+        """``GET /v1/models/{id}``, by name or alias."""
+        wanted = request.path_params["id"]
+        cards = self._service.models()
+        for card in cards:
+            if wanted == card.id or wanted in card.aliases:
+                return JSONResponse(_card(card))
+        known = ", ".join(card.id for card in cards) or "none"
+        raise ModelNotFound(f"no model {wanted!r} is declared here; declared: {known}", param="model")
+
+    async def live(self, _: Request) -> Response:
+        """``GET /livez``: the loop answers."""
+        return JSONResponse({"status": "ok"})
+
+    async def ready(self, _: Request) -> Response:
+        """``GET /readyz``: a request sent now would be served."""
+        refuse_unready(self._service)
+        return JSONResponse({"status": "ok"})
+
+    async def status(self, _: Request) -> Response:
+        """``GET /v1/whisperd/status``"""
+        return JSONResponse(self._service.status())
+
+    async def reload(self, request: Request) -> Response:
+        """``POST /v1/whisperd/reload``: root and the daemon's own user may."""
+        refuse_stranger(request)
+        return JSONResponse(await self._service.reload())
+
+
+def refuse_unready(service: Service) -> None:
+    """Raises ModelLoading or Draining while no request is served."""
+    readiness = service.readiness()
+    if not readiness.ready:
+        kind = Draining if readiness.draining else ModelLoading
+        raise kind(readiness.reason or "not ready", retry_after_s=readiness.retry_after_s)
+
+
+def refuse_stranger(request: Request) -> None:
+    """Raises PeerNotAllowed unless the peer is root or the daemon's user. Who cannot be known is a stranger."""
+    found = request.scope["state"].get("peer")
+    if found is None:
+        raise PeerNotAllowed("this needs a connection over the Unix socket, where the kernel names the peer")
+    peer = Peer(*found)
+    allowed = (0, os.geteuid())
+    if peer.uid not in allowed:
+        raise PeerNotAllowed(f"uid {peer.uid} (process {peer.pid}) may not do this; try it as root or uid {allowed[1]}")
+
+
+def _card(card: ModelCard) -> dict[str, Any]:
+    return {
+        "id": card.id,
+        "object": "model",
+        "created": 0,
+        "owned_by": card.id.partition("/")[0],
+        "aliases": list(card.aliases),
+        "source": card.source,
+        "revision": card.revision,
+        "loaded": card.loaded,
+    }
+
+
+async def _router_error(request: Request, error: Exception) -> Response:
+    """What starlette's router says, in OpenAI's envelope."""
+    status = error.status_code if isinstance(error, HTTPException) else HTTPStatus.INTERNAL_SERVER_ERROR
+    headers: Mapping[str, str] = (error.headers if isinstance(error, HTTPException) else None) or {}
+    asked = f"{request.method} {request.url.path[:200]}"
+    if status == HTTPStatus.METHOD_NOT_ALLOWED:
+        message, code = f"{asked}: this route takes {headers.get('Allow', 'another method')}", "method_not_allowed"
+    else:
+        message, code = f"{asked}: no such route; try GET /v1/models or POST /v1/audio/transcriptions", "not_found"
+    return JSONResponse(
+        envelope(message, type="invalid_request_error", code=code), status_code=status, headers=dict(headers)
+    )

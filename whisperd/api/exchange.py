@@ -1,0 +1,125 @@
+"""What surrounds every request: its id, its line in the log, and the one place where errors become answers."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+import uuid
+from typing import Self
+from urllib.parse import quote
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import HTTPConnection
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from whisperd.api.answers import error_body, error_response
+from whisperd.errors import Draining, Error
+
+log = logging.getLogger(__name__)
+
+REQUEST_ID_CHARACTERS_MAX = 128
+CANCELLED_RETRY_AFTER_S = 2.0
+
+
+class Exchange:
+    """One request and its answer. Handlers fill in ``audio_s`` and ``model`` for the log."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.request_id = _request_id(Headers(scope=scope).get("x-request-id", ""))
+        self.audio_s: float | None = None
+        self.model: str | None = None
+        self.streaming = False
+        self._scope = scope
+        self._receive = receive
+        self._send = send
+        self._started_s = time.monotonic()
+        self._received_bytes = 0
+        self._status = 0
+        self._complete = False
+        scope.setdefault("state", {})["exchange"] = self
+
+    @classmethod
+    def of(cls, connection: HTTPConnection) -> Self:
+        """The exchange that a handler's request belongs to."""
+        found: Self = connection.scope["state"]["exchange"]
+        return found
+
+    @property
+    def wall_s(self) -> float:
+        """Time since the request's headers were there."""
+        return time.monotonic() - self._started_s
+
+    async def receive(self) -> Message:
+        """ASGI's receive; counts the body."""
+        message = await self._receive()
+        self._received_bytes += len(message.get("body", b""))
+        return message
+
+    async def send(self, message: Message) -> None:
+        """ASGI's send; adds the headers that every answer has."""
+        if message["type"] == "http.response.start":
+            self._status = message["status"]
+            headers = MutableHeaders(scope=message)
+            headers["x-request-id"] = self.request_id
+            headers["openai-processing-ms"] = str(round(self.wall_s * 1000))
+        else:
+            self._complete = not message.get("more_body", False)
+        await self._send(message)
+
+    async def fail(self, error: Error) -> None:
+        """Tells the client what went wrong, in whichever way is still possible."""
+        if not self._status:
+            await error_response(error)(self._scope, self.receive, self.send)
+        elif self.streaming and not self._complete:
+            frame = f"data: {json.dumps(error_body(error))}\n\n".encode()
+            await self.send({"type": "http.response.body", "body": frame})
+
+    def report(self) -> None:
+        """The line in the log; never what was said."""
+        log.info(
+            "%s %s %d in %.0f ms: %d bytes, %s s of audio, model %s, %s",
+            self._scope["method"],
+            quote(self._scope["path"]),
+            self._status,
+            self.wall_s * 1000,
+            self._received_bytes,
+            "-" if self.audio_s is None else f"{self.audio_s:.1f}",
+            self.model or "-",
+            self.request_id,
+        )
+
+
+class ExchangeMiddleware:
+    """The outermost layer of the application."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        exchange = Exchange(scope, receive, send)
+        try:
+            await self._answer(exchange, scope)
+        finally:
+            exchange.report()
+
+    async def _answer(self, exchange: Exchange, scope: Scope) -> None:
+        try:
+            await self._app(scope, exchange.receive, exchange.send)
+        except Error as error:
+            await exchange.fail(error)
+        except asyncio.CancelledError:  # the server does this to what outlives its drain, and to nothing else
+            await exchange.fail(Draining("the daemon stopped first", retry_after_s=CANCELLED_RETRY_AFTER_S))
+        except Exception:
+            log.exception("%s: unexpected error", exchange.request_id)
+            await exchange.fail(Error(f"internal error; the log of the daemon has more under {exchange.request_id}"))
+
+
+def _request_id(given: str) -> str:
+    usable = 0 < len(given) <= REQUEST_ID_CHARACTERS_MAX and given.isascii() and given.isprintable()
+    return given if usable else f"req_{uuid.uuid4().hex}"

@@ -1,0 +1,195 @@
+"""From the fields of a form to what is to be done. One table says which fields there are and what they take."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from dataclasses import fields as dataclass_fields
+from typing import Any, Literal, get_args
+
+from whisperd.decoding import Options
+from whisperd.errors import RequestError, UnsupportedParameter
+from whisperd.tokens import language_code
+from whisperd.transcript import Task
+
+ResponseFormat = Literal["json", "text", "srt", "verbose_json", "vtt"]
+
+FORMATS: tuple[str, ...] = get_args(ResponseFormat)
+BOOLEANS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
+CANDIDATES_MAX = 10  # beams or samples of one window: each costs its own decoder cache
+SHOWN_CHARACTERS = 80  # of a client's own words in a message
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parameters:
+    """What one request asks for. A ``model`` or ``vad_filter`` of None is left to the configuration."""
+
+    options: Options
+    response_format: ResponseFormat = "json"
+    model: str | None = None
+    vad_filter: bool | None = None
+    stream: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Field:
+    """How one field is read: ``read`` raises ValueError for text that is not what ``expects`` says."""
+
+    expects: str
+    read: Callable[[str], Any]
+    repeated: bool = False
+
+
+def parse_fields(form: Iterable[tuple[str, str]], task: Task, defaults: Options) -> Parameters:
+    """The parameters of a request; raises RequestError or UnsupportedParameter for the first field that is wrong.
+
+    A field without a value counts as absent: many clients send all of theirs.
+    """
+    given: dict[str, Any] = {}
+    for name, text in form:
+        base = _base_name(name)
+        field = _field(name, base)
+        if not text.strip():
+            continue
+        if field.repeated:
+            given[base] = (*given.get(base, ()), _value(name, field, text))
+        elif base in given:
+            raise RequestError(f"{base} is given twice", param=_cut(name))
+        else:
+            given[base] = _value(name, field, text)
+    return _parameters(given, replace(defaults, task=task))
+
+
+def _parameters(given: Mapping[str, Any], defaults: Options) -> Parameters:
+    options = replace(defaults, **{name: value for name, value in given.items() if name in OPTION_NAMES})
+    if given.get("temperature"):  # 0 means the ladder, as OpenAI documents it
+        options = replace(options, temperatures=(given["temperature"],))
+    if "word" in given.get("timestamp_granularities", ()):
+        options = replace(options, word_timestamps=True)
+        _need_verbose(given.get("response_format", "json"))
+    return Parameters(
+        options=options,
+        response_format=given.get("response_format", "json"),
+        model=given.get("model"),
+        vad_filter=given.get("vad_filter", True if "chunking_strategy" in given else None),
+        stream=given.get("stream", False),
+    )
+
+
+def _need_verbose(response_format: str) -> None:
+    if response_format != "verbose_json":
+        raise RequestError(
+            f"word timestamps need response_format=verbose_json, got {response_format}",
+            param="timestamp_granularities[]",
+        )
+
+
+def _base_name(name: str) -> str:
+    """``name[]`` and ``chunking_strategy[key]`` are ``name``: both are how clients write lists and objects."""
+    base, bracket, key = name.partition("[")
+    return base if bracket and (key == "]" or base in OBJECTS) else name
+
+
+def _field(name: str, base: str) -> Field:
+    if base in INSTEAD:
+        raise UnsupportedParameter(f"{_cut(name)!r} is not supported; {INSTEAD[base]}", param=_cut(name))
+    if base not in FIELDS:
+        near = difflib.get_close_matches(base, FIELDS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are: file, {', '.join(FIELDS)}"
+        raise RequestError(f"unknown field {_cut(name)!r}; {hint}", param=_cut(name))
+    return FIELDS[base]
+
+
+def _value(name: str, field: Field, text: str) -> Any:
+    try:
+        return field.read(text)
+    except ValueError as error:
+        raise RequestError(f"{_cut(name)} must be {field.expects}, got {_cut(text)!r}", param=_cut(name)) from error
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + "..."
+
+
+def _language(text: str) -> str | None:
+    return None if text.strip().lower() == "auto" else language_code(_cut(text))
+
+
+def _response_format(text: str) -> str:
+    if text == "diarized_json":
+        raise UnsupportedParameter(
+            "response_format diarized_json needs speaker labels, which whisperd does not make; "
+            "verbose_json has segments with times",
+            param="response_format",
+        )
+    return _one_of(FORMATS)(text)
+
+
+def _one_of(choices: Iterable[str]) -> Callable[[str], str]:
+    def read(text: str) -> str:
+        if text not in choices:
+            raise ValueError(text)
+        return text
+
+    return read
+
+
+def _boolean(text: str) -> bool:
+    value = BOOLEANS.get(text.strip().lower())
+    if value is None:
+        raise ValueError(text)
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if not 1 <= value <= CANDIDATES_MAX:
+        raise ValueError(text)
+    return value
+
+
+def _between(low: float, high: float) -> Callable[[str], float]:
+    def read(text: str) -> float:
+        value = float(text)
+        if not low <= value <= high:  # false for nan, too
+            raise ValueError(text)
+        return value
+
+    return read
+
+
+def _threshold(low: float, high: float) -> Callable[[str], float | None]:
+    number = _between(low, high)
+    return lambda text: None if text.strip().lower() == "none" else number(text)
+
+
+OPTION_NAMES = frozenset(field.name for field in dataclass_fields(Options))
+OBJECTS = frozenset({"chunking_strategy"})
+FIELDS: Mapping[str, Field] = {
+    "model": Field(expects="the name of a model", read=str.strip),
+    "language": Field(expects="a language code, an English name or 'auto'", read=_language),
+    "prompt": Field(expects="text", read=str),
+    "response_format": Field(expects=f"one of {', '.join(FORMATS)}", read=_response_format),
+    "temperature": Field(expects="a number from 0 to 1", read=_between(0.0, 1.0)),
+    "timestamp_granularities": Field(expects="'segment' or 'word'", read=_one_of(("segment", "word")), repeated=True),
+    "stream": Field(expects="true or false", read=_boolean),
+    "chunking_strategy": Field(expects="'auto' or an object", read=str, repeated=True),
+    "vad_filter": Field(expects="true or false", read=_boolean),
+    "beam_size": Field(expects=f"a whole number from 1 to {CANDIDATES_MAX}", read=_count),
+    "best_of": Field(expects=f"a whole number from 1 to {CANDIDATES_MAX}", read=_count),
+    "word_timestamps": Field(expects="true or false", read=_boolean),
+    "no_speech_threshold": Field(expects="a number from 0 to 1, or 'none'", read=_threshold(0.0, 1.0)),
+    "compression_ratio_threshold": Field(expects="a number from 0 to 100, or 'none'", read=_threshold(0.0, 100.0)),
+    "log_prob_threshold": Field(expects="a number from -100 to 0, or 'none'", read=_threshold(-100.0, 0.0)),
+}
+INSTEAD: Mapping[str, str] = {
+    "include": "whisperd gives no token log probabilities; response_format=verbose_json has avg_logprob for each "
+    "segment, and timestamp_granularities[]=word a probability for each word",
+    "known_speaker_names": "whisperd makes no speaker labels",
+    "known_speaker_references": "whisperd makes no speaker labels",
+    "languages": "give one 'language', or leave it out to have it detected",
+    "keywords": "put the words into 'prompt'",
+    "hotwords": "put the words into 'prompt'",
+    "initial_prompt": "it is called 'prompt' here",
+}

@@ -1,0 +1,105 @@
+"""What the HTTP interface needs of the daemon behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, NamedTuple, Protocol
+
+from whisperd.decoding import Options
+from whisperd.transcript import Segment, Transcript
+
+
+class Peer(NamedTuple):
+    """The process at the other end of a Unix socket, as the kernel names it."""
+
+    pid: int
+    uid: int
+    gid: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Readiness:
+    """Whether a request sent now would be served; if not, why, and when to ask again.
+
+    ``draining`` says that this daemon will not become ready any more.
+    """
+
+    ready: bool
+    reason: str = ""
+    retry_after_s: float = 1.0
+    draining: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelCard:
+    """A declared model as ``/v1/models`` shows it."""
+
+    id: str
+    aliases: tuple[str, ...] = ()
+    source: str = ""
+    revision: str | None = None
+    loaded: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One request for a transcription.
+
+    ``audio`` stands at its beginning and stays open until ``transcribe`` has ended. A ``model`` of None is the
+    default one; a ``vad_filter`` of None is what the configuration says. The callbacks may be called from any thread.
+    """
+
+    audio: BinaryIO
+    filename: str
+    model: str | None
+    options: Options
+    vad_filter: bool | None
+    request_id: str
+    on_segment: Callable[[Segment], None] = lambda _: None
+    on_progress: Callable[[float, float | None], None] = lambda _done_s, _total_s: None
+
+
+class Service(Protocol):
+    """The daemon as the HTTP interface sees it; every method is called on the event loop."""
+
+    def readiness(self) -> Readiness:
+        """Whether requests are served now."""
+        ...
+
+    def models(self) -> Sequence[ModelCard]:
+        """The declared models, the default one first."""
+        ...
+
+    def status(self) -> Mapping[str, object]:
+        """Figures for people, JSON-able."""
+        ...
+
+    def default_options(self) -> Options:
+        """How a request without parameters is decoded."""
+        ...
+
+    async def transcribe(self, job: Job) -> Transcript:
+        """Does the job; cancelling the task cancels the work, and ends only when the audio is no longer read."""
+        ...
+
+    async def reload(self) -> Mapping[str, object]:
+        """Reads the configuration again; raises Error when anything stays as it was."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ApiSettings:
+    """Limits of the HTTP interface.
+
+    ``upload_bytes`` caps one file, ``spool_bytes`` all files that are held at the same time. A stream that has
+    nothing to say sends a comment every ``keep_alive_s``. An upload that stands still for
+    ``upload_idle_s`` is given up.
+    """
+
+    spool_dir: Path
+    upload_bytes: int
+    spool_bytes: int
+    keep_alive_s: float = 15.0
+    upload_idle_s: float = 60.0

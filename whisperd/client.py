@@ -1,0 +1,278 @@
+"""The daemon as a command sees it: HTTP over its Unix socket, with nothing but the standard library."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import select
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from whisperd.errors import DaemonUnreachable, Error, RemoteError, RequestError, SocketPermissionError
+
+Json = dict[str, Any]
+OnEvent = Callable[[str, Json], None]
+
+HOST = "whisperd"  # HTTP wants a name; over a Unix socket nobody looks at it
+CHUNK_BYTES = 256 * 1024
+TRANSCRIPTIONS = "/v1/audio/transcriptions"
+TRANSLATIONS = "/v1/audio/translations"
+
+
+class Client:
+    """Talks to the daemon on one socket; each call is one connection.
+
+    Args:
+        socket_path: where the daemon listens.
+        timeout_s: the longest silence to bear; None waits for ever. A stream is never silent for more than a few
+            seconds while the daemon lives.
+
+    Every call raises DaemonUnreachable, SocketPermissionError, or RemoteError with what the daemon said.
+    """
+
+    def __init__(self, socket_path: Path, timeout_s: float | None = None) -> None:
+        self._path = socket_path
+        self._timeout_s = timeout_s
+
+    def status(self) -> Json:
+        """Figures for people."""
+        return self._call("GET", "/v1/whisperd/status")
+
+    def models(self) -> list[Json]:
+        """The declared models, the default one first."""
+        found: list[Json] = self._call("GET", "/v1/models")["data"]
+        return found
+
+    def ready(self) -> bool:
+        """Whether requests are served now; a daemon that still loads says no."""
+        try:
+            self._call("GET", "/readyz")
+        except RemoteError as error:
+            if error.status != http.client.SERVICE_UNAVAILABLE:
+                raise
+            return False
+        return True
+
+    def reload(self) -> Json:
+        """Makes the daemon read its configuration again; returns what changed."""
+        return self._call("POST", "/v1/whisperd/reload")
+
+    def transcribe(
+        self,
+        file: BinaryIO,
+        *,
+        filename: str,
+        fields: Mapping[str, str],
+        on_event: OnEvent,
+        translate: bool = False,
+    ) -> Json:
+        """Sends one file and listens; returns its ``verbose_json`` with ``x_whisperd``.
+
+        Args:
+            file: audio in any container, from its position on; a pipe is sent as it comes.
+            filename: for messages.
+            fields: form fields as in the HTTP API.
+            on_event: called with the type and the data of every event.
+            translate: into English.
+        """
+        form = _Form(file, filename, {**fields, "stream": "true"})
+        with closing(_Connection(self._path, self._timeout_s)) as connection:
+            connection.connect()
+            with self._translated():
+                form.send(connection, TRANSLATIONS if translate else TRANSCRIPTIONS)
+                response = _response(connection)
+            return self._listen(response, on_event)
+
+    def _call(self, method: str, path: str) -> Json:
+        with closing(_Connection(self._path, self._timeout_s)) as connection:
+            connection.connect()
+            with self._translated():
+                connection.request(method, path)
+                return _decoded(_response(connection).read())
+
+    def _listen(self, response: http.client.HTTPResponse, on_event: OnEvent) -> Json:
+        transcript: Json | None = None
+        while (event := self._next(response)) is not None:
+            if "error" in event:
+                raise _remote_error(response.status, json.dumps(event).encode())
+            kind = event.pop("type")
+            on_event(kind, event)  # what it raises is none of the daemon's doing, so it stands outside of _translated
+            if kind == "whisperd.transcript":
+                transcript = event
+        if transcript is None:
+            raise self._lost()
+        return transcript
+
+    def _next(self, response: http.client.HTTPResponse) -> Json | None:
+        with self._translated():
+            return _next_event(response)
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        """Tells trouble with the connection in terms of the daemon."""
+        try:
+            yield
+        except TimeoutError as error:
+            raise DaemonUnreachable(
+                f"the daemon at {self._path} said nothing for {self._timeout_s:g} s; see: journalctl -u whisperd"
+            ) from error
+        except (http.client.HTTPException, ConnectionError) as error:
+            raise self._lost() from error
+
+    def _lost(self) -> DaemonUnreachable:
+        return DaemonUnreachable(
+            f"the daemon at {self._path} closed the connection before it had answered; "
+            "it was stopped or died, see: journalctl -u whisperd"
+        )
+
+
+class _Connection(http.client.HTTPConnection):
+    def __init__(self, path: Path, timeout_s: float | None) -> None:
+        super().__init__(HOST, timeout=timeout_s)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        try:
+            self.sock.connect(os.fspath(self._path))
+        except PermissionError as error:
+            raise SocketPermissionError(
+                f"no permission to use {self._path}; its group may: ls -l {self._path} shows which"
+            ) from error
+        except OSError as error:
+            raise DaemonUnreachable(
+                f"no daemon answers at {self._path} ({error.strerror or error}); "
+                "start one: systemctl start whisperd, or: whisperd serve"
+            ) from error
+
+
+class _Form:
+    """A multipart form whose file is sent as it is read."""
+
+    def __init__(self, file: BinaryIO, filename: str, fields: Mapping[str, str]) -> None:
+        self._boundary = os.urandom(16).hex()
+        parts = [self._head(f'name="{_quoted(name)}"') + value.encode() + b"\r\n" for name, value in fields.items()]
+        self._before = b"".join(parts) + self._head(f'name="file"; filename="{_quoted(filename)}"')
+        self._after = f"\r\n--{self._boundary}--\r\n".encode()
+        self._file = file
+        self._filename = filename
+        self._file_bytes = _remaining_bytes(file)
+
+    def send(self, connection: http.client.HTTPConnection, path: str) -> None:
+        """Sends until everything is out or the daemon has answered, which it may do at any time."""
+        connection.putrequest("POST", path)
+        connection.putheader("Content-Type", f"multipart/form-data; boundary={self._boundary}")
+        connection.putheader("X-Whisperd-Events", "1")
+        chunked = self._file_bytes is None
+        if self._file_bytes is None:
+            connection.putheader("Transfer-Encoding", "chunked")
+        else:
+            connection.putheader("Content-Length", str(len(self._before) + self._file_bytes + len(self._after)))
+        try:
+            connection.endheaders()
+            for piece in self._pieces():
+                if _answered(connection):
+                    return
+                connection.send(_chunk(piece) if chunked else piece)
+            if chunked:
+                connection.send(_chunk(b""))
+        except (BrokenPipeError, ConnectionResetError):
+            return  # an answer that was sent before the connection was closed is still there to be read
+
+    def _head(self, disposition: str) -> bytes:
+        return f"--{self._boundary}\r\nContent-Disposition: form-data; {disposition}\r\n\r\n".encode()
+
+    def _pieces(self) -> Iterator[bytes]:
+        yield self._before
+        if self._file_bytes is None:
+            read = getattr(self._file, "read1", self._file.read)  # of a pipe, what is there now
+            yield from iter(lambda: read(CHUNK_BYTES), b"")
+        else:
+            yield from self._exactly(self._file_bytes)
+        yield self._after
+
+    def _exactly(self, n_bytes: int) -> Iterator[bytes]:
+        """What was promised: a file that grows meanwhile is cut, one that shrinks is an error."""
+        while n_bytes:
+            piece = self._file.read(min(CHUNK_BYTES, n_bytes))
+            if not piece:
+                raise RequestError(f"{self._filename} became shorter while it was being sent", param="file")
+            n_bytes -= len(piece)
+            yield piece
+
+
+def _remaining_bytes(file: BinaryIO) -> int | None:
+    if not file.seekable():
+        return None
+    start = file.tell()
+    end = file.seek(0, os.SEEK_END)
+    file.seek(start)
+    return end - start
+
+
+def _answered(connection: http.client.HTTPConnection) -> bool:
+    poll = select.poll()
+    poll.register(connection.sock, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+def _chunk(data: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+def _quoted(text: str) -> str:
+    """As browsers do it, so that no name can end its header."""
+    return text.replace('"', "%22").replace("\r", "%0D").replace("\n", "%0A")
+
+
+def _response(connection: http.client.HTTPConnection) -> http.client.HTTPResponse:
+    response = connection.getresponse()
+    if response.status != http.client.OK:
+        raise _remote_error(response.status, response.read())
+    return response
+
+
+def _next_event(response: http.client.HTTPResponse) -> Json | None:
+    """The data of the next event, which the daemon writes on one line; None at ``[DONE]``."""
+    for line in response:
+        name, _, value = line.rstrip(b"\r\n").partition(b": ")
+        if name == b"data":
+            return None if value == b"[DONE]" else _decoded(value)
+    raise http.client.IncompleteRead(b"")
+
+
+def _decoded(body: bytes) -> Json:
+    try:
+        decoded = json.loads(body)
+    except ValueError as error:
+        raise http.client.HTTPException("not JSON") from error
+    if not isinstance(decoded, dict):
+        raise http.client.HTTPException("not an object")
+    return decoded
+
+
+def _remote_error(status: int, body: bytes) -> RemoteError:
+    try:
+        error = json.loads(body)["error"]
+        message, code = str(error["message"]), str(error["code"])
+    except (ValueError, TypeError, KeyError):
+        message, code = f"the answer was HTTP {status}: {body[:200].decode(errors='replace')}", ""
+    return RemoteError(message, status=status, code=code, exit_code=_exit_code(status, code))
+
+
+def _exit_code(status: int, code: str) -> int:
+    """What the daemon's own error would have made its command exit with."""
+    known = {kind.code: kind.exit_code for kind in _kinds(Error)}
+    by_status = 2 if http.client.BAD_REQUEST <= status < http.client.INTERNAL_SERVER_ERROR else 1
+    return known.get(code, by_status)
+
+
+def _kinds(kind: type[Error]) -> Iterator[type[Error]]:
+    yield kind
+    for below in kind.__subclasses__():
+        yield from _kinds(below)
