@@ -2,4 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from whisperd.reconcile.library import download_model_if_needed
+
+__all__ = ["__version__", "download_model_if_needed"]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> object:
+    """Names that cost an import when they are used, and nothing before."""
+    if name == "download_model_if_needed":
+        from whisperd.reconcile.library import download_model_if_needed
+
+        return download_model_if_needed
+    raise AttributeError(f"module 'whisperd' has no attribute {name!r}")

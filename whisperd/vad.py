@@ -6,6 +6,7 @@ pieces of any size.
 
 from __future__ import annotations
 
+import os
 from importlib import resources
 
 import numpy as np
@@ -25,6 +26,8 @@ class SpeechDetector:
     """The loaded network; one may serve any number of streams in any threads."""
 
     def __init__(self) -> None:
+        # read by the library when it is imported; without it, it keeps a database of its own in the home directory
+        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
         import onnxruntime
 
         options = onnxruntime.SessionOptions()

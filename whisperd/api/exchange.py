@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 
 REQUEST_ID_CHARACTERS_MAX = 128
 CANCELLED_RETRY_AFTER_S = 2.0
+PROBES = frozenset({"/livez", "/readyz", "/healthz", "/health"})  # asked every few seconds, for ever
 
 
 class Exchange:
@@ -78,10 +79,12 @@ class Exchange:
 
     def report(self) -> None:
         """The line in the log; never what was said."""
-        log.info(
+        path = self._scope["path"]
+        log.log(
+            logging.DEBUG if path in PROBES else logging.INFO,
             "%s %s %d in %.0f ms: %d bytes, %s s of audio, model %s, %s",
             self._scope["method"],
-            quote(self._scope["path"]),
+            quote(path),
             self._status,
             self.wall_s * 1000,
             self._received_bytes,

@@ -10,7 +10,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from whisperd.errors import ModelLoading, ModelNotFound
@@ -24,23 +24,30 @@ OPENAI_NAMES = frozenset(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Served:
-    """A set of loaded models by name. ``aliases`` maps further names; the first model is the default."""
+    """The declared models by name, the default one first.
 
-    models: Mapping[str, LoadedModel] = field(default_factory=lambda: MappingProxyType({}))
+    ``aliases`` maps further names to them; ``models`` has those that are loaded.
+    """
+
+    names: tuple[str, ...] = ()
     aliases: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    models: Mapping[str, LoadedModel] = field(default_factory=lambda: MappingProxyType({}))
 
-    def find(self, name: str | None) -> LoadedModel:
-        """The model that a request names, or the default; raises ModelLoading or ModelNotFound."""
-        if not self.models:
+    def resolve(self, name: str | None) -> str:
+        """The declared name that a request means; raises ModelLoading or ModelNotFound."""
+        if not self.names:
             raise ModelLoading("no model is loaded yet", retry_after_s=2.0)
-        default = next(iter(self.models))
-        wanted = self.aliases.get(name, name) if name else default
-        if wanted in self.models:
-            return self.models[wanted]
+        wanted = self.aliases.get(name, name) if name else self.names[0]
+        if wanted in self.names:
+            return wanted
         if wanted in OPENAI_NAMES:
-            return self.models[default]
-        known = ", ".join([*self.models, *self.aliases])
+            return self.names[0]
+        known = ", ".join([*self.names, *self.aliases])
         raise ModelNotFound(f"no model {name!r} is served here; this daemon has: {known}", param="model")
+
+    def with_model(self, model: LoadedModel) -> Served:
+        """The same set with one more model loaded."""
+        return replace(self, models=MappingProxyType({**self.models, model.name: model}))
 
 
 class Registry:
@@ -51,6 +58,7 @@ class Registry:
         self._served = Served()
         self._holders: Counter[int] = Counter()
         self._leaving: dict[int, LoadedModel] = {}
+        self._closers: list[threading.Thread] = []
 
     @property
     def served(self) -> Served:
@@ -58,10 +66,12 @@ class Registry:
         return self._served
 
     @contextmanager
-    def lease(self, name: str | None) -> Iterator[LoadedModel]:
-        """A model that stays open until the block ends, whatever a reload does meanwhile."""
+    def lease(self, name: str) -> Iterator[LoadedModel]:
+        """A loaded model that stays open until the block ends, whatever a reload does meanwhile."""
         with self._lock:
-            model = self._served.find(name)
+            model = self._served.models.get(name)
+            if model is None:
+                raise ModelLoading(f"model {name!r} is not loaded yet", retry_after_s=2.0)
             self._holders[id(model)] += 1
         try:
             yield model
@@ -77,7 +87,13 @@ class Registry:
             idle = [model for model in old if not self._holders[id(model)]]
             self._leaving.update({id(model): model for model in old if self._holders[id(model)]})
         for model in idle:
-            model.batcher.close()
+            self._close(model)
+
+    def close(self) -> None:
+        """Forgets all models and waits until they are closed. Blocks."""
+        self.swap(Served())
+        for thread in self._closers:
+            thread.join()
 
     def _release(self, model: LoadedModel) -> None:
         with self._lock:
@@ -85,4 +101,10 @@ class Registry:
             last = not self._holders[id(model)]
             leaving = self._leaving.pop(id(model), None) if last else None
         if leaving is not None:
-            leaving.batcher.close()
+            self._close(leaving)
+
+    def _close(self, model: LoadedModel) -> None:
+        """Beside the caller, which may be the event loop: an engine first ends the batch that runs."""
+        thread = threading.Thread(target=model.batcher.close, name=f"close-{model.name}")
+        self._closers = [*(other for other in self._closers if other.is_alive()), thread]
+        thread.start()

