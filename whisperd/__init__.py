@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from whisperd.version import VERSION as __version__
+
 if TYPE_CHECKING:
     from whisperd.reconcile.library import download_model_if_needed
 
 __all__ = ["__version__", "download_model_if_needed"]
-__version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> object:

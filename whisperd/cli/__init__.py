@@ -7,7 +7,6 @@ import sys
 
 import click
 
-from whisperd import __version__
 from whisperd.cli.ask import models, reload, status
 from whisperd.cli.common import exit_code
 from whisperd.cli.config import config
@@ -16,6 +15,7 @@ from whisperd.cli.reconcile import reconcile
 from whisperd.cli.serve import serve
 from whisperd.cli.transcribe import transcribe
 from whisperd.errors import Cancelled, Error
+from whisperd.version import VERSION
 
 EXIT_CODES = """\b
 Exit codes:
@@ -26,7 +26,7 @@ Exit codes:
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]}, epilog=EXIT_CODES)
-@click.version_option(__version__, prog_name="whisperd")
+@click.version_option(VERSION, prog_name="whisperd")
 def cli() -> None:
     """Speech models declared in one file, kept true on disk, and served in batches from one socket."""
 

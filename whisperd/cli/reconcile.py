@@ -67,7 +67,8 @@ def reconcile(
         cache_dir=cache_dir.absolute() if cache_dir else store.cache_dir,
     )
     report = _reconcile(_chosen(loaded.config, wanted(loaded.config), names), store, as_json=as_json)
-    click.echo(json.dumps(report.as_dict()) if as_json else "\n".join(report.lines()))
+    for line in [json.dumps(report.as_dict())] if as_json else report.lines():
+        click.echo(line)
     sys.exit(report.exit_code)
 
 

@@ -13,13 +13,13 @@ from typing import Any
 import tomli
 from pydantic import ValidationError
 
-from whisperd import __version__
 from whisperd.config.catalog import options
 from whisperd.config.environment import expand, home
 from whisperd.config.options import DEFAULT_MODEL, Config
 from whisperd.config.problems import Keys, explain, key_text, lines_of
 from whisperd.config.toml import shown
 from whisperd.errors import ConfigError, Problem
+from whisperd.version import VERSION
 
 ADDOPTS_WORD = re.compile(r"--option=|--option$|-o")
 KEY = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
@@ -258,12 +258,12 @@ def _refusal(draft: Draft) -> Problem | None:
     from packaging.specifiers import InvalidSpecifier, SpecifierSet  # 30 ms that few files need
 
     try:
-        fits = SpecifierSet(wanted).contains(__version__, prereleases=True)
+        fits = SpecifierSet(wanted).contains(VERSION, prereleases=True)
     except InvalidSpecifier:
         return None
     if fits:
         return None
-    message = f"expects whisperd {wanted}, this is {__version__}"
+    message = f"expects whisperd {wanted}, this is {VERSION}"
     return Problem(where=draft.where(("requires",)), key="requires", message=message)
 
 

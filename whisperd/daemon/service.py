@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Literal
 
-from whisperd import __version__
 from whisperd.api import Job, ModelCard, Readiness
 from whisperd.config import Loaded, effective
 from whisperd.daemon.registry import Registry
@@ -20,6 +19,7 @@ from whisperd.decoding import Options
 from whisperd.errors import QueueFull
 from whisperd.pipeline import Listener, Transcription
 from whisperd.transcript import Transcript
+from whisperd.version import VERSION
 
 log = logging.getLogger(__name__)
 
@@ -124,7 +124,7 @@ class DaemonService:
         """Figures for people, JSON-able."""
         state = self._state
         return {
-            "version": __version__,
+            "version": VERSION,
             "pid": os.getpid(),
             "phase": state.phase,
             "note": state.note,

@@ -22,7 +22,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-import whisperd
 from whisperd.errors import Cancelled, HubError, StoreError
 from whisperd.hub.failures import KINDS
 
@@ -37,7 +36,7 @@ COMMAND = (
     "-P",
     "-c",
     "import runpy, sys; sys.path.append(sys.argv[1]); runpy.run_module('whisperd.hub.child', run_name='__main__')",
-    str(Path(whisperd.__file__).parent.parent),
+    str(Path(__file__).parents[2]),
 )
 
 Message = Mapping[str, Any]
