@@ -8,6 +8,7 @@ from importlib import resources
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.speech import Clip
 from whisperd.batcher import Batcher
@@ -17,6 +18,10 @@ from whisperd.tokens import Vocabulary
 from whisperd.vad import SpeechDetector
 
 DATA = Path(__file__).parent / "data"
+
+# how fast examples come is a matter of the machine and of what else runs on it
+settings.register_profile("whisperd", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("whisperd")
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from typing import Any
 from starlette.applications import Starlette
 from starlette.types import ASGIApp
 
-from whisperd.api import ApiSettings, Job, ModelCard, Readiness, create_app
+from whisperd.api import ApiSettings, Job, ModelCard, Readiness, ReconcileOrder, Tell, create_app
 from whisperd.decoding import Options
 from whisperd.errors import Error, ModelNotFound
 from whisperd.server import Server, ServerSettings, bind_unix
@@ -67,6 +67,7 @@ class FakeService:
         self.waits_last = False  # after the last segment
         self.jobs: list[Job] = []
         self.audio: list[bytes] = []
+        self.orders: list[ReconcileOrder] = []
         self.started = threading.Event()
         self.cancelled = threading.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -103,6 +104,13 @@ class FakeService:
         if self.reload_error is not None:
             raise self.reload_error
         return {"changed": []}
+
+    async def reconcile(self, order: ReconcileOrder, tell: Tell) -> dict[str, Any]:
+        self.orders.append(order)
+        if self.reload_error is not None:
+            raise self.reload_error
+        tell("whisperd.plan", {"lines": ["  = a", "No changes."]})
+        return {"exit_code": 0, "lines": []}
 
     def release(self) -> None:
         """Ends the waiting; from any thread."""

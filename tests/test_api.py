@@ -15,7 +15,7 @@ from typing import Any
 
 import httpx2
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from starlette.requests import Request
 
@@ -377,7 +377,6 @@ def received(chunks: Sequence[bytes], spool: Spool) -> Upload:
     return asyncio.run(receive_upload(request, spool, PATIENCE_S))
 
 
-@settings(deadline=None)  # the first call is slow on a busy machine
 @given(st.binary(min_size=1, max_size=60), st.lists(st.integers(1, 40), max_size=8))
 def test_a_form_may_arrive_in_any_pieces(data: bytes, sizes: list[int]) -> None:
     """However a form is cut on its way, and whatever the file holds, the same fields and bytes come out."""

@@ -6,7 +6,7 @@ import json
 import re
 from dataclasses import replace
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.service_fake import TEXT, TRANSCRIPT, segment
@@ -57,7 +57,6 @@ def transcripts(draw: st.DrawFn) -> Transcript:
     )
 
 
-@settings(deadline=None)  # the first call is slow on a busy machine
 @given(transcripts(), st.booleans())
 def test_verbose_json_and_back(transcript: Transcript, extended: bool) -> None:
     """A transcript survives the wire; without whisperd's own part it loses only what OpenAI has no place for."""
@@ -72,7 +71,6 @@ def test_verbose_json_and_back(transcript: Transcript, extended: bool) -> None:
         assert found.language == ("en" if transcript.task == "translate" else transcript.language)
 
 
-@settings(deadline=None)  # the first call is slow on a busy machine
 @given(transcripts())
 def test_subtitles_have_one_cue_per_spoken_segment(transcript: Transcript) -> None:
     """Whatever a segment says, it can neither end its cue nor begin another."""
@@ -84,7 +82,6 @@ def test_subtitles_have_one_cue_per_spoken_segment(transcript: Transcript) -> No
         assert all(sum(map(bool, CUE.findall(cue))) == 1 for cue in cues)
 
 
-@settings(deadline=None)  # the first call is slow on a busy machine
 @given(transcripts())
 def test_tables_and_lines_have_one_row_per_spoken_segment(transcript: Transcript) -> None:
     """txt has a line and tsv a row of three columns for each segment that says something."""

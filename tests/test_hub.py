@@ -32,7 +32,6 @@ def test_the_table_is_complete() -> None:
         (OSError(errno.ENOSPC, "No space left on device"), errors.DiskFull),
         (PermissionError(errno.EACCES, "Permission denied"), errors.CachePermissionError),
         (OSError("Consistency check failed: file should be of size 1"), errors.HubUnreachable),
-        (OSError("I/O error: Permission denied (os error 13)"), errors.CachePermissionError),
         (ConnectionResetError("reset"), errors.HubUnreachable),
         (TimeoutError("slow"), errors.HubUnreachable),
         (AssertionError("no sha"), errors.HubUnreachable),

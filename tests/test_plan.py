@@ -8,7 +8,7 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from whisperd.plan import FileState, ModelState, RemoteFile, Resolved, plan
+from whisperd.plan import FileState, ModelState, RemoteFile, Resolved, Room, plan
 from whisperd.sources import HubSource, PathSource
 
 COMMITS = ["a" * 40, "b" * 40]
@@ -59,7 +59,7 @@ def test_nothing_is_left_to_do(states: list[ModelState], force: bool) -> None:
 @given(st.lists(models(), max_size=5), st.integers(0, 3000))
 def test_what_does_not_fit_is_blocked(states: list[ModelState], free_bytes: int) -> None:
     """The bytes of all actions together fit on the disk, and lines can be printed for any plan."""
-    found = plan(states, free_bytes=free_bytes)
+    found = plan(states, room=Room(free_bytes=free_bytes))
     assert found.bytes <= free_bytes
     assert len(found.lines()) == len(states) + 1
 
@@ -96,7 +96,7 @@ def test_words() -> None:
         ),
         ModelState(name="dir", source=PathSource(path=Path("/m"))),
     ]
-    assert plan(states, free_bytes=10**9).lines() == [
+    assert plan(states, room=Room(free_bytes=10**9)).lines() == [
         "  + o/new    main@aaaaaaa  4 files, 1.1 kB",
         "  = o/kept   main@aaaaaaa  complete, verified",
         "  ~ o/moved  main bbbbbbb -> aaaaaaa  1 of 4 files, 1.0 kB",

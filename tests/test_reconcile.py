@@ -19,7 +19,7 @@ from tests.loopback_hub import BAD_TOKEN, HubRepo, LoopbackHub, git_sha1, servin
 from whisperd import errors
 from whisperd.plan import CachePlan
 from whisperd.reconcile import Progress, Report, Settings, reconcile, snapshots_without_network
-from whisperd.reconcile.cache import one_writer, preflight
+from whisperd.reconcile.disk import one_writer, preflight
 from whisperd.sources import Wanted, parse
 
 NAME = "org/model"
@@ -89,10 +89,8 @@ def test_cold(hub: LoopbackHub, repo: HubRepo, settings: Settings) -> None:
     }
     assert ref(settings) == repo.refs["main"] == path.name
     assert plans[0].lines()[0] == f"  + org/model  main@{path.name[:7]}  4 files, 300.8 kB"
-    assert progress[-1].done_bytes == progress[-1].total_bytes == report.results[0].fetched_bytes
-    assert not (settings.cache_dir / ".whisperd/staging").exists() or not any(
-        (settings.cache_dir / ".whisperd/staging").rglob("*.incomplete")
-    )
+    assert progress[-1].model.done_bytes == progress[-1].model.total_bytes == report.results[0].fetched_bytes
+    assert not (settings.cache_dir / ".whisperd/staging").exists()
     assert not any("README" in request for request in hub.requests)
 
 
@@ -395,7 +393,7 @@ def test_cancel(hub: LoopbackHub, settings: Settings) -> None:
     assert not any(settings.cache_dir.glob("models--*"))
     hub.faults.clear()
     assert run(settings).exit_code == 0
-    assert list((settings.cache_dir / ".whisperd").rglob("*.incomplete")) == []
+    assert not (settings.cache_dir / ".whisperd/staging").exists()
 
 
 @pytest.mark.usefixtures("repo")

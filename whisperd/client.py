@@ -61,6 +61,20 @@ class Client:
         """Makes the daemon read its configuration again; returns what changed."""
         return self._call("POST", "/v1/whisperd/reload")
 
+    def reconcile(self, order: Mapping[str, Any], on_event: OnEvent) -> Json:
+        """Makes the daemon work on its cache; returns its report.
+
+        Args:
+            order: ``check``, ``force``, ``verify``, ``update``, ``prune``, ``models``.
+            on_event: hears ``whisperd.plan`` and ``whisperd.progress``.
+        """
+        with closing(_Connection(self._path, self._timeout_s)) as connection:
+            connection.connect()
+            with self._translated():
+                connection.request("POST", "/v1/whisperd/reconcile", json.dumps(order))
+                response = _response(connection)
+            return self._listen(response, on_event, last="whisperd.report")
+
     def transcribe(
         self,
         file: BinaryIO,
@@ -85,7 +99,7 @@ class Client:
             with self._translated():
                 form.send(connection, TRANSLATIONS if translate else TRANSCRIPTIONS)
                 response = _response(connection)
-            return self._listen(response, on_event)
+            return self._listen(response, on_event, last="whisperd.transcript")
 
     def _call(self, method: str, path: str) -> Json:
         with closing(_Connection(self._path, self._timeout_s)) as connection:
@@ -94,18 +108,18 @@ class Client:
                 connection.request(method, path)
                 return _decoded(_response(connection).read())
 
-    def _listen(self, response: http.client.HTTPResponse, on_event: OnEvent) -> Json:
-        transcript: Json | None = None
+    def _listen(self, response: http.client.HTTPResponse, on_event: OnEvent, *, last: str) -> Json:
+        found: Json | None = None
         while (event := self._next(response)) is not None:
             if "error" in event:
                 raise _remote_error(response.status, json.dumps(event).encode())
             kind = event.pop("type")
             on_event(kind, event)  # what it raises is none of the daemon's doing, so it stands outside of _translated
-            if kind == "whisperd.transcript":
-                transcript = event
-        if transcript is None:
+            if kind == last:
+                found = event
+        if found is None:
             raise self._lost()
-        return transcript
+        return found
 
     def _next(self, response: http.client.HTTPResponse) -> Json | None:
         with self._translated():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -18,6 +18,8 @@ NEEDS_NO_BYTES = frozenset({"ok", "unlinked"})
 DAMAGED = frozenset({"wrong_size", "wrong_hash", "not_a_link"})
 SIGNS: Mapping[Kind, str] = {"ok": "=", "download": "+", "update": "~", "repair": "!", "blocked": "x"}
 SHORT_COMMIT_CHARS = 7
+INODES_PER_FILE = 3  # a blob, the link to it, and now and then a directory
+FORCED = "forced"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +40,70 @@ class Resolved:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Room:
+    """What the disk can still take; None where nobody could say, or where nothing is set.
+
+    ``quota_bytes`` is what is left of ``max_cache_bytes``.
+    """
+
+    free_bytes: int | None = None
+    free_inodes: int | None = None
+    quota_bytes: int | None = None
+
+    def refusal(self, action: Action) -> str:
+        """Why the files of an action do not fit; empty if they do. Old and new files are there together for a while."""
+        n_inodes = INODES_PER_FILE * len(action.files)
+        if self.free_bytes is not None and action.bytes > self.free_bytes:
+            return f"disk full: {size(action.bytes)} to fetch, room for {size(max(0, self.free_bytes))}"
+        if self.free_inodes is not None and n_inodes > self.free_inodes:
+            return f"disk full: {count(n_inodes, 'inode')} needed, {max(0, self.free_inodes)} free"
+        if self.quota_bytes is not None and action.bytes > self.quota_bytes:
+            left = size(max(0, self.quota_bytes))
+            return f"over max_cache_bytes: {size(action.bytes)} to fetch, {left} left; raise it, or --prune"
+        return ""
+
+    def without(self, action: Action) -> Room:
+        """What is left when the action was done."""
+        return Room(
+            free_bytes=None if self.free_bytes is None else self.free_bytes - action.bytes,
+            free_inodes=None if self.free_inodes is None else self.free_inodes - INODES_PER_FILE * len(action.files),
+            quota_bytes=None if self.quota_bytes is None else self.quota_bytes - action.bytes,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RepoContents:
+    """One repository of the cache as it lies on the disk.
+
+    Args:
+        repo: ``owner/name``.
+        snapshots: the blobs that each commit leads to.
+        refs: branch or tag to commit.
+        blob_bytes: size of each blob.
+        owned: commits that whisperd itself has fetched.
+        in_use: commits that a running daemon serves.
+    """
+
+    repo: str
+    snapshots: Mapping[str, frozenset[str]]
+    refs: Mapping[str, str] = field(default_factory=dict)
+    blob_bytes: Mapping[str, int] = field(default_factory=dict)
+    owned: frozenset[str] = frozenset()
+    in_use: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Removal:
+    """A commit that nobody declares any more, with the refs and blobs that go with it."""
+
+    repo: str
+    commit: str
+    refs: tuple[str, ...] = ()
+    blobs: tuple[str, ...] = ()
+    bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelState:
     """One model: what it should be and what was found.
 
@@ -47,6 +113,7 @@ class ModelState:
         target: the commit it should be at; None if that could not be found out, or the source has no commits.
         current_commit: the commit that serves now, by the record or the ref of the branch.
         files: state of each file of the target, by path.
+        part_bytes: what an earlier, broken off download has left of a file, by path.
         ref_ok: whether the ref that other tools follow names the target.
         problem: why nothing can be done; empty if something can.
     """
@@ -56,13 +123,14 @@ class ModelState:
     target: Resolved | None = None
     current_commit: str | None = None
     files: Mapping[str, FileState] = field(default_factory=dict)
+    part_bytes: Mapping[str, int] = field(default_factory=dict)
     ref_ok: bool = True
     problem: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Action:
-    """What happens to one model; ``files`` are those to fetch."""
+    """What happens to one model; ``files`` are those to fetch, of which ``part_bytes`` are here already."""
 
     kind: Kind
     name: str
@@ -72,25 +140,36 @@ class Action:
     to_commit: str | None = None
     files: tuple[RemoteFile, ...] = ()
     file_count: int = 0
+    part_bytes: int = 0
     reason: str = ""
+
+    @property
+    def total_bytes(self) -> int:
+        """Size of the files that are fetched."""
+        return sum(file.size_bytes for file in self.files)
 
     @property
     def bytes(self) -> int:
         """Bytes to fetch."""
-        return sum(file.size_bytes for file in self.files)
+        return self.total_bytes - self.part_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CachePlan:
-    """One action for each model; ``free_bytes`` is None where nobody could say."""
+    """One action for each model, and what is not declared any more; that goes only with ``prune``.
+
+    ``free_bytes`` is None where nobody could say.
+    """
 
     actions: tuple[Action, ...]
+    removals: tuple[Removal, ...] = ()
+    prune: bool = False
     free_bytes: int | None = None
 
     @property
     def pending(self) -> bool:
         """Whether the cache differs from what is declared."""
-        return any(action.kind != "ok" for action in self.actions)
+        return any(action.kind != "ok" for action in self.actions) or (self.prune and bool(self.removals))
 
     @property
     def bytes(self) -> int:
@@ -99,17 +178,20 @@ class CachePlan:
 
     def lines(self) -> list[str]:
         """The plan for people: a line for each model, and a summary."""
-        repo_chars = max((len(action.repo) for action in self.actions), default=0)
-        return [*(_line(action, repo_chars) for action in self.actions), self._summary()]
+        repos = [action.repo for action in self.actions] + [removal.repo for removal in self.removals]
+        repo_chars = max(map(len, repos), default=0)
+        gone = [_removal_line(removal, repo_chars, self.prune) for removal in self.removals]
+        return [*(_line(action, repo_chars) for action in self.actions), *gone, self._summary()]
 
     def _summary(self) -> str:
         if not self.pending:
             return f"No changes. The cache matches the {count(len(self.actions), 'declared model')}."
         kinds = Counter(action.kind for action in self.actions)
         todo = ", ".join(f"{kinds[kind]} to {kind}" for kind in ("download", "update", "repair"))
+        removed = f", {len(self.removals)} to remove" if self.prune and self.removals else ""
         blocked = f", {kinds['blocked']} blocked" if kinds["blocked"] else ""
         free = "" if self.free_bytes is None else f", {size(self.free_bytes)} free"
-        return f"Plan: {todo}{blocked}; {size(self.bytes)} to fetch{free}."
+        return f"Plan: {todo}{removed}{blocked}; {size(self.bytes)} to fetch{free}."
 
 
 def select_files(files: Iterable[RemoteFile]) -> tuple[RemoteFile, ...]:
@@ -119,25 +201,60 @@ def select_files(files: Iterable[RemoteFile]) -> tuple[RemoteFile, ...]:
 
 
 def plan(
-    states: Sequence[ModelState], *, force: bool = False, free_bytes: int | None = None, margin_bytes: int = 0
+    states: Sequence[ModelState],
+    *,
+    force: bool = False,
+    room: Room | None = None,
+    contents: Sequence[RepoContents] = (),
+    prune: bool = False,
 ) -> CachePlan:
     """What has to be done.
 
     Args:
         states: every model, in the order of their declaration.
         force: fetch every file anew.
-        free_bytes: room on the disk; a model that does not fit any more is blocked.
-        margin_bytes: room that has to be left.
+        room: what the disk can take; a model that does not fit any more is blocked.
+        contents: the repositories in which whisperd has something that may be no longer wanted.
+        prune: remove that.
     """
-    room_bytes = None if free_bytes is None else free_bytes - margin_bytes
-    actions = []
+    room = room or Room()
+    left, actions = room, []
     for state in states:
         action = _action(state, force)
-        if room_bytes is not None and action.bytes:
-            action = _within(action, room_bytes)
-            room_bytes -= action.bytes
+        if action.files and (reason := left.refusal(action)):
+            action = replace(action, kind="blocked", files=(), part_bytes=0, reason=reason)
+        left = left.without(action)
         actions.append(action)
-    return CachePlan(actions=tuple(actions), free_bytes=free_bytes)
+    wanted = frozenset(pair for state in states for pair in _wanted(state))
+    removals = tuple(removal for repo in contents for removal in removed_from(repo, wanted))
+    return CachePlan(actions=tuple(actions), removals=removals, prune=prune, free_bytes=room.free_bytes)
+
+
+def removed_from(contents: RepoContents, wanted: Set[tuple[str, str]]) -> tuple[Removal, ...]:
+    """The commits of a repository that can go: fetched by whisperd, not in ``wanted`` (repository, commit), not in use.
+
+    A blob goes with the last snapshot that leads to it, whoever has made that snapshot.
+    """
+    doomed = sorted(
+        commit
+        for commit in contents.owned & contents.snapshots.keys()
+        if (contents.repo, commit) not in wanted and commit not in contents.in_use
+    )
+    kept = {blob for commit, blobs in contents.snapshots.items() if commit not in doomed for blob in blobs}
+    removals = []
+    for commit in doomed:
+        blobs = tuple(sorted(contents.snapshots[commit] - kept))
+        kept.update(blobs)  # gone with this one
+        removals.append(
+            Removal(
+                repo=contents.repo,
+                commit=commit,
+                refs=tuple(sorted(ref for ref, named in contents.refs.items() if named == commit)),
+                blobs=blobs,
+                bytes=sum(contents.blob_bytes.get(blob, 0) for blob in blobs),
+            )
+        )
+    return tuple(removals)
 
 
 def size(size_bytes: int) -> str:
@@ -168,11 +285,13 @@ def _action(state: ModelState, force: bool) -> Action:
     if state.target is None:
         return replace(action, reason="complete")
     kind, reason = _verdict(state, state.target, force)
+    files = tuple(_to_fetch(state, state.target, force))
     return replace(
         action,
         kind=kind,
         to_commit=state.target.commit,
-        files=tuple(_to_fetch(state, state.target, force)),
+        files=files,
+        part_bytes=sum(min(state.part_bytes.get(file.path, 0), file.size_bytes) for file in files),
         file_count=len(state.target.files),
         reason=reason,
     )
@@ -196,7 +315,7 @@ def _verdict(state: ModelState, target: Resolved, force: bool) -> tuple[Kind, st
     if state.current_commit not in (None, target.commit):
         return "update", f"{short(state.current_commit)} -> {short(target.commit)}"
     if force:
-        return "download", "forced"
+        return "download", FORCED
     if state.current_commit is None and not any(found in DAMAGED for found in states.values()):
         done = all(found == "ok" for found in states.values()) and state.ref_ok
         return ("ok", "complete, verified") if done else ("download", "not in the cache")
@@ -206,15 +325,24 @@ def _verdict(state: ModelState, target: Resolved, force: bool) -> tuple[Kind, st
     return ("repair", ", ".join(flaws)) if flaws else ("ok", "complete, verified")
 
 
-def _within(action: Action, room_bytes: int) -> Action:
-    if action.bytes <= room_bytes:
-        return action
-    reason = f"disk full: {size(action.bytes)} to fetch, room for {size(max(0, room_bytes))}"
-    return replace(action, kind="blocked", files=(), reason=reason)
+def _wanted(state: ModelState) -> Iterator[tuple[str, str]]:
+    """The commits that a model needs: its target; while that is unknown, what it has."""
+    if not isinstance(state.source, HubSource):
+        return
+    if state.source.is_pinned:
+        yield state.source.repo_id, state.source.revision
+    if commit := state.target.commit if state.target else state.current_commit:
+        yield state.source.repo_id, commit
 
 
 def _line(action: Action, repo_chars: int) -> str:
     return f"  {SIGNS[action.kind]} {action.repo:<{repo_chars}}  {_where(action)}{_what(action)}".rstrip()
+
+
+def _removal_line(removal: Removal, repo_chars: int, prune: bool) -> str:
+    kept = "" if prune else " (kept; --prune removes it)"
+    place = f"{', '.join(removal.refs) or 'commit'}@{short(removal.commit)}"
+    return f"  - {removal.repo:<{repo_chars}}  {place}  not declared, {size(removal.bytes)}{kept}"
 
 
 def _where(action: Action) -> str:
@@ -240,7 +368,7 @@ def _what(action: Action) -> str:
         case "repair":
             return f"repair: {action.reason}; {_amount(action)}"
         case "download" | "update":
-            return _amount(action)
+            return f"{'forced: ' if action.reason == FORCED else ''}{_amount(action)}"
 
 
 def _amount(action: Action) -> str:
@@ -249,4 +377,5 @@ def _amount(action: Action) -> str:
         return "nothing to fetch"
     total = count(action.file_count, "file")
     some = len(action.files) < action.file_count
-    return f"{f'{len(action.files)} of {total}' if some else total}, {size(action.bytes)}"
+    rest = f" ({size(action.part_bytes)} of it are here from before)" if action.part_bytes else ""
+    return f"{f'{len(action.files)} of {total}' if some else total}, {size(action.bytes)}{rest}"

@@ -120,13 +120,15 @@ def locate(source: PathSource | PackageSource) -> Path:
 def check_model_dir(path: Path) -> None:
     """Raises SourceError unless the directory holds a Whisper model in one of the two formats."""
     try:
-        names = [entry.name for entry in path.iterdir() if entry.is_file()]
+        size_bytes = {entry.name: entry.stat().st_size for entry in path.iterdir() if entry.is_file()}
     except OSError as error:
         raise SourceError(f"{path}: {error.strerror}; expected a directory with a Whisper model") from error
     try:
-        needed_files(names)
+        needed = needed_files(size_bytes)
     except SourceError as error:
         raise SourceError(f"{path}: {error}") from error
+    if empty := [name for name in needed if not size_bytes[name]]:
+        raise SourceError(f"{path}: {', '.join(empty)} is empty; copy the model again")
 
 
 def needed_files(names: Iterable[str]) -> tuple[str, ...]:

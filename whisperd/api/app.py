@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
@@ -18,11 +17,13 @@ from starlette.types import Receive, Scope, Send
 from whisperd.api.answers import envelope, transcript_response
 from whisperd.api.exchange import Exchange, ExchangeMiddleware
 from whisperd.api.params import parse_fields
-from whisperd.api.service import ApiSettings, Job, ModelCard, Peer, Service
+from whisperd.api.peers import refuse_stranger
+from whisperd.api.service import ApiSettings, Job, ModelCard, Service
 from whisperd.api.spool import Spool
+from whisperd.api.store import Reconcile
 from whisperd.api.streaming import stream, while_connected
 from whisperd.api.upload import Upload, receive_upload
-from whisperd.errors import Draining, ModelLoading, ModelNotFound, PeerNotAllowed
+from whisperd.errors import Draining, ModelLoading, ModelNotFound
 from whisperd.transcript import Task
 
 EVENTS_HEADER = "x-whisperd-events"  # a client that sends "1" knows whisperd's own events
@@ -40,6 +41,7 @@ def create_app(service: Service, settings: ApiSettings) -> Starlette:
             Route("/v1/models/{id:path}", routes.model),
             Route("/v1/whisperd/status", routes.status),
             Route("/v1/whisperd/reload", routes.reload, methods=["POST"]),
+            Route("/v1/whisperd/reconcile", Reconcile(service, settings.keep_alive_s), methods=["POST"]),
             Route("/livez", routes.live),
             *(Route(path, routes.ready) for path in ("/readyz", "/healthz", "/health")),
         ],
@@ -145,17 +147,6 @@ def refuse_unready(service: Service) -> None:
     if not readiness.ready:
         kind = Draining if readiness.draining else ModelLoading
         raise kind(readiness.reason or "not ready", retry_after_s=readiness.retry_after_s)
-
-
-def refuse_stranger(request: Request) -> None:
-    """Raises PeerNotAllowed unless the peer is root or the daemon's user. Who cannot be known is a stranger."""
-    found = request.scope["state"].get("peer")
-    if found is None:
-        raise PeerNotAllowed("this needs a connection over the Unix socket, where the kernel names the peer")
-    peer = Peer(*found)
-    allowed = (0, os.geteuid())
-    if peer.uid not in allowed:
-        raise PeerNotAllowed(f"uid {peer.uid} (process {peer.pid}) may not do this; try it as root or uid {allowed[1]}")
 
 
 def _card(card: ModelCard) -> dict[str, Any]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, Protocol
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 from whisperd.decoding import Options
 from whisperd.transcript import Segment, Transcript
+
+Tell = Callable[[str, Mapping[str, Any]], None]
 
 
 class Peer(NamedTuple):
@@ -61,6 +63,18 @@ class Job:
     on_progress: Callable[[float, float | None], None] = lambda _done_s, _total_s: None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReconcileOrder:
+    """What a client asks of the cache; ``models`` of None means all that are declared."""
+
+    check: bool = False
+    force: bool = False
+    verify: bool = False
+    update: bool = False
+    prune: bool = False
+    models: tuple[str, ...] | None = None
+
+
 class Service(Protocol):
     """The daemon as the HTTP interface sees it; every method is called on the event loop."""
 
@@ -86,6 +100,13 @@ class Service(Protocol):
 
     async def reload(self) -> Mapping[str, object]:
         """Reads the configuration again; raises Error when anything stays as it was."""
+        ...
+
+    async def reconcile(self, order: ReconcileOrder, tell: Tell) -> dict[str, Any]:
+        """Works on the cache and returns the report, JSON-able; ``tell`` may be called from any thread.
+
+        Cancelling the task ends the work at once, and nothing is half done.
+        """
         ...
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -94,7 +94,25 @@ async def stream(service: Service, job: Job, exchange: Exchange, *, extended: bo
     """
     feed = Feed()
     teller = Teller(feed, extended=extended)
-    work = asyncio.create_task(service.transcribe(teller.hooked(job)))
+    return await send_events(
+        feed,
+        service.transcribe(teller.hooked(job)),
+        exchange,
+        keep_alive_s=keep_alive_s,
+        last=lambda transcript: teller.last(transcript, exchange.wall_s),
+    )
+
+
+async def send_events(
+    feed: Feed,
+    doing: Coroutine[Any, Any, T],
+    exchange: Exchange,
+    *,
+    keep_alive_s: float,
+    last: Callable[[T], bytes],
+) -> T:
+    """Does the work, sends what it puts into ``feed``, and at the end ``last`` of its result."""
+    work = asyncio.create_task(doing)
     work.add_done_callback(feed.end)
     try:
         frame = await feed.next(keep_alive_s)
@@ -105,9 +123,9 @@ async def stream(service: Service, job: Job, exchange: Exchange, *, extended: bo
         while frame is not None:
             await exchange.send({"type": "http.response.body", "body": frame, "more_body": True})
             frame = await feed.next(keep_alive_s)
-        transcript = work.result()
-        await exchange.send({"type": "http.response.body", "body": teller.last(transcript, exchange.wall_s)})
-        return transcript
+        result = work.result()
+        await exchange.send({"type": "http.response.body", "body": last(result)})
+        return result
     finally:
         await _ended(work)
 

@@ -55,10 +55,10 @@ def client(socket_file: Path | None, config_file: Path | None, overrides: Sequen
     """A client of the daemon that the options point to."""
     from whisperd.client import Client
 
-    return Client(socket_file or _socket_path(config_file, overrides), timeout_s)
+    return Client(socket_file or daemon_socket(config_file, overrides), timeout_s)
 
 
-def _socket_path(config_file: Path | None, overrides: Sequence[str]) -> Path:
+def daemon_socket(config_file: Path | None, overrides: Sequence[str]) -> Path:
     """Where the daemon should be. The system's own is looked for where this user runs none."""
     from whisperd.config import socket_path
 

@@ -1,4 +1,4 @@
-"""``whisperd reconcile``: bring the cache into the declared state, now."""
+"""``whisperd reconcile``: bring the cache into the declared state, now; by the daemon where one owns that cache."""
 
 from __future__ import annotations
 
@@ -7,25 +7,28 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from whisperd.cli.common import config_options, read_config
-from whisperd.errors import UsageError
+from whisperd.cli.bars import bars
+from whisperd.cli.common import config_options, daemon_socket, read_config
+from whisperd.errors import DaemonUnreachable, UsageError
 
 if TYPE_CHECKING:
-    from tqdm import tqdm
-
+    from whisperd.client import Client
     from whisperd.config import Config
     from whisperd.plan import CachePlan
     from whisperd.reconcile import Progress, Report, Settings
     from whisperd.sources import Wanted
+
+ANSWER_TIMEOUT_S = 5.0
+SILENCE_TIMEOUT_S = 120.0  # the daemon sends a comment every few seconds
 
 
 @click.command()
@@ -36,51 +39,126 @@ if TYPE_CHECKING:
 @click.option("--force", is_flag=True, help="Fetch every file anew.")
 @click.option("--verify", is_flag=True, help="Hash every file, not only those that changed.")
 @click.option("--update", is_flag=True, help="Move to the newest commit of each branch.")
+@click.option("--prune", is_flag=True, help="Remove what whisperd has fetched and nobody declares any more.")
 @click.option("-m", "--model", "names", multiple=True, help="Only this model, declared or any reference; repeatable.")
 @click.option("--cache-dir", type=click.Path(path_type=Path, file_okay=False), help="Another cache.")
+@click.option(
+    "--export", "export_dir", type=click.Path(path_type=Path, file_okay=False), help="Then copy the models to DIR."
+)
+@click.option(
+    "--import",
+    "import_dir",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    help="Take the models from DIR, where --export has put them, and not from the Hub.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def reconcile(
     config_file: Path | None,
     overrides: Sequence[str],
-    check: bool,
-    force: bool,
-    verify: bool,
-    update: bool,
     names: tuple[str, ...],
     cache_dir: Path | None,
+    export_dir: Path | None,
+    import_dir: Path | None,
     as_json: bool,
+    **flags: bool,
 ) -> None:
     """Make the local cache agree with the configuration.
 
     The plan is printed, then done: fetch, verify, switch. Other tools see the old files or the new ones, never half.
+    A daemon that works on the same cache is asked to do it, and switches to what is new.
     """
     from whisperd.daemon.settings import store_settings, wanted
 
+    if flags["prune"] and names:
+        raise UsageError("--prune looks at everything that is declared; leave out -m")
     loaded = read_config(config_file, overrides)
     store = store_settings(loaded.config, os.environ)
+    models = _chosen(loaded.config, wanted(loaded.config), names)
+    alone = bool(overrides or cache_dir or export_dir or import_dir)
+    if not alone and (daemon := _daemon_of(store.cache_dir, config_file)) is not None:
+        _ask(daemon, {**flags, "models": [_reference_of(model) for model in models] if names else None}, as_json)
     store = replace(
         store,
-        check=check,
-        force=force or store.force,
-        verify=verify or store.verify,
-        update=update,
+        check=flags["check"],
+        force=flags["force"] or store.force,
+        verify=flags["verify"] or store.verify,
+        update=flags["update"],
+        prune=(flags["prune"] or store.prune) and not names,
         cache_dir=cache_dir.absolute() if cache_dir else store.cache_dir,
+        import_dir=import_dir,
     )
-    report = _reconcile(_chosen(loaded.config, wanted(loaded.config), names), store, as_json=as_json)
-    for line in [json.dumps(report.as_dict())] if as_json else report.lines():
-        click.echo(line)
+    report = _do(models, store, as_json=as_json)
+    _tell(json.dumps(report.as_dict()) if as_json else report.lines())
+    if export_dir is not None and report.exit_code == 0 and not flags["check"]:
+        _export(models, store, export_dir)
     sys.exit(report.exit_code)
 
 
-def _reconcile(models: Sequence[Wanted], store: Settings, *, as_json: bool) -> Report:
+def _do(models: Sequence[Wanted], store: Settings, *, as_json: bool) -> Report:
+    """In this process, and as the owner of the cache."""
+    from whisperd.reconcile import become_owner
     from whisperd.reconcile import reconcile as run
 
     def on_plan(plan: CachePlan) -> None:
         if not as_json:
-            click.echo("\n".join(plan.lines()))
+            _tell(plan.lines())
 
-    with _interruptible() as cancel, _progress() as on_progress:
+    become_owner(store.cache_dir)
+    with _interruptible() as cancel, bars() as shown:
+
+        def on_progress(progress: Progress) -> None:
+            model, all_ = progress.model, progress.run
+            shown.show(
+                progress.name,
+                (model.done_bytes, model.total_bytes),
+                (all_.done_bytes, all_.total_bytes),
+                progress.n_models,
+            )
+
         return run(models, store, on_plan=on_plan, on_progress=on_progress, cancel=cancel)
+
+
+def _export(models: Sequence[Wanted], store: Settings, directory: Path) -> None:
+    from whisperd.reconcile import export
+
+    for path in export(models, store, directory.absolute()):
+        click.echo(f"exported to {path}")
+
+
+def _daemon_of(cache_dir: Path, config_file: Path | None) -> Client | None:
+    """A daemon that answers and works on this cache."""
+    from whisperd.client import Client
+
+    path = daemon_socket(config_file, ())
+    if not path.exists():
+        return None
+    try:
+        found = Client(path, ANSWER_TIMEOUT_S).status()
+    except DaemonUnreachable:
+        return None
+    return Client(path, SILENCE_TIMEOUT_S) if found.get("cache_dir") == str(cache_dir) else None
+
+
+def _ask(daemon: Client, order: Mapping[str, Any], as_json: bool) -> NoReturn:
+    """Lets the daemon do it. Ctrl-C closes the connection, and the daemon stops at once."""
+    with bars() as shown:
+
+        def on_event(kind: str, found: dict[str, Any]) -> None:
+            if kind == "whisperd.plan" and not as_json:
+                _tell(found["lines"])
+            elif kind == "whisperd.progress":
+                model, all_ = ((found[key]["done_bytes"], found[key]["total_bytes"]) for key in ("model", "run"))
+                shown.show(found["name"], model, all_, found["n_models"])
+
+        report = daemon.reconcile(order, on_event)
+    lines = report.pop("lines")
+    _tell(json.dumps(report) if as_json else lines)
+    sys.exit(report["exit_code"])
+
+
+def _tell(lines: Sequence[str]) -> None:
+    for line in [lines] if isinstance(lines, str) else lines:
+        click.echo(line)
 
 
 def _chosen(config: Config, models: Sequence[Wanted], names: Sequence[str]) -> Sequence[Wanted]:
@@ -105,6 +183,10 @@ def _reference(text: str) -> Wanted:
         raise UsageError(f"-m {text}: not a declared model, and not a reference: {error}") from error
 
 
+def _reference_of(model: Wanted) -> str:
+    return str(model.source)
+
+
 @contextmanager
 def _interruptible() -> Iterator[threading.Event]:
     """Set by Ctrl-C and SIGTERM: downloads end at once, and nothing is left half done."""
@@ -119,34 +201,3 @@ def _interruptible() -> Iterator[threading.Event]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[Progress], None]]:
-    """One bar for each model on a terminal; elsewhere one line when a model begins."""
-    bars: dict[str, tqdm[Any]] = {}
-    lock = threading.Lock()
-
-    def on_progress(progress: Progress) -> None:
-        with lock:
-            if progress.name not in bars:
-                bars[progress.name] = _bar(progress, len(bars))
-            bar = bars[progress.name]
-            bar.update(progress.done_bytes - bar.n)
-
-    try:
-        yield on_progress
-    finally:
-        for bar in bars.values():
-            bar.close()
-
-
-def _bar(progress: Progress, position: int) -> tqdm[Any]:
-    from tqdm import tqdm
-
-    shown = sys.stderr.isatty()
-    if not shown:
-        click.echo(f"fetching {progress.name}: {progress.total_bytes / 1e6:.1f} MB", err=True)
-    return tqdm(
-        desc=progress.name, total=progress.total_bytes, unit="B", unit_scale=True, position=position, disable=not shown
-    )

@@ -170,7 +170,13 @@ class ReconcileTable(Table):
     stall_timeout_s: float = option(
         60.0, reload="live", ge=1, le=3600, help="A download that makes no progress for this long is given up."
     )
-    parallel: int = option(2, reload="live", ge=1, le=16, help="Downloads at the same time.")
+    parallel: int = option(2, reload="live", ge=1, le=16, help="Models downloaded at the same time.")
+    prune: bool = option(
+        False, reload="live", help="Remove what whisperd has fetched and this file does not declare any more."
+    )
+    max_cache_bytes: int = option(
+        0, reload="live", ge=0, help="Refuse downloads that would make the whole cache larger than this (0: no limit)."
+    )
 
 
 class LogTable(Table):

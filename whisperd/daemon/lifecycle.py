@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import socket
 import threading
@@ -12,16 +13,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from whisperd.api import create_app
+from whisperd.api import ReconcileOrder, Tell, create_app
 from whisperd.config import Config, Loaded, diff
 from whisperd.daemon import settings
 from whisperd.daemon.logs import set_level
 from whisperd.daemon.models import Loader
+from whisperd.daemon.orders import carry_out, report_members
 from whisperd.daemon.registry import Registry
 from whisperd.daemon.service import DaemonService, State
-from whisperd.errors import Draining, Error
+from whisperd.errors import CacheBusy, Draining, Error
 from whisperd.notify import Notifier
-from whisperd.reconcile import Progress, reconcile, snapshots_without_network
+from whisperd.reconcile import Progress, hold, reconcile, snapshots_without_network
 from whisperd.server import Server
 
 log = logging.getLogger(__name__)
@@ -59,17 +61,24 @@ class Daemon:
         self._notifier = notifier
         self._sockets = sockets
         config = loaded.config
-        self._state = State(loaded=loaded)
+        self._state = State(loaded=loaded, cache_dir=str(settings.store_settings(config, environ).cache_dir))
         self._registry = Registry()
         self._loader = Loader(
             self._registry, settings.engine_settings(config), settings.conversions_dir(config, environ)
         )
         self._service = DaemonService(
-            self._state, self._registry, load_one=self._load_one, reload=self._reload_and_wait
+            self._state,
+            self._registry,
+            load_one=self._load_one,
+            reload=self._reload_and_wait,
+            reconcile=self._reconcile,
         )
         self._app = create_app(self._service, settings.api_settings(config, environ))
         self._server = Server(settings.server_settings(config))
         self._reloads: asyncio.Queue[Waiter | None] = asyncio.Queue()
+        self._at_the_cache = asyncio.Lock()
+        self._held: Mapping[str, int | None] = {}
+        self._paths: Mapping[str, Path] = {}
         self._stop = asyncio.Event()
         self._cancel_store = threading.Event()
         self._progress_at_s = 0.0
@@ -108,8 +117,9 @@ class Daemon:
 
     async def _boot(self) -> None:
         config = self._state.loaded.config
-        snapshots = await self._snapshots(config, all_or_nothing=False)
-        await self._switch(config, snapshots)
+        async with self._at_the_cache:
+            snapshots = await self._snapshots(config, all_or_nothing=False)
+            await self._switch(config, snapshots)
         self._state.phase = "ready"
         self._notifier.ready(self._note(self._serving()))
         log.info("ready: %s", self._state.note)
@@ -119,6 +129,30 @@ class Daemon:
         self._notifier.extend_timeout(LOAD_TIMEOUT_S)
         await asyncio.to_thread(self._loader.switch, config, snapshots)
         self._state.revisions = {name: _commit(path) for name, path in snapshots.items()}
+        self._hold(snapshots)
+
+    def _hold(self, snapshots: Mapping[str, Path]) -> None:
+        """No ``--prune`` of any process removes what is served, even if it was given another file to read."""
+        before, self._paths = self._held.values(), dict(snapshots)
+        self._held = {name: hold(path) for name, path in snapshots.items()}
+        for handle in before:
+            if handle is not None:
+                os.close(handle)
+
+    async def _reconcile(self, order: ReconcileOrder, tell: Tell) -> dict[str, object]:
+        """Does what a client asks of the cache; models that have moved are switched to."""
+        if self._stop.is_set():
+            raise Draining("the daemon is stopping")
+        if self._at_the_cache.locked():
+            raise CacheBusy(f"the daemon itself works on the cache: {self._state.note}; try again when it is done")
+        async with self._at_the_cache:
+            config = self._state.loaded.config
+            report = await carry_out(order, config, self._environ, tell)
+            moved = {name: path for name, path in report.snapshots.items() if self._paths.get(name) not in (None, path)}
+            if moved and not order.check:
+                await self._switch(config, {**self._paths, **moved})
+                self._notifier.status(self._note(self._serving()))
+        return report_members(report)
 
     async def _snapshots(self, config: Config, *, all_or_nothing: bool) -> Mapping[str, Path]:
         """Where the declared models are; asks the network only for what is not there."""
@@ -153,9 +187,7 @@ class Daemon:
         if now_s - self._progress_at_s < PROGRESS_EVERY_S:
             return
         self._progress_at_s = now_s
-        percent = 100 * progress.done_bytes // progress.total_bytes if progress.total_bytes else 0
-        text = f"downloading {progress.name}: {percent} % of {progress.total_bytes / 1e6:.0f} MB"
-        self._notifier.status(self._note(text))
+        self._notifier.status(self._note(progress.text()))
         self._notifier.extend_timeout(self._state.loaded.config.reconcile.stall_timeout_s + LOAD_TIMEOUT_S)
 
     async def _reload_and_wait(self) -> Mapping[str, object]:
@@ -191,8 +223,9 @@ class Daemon:
         old = self._state.loaded.config
         read = await asyncio.to_thread(self._read_config)
         config = _without_restart_options(old, read.config)
-        snapshots = await self._snapshots(config, all_or_nothing=True)
-        await self._switch(config, snapshots)
+        async with self._at_the_cache:
+            snapshots = await self._snapshots(config, all_or_nothing=True)
+            await self._switch(config, snapshots)
         self._state.loaded = replace(read, config=config)
         self._state.needs_restart = tuple(change.key for change in diff(config, read.config))
         self._apply_limits(config)

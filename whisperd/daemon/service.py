@@ -9,9 +9,9 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
-from whisperd.api import Job, ModelCard, Readiness
+from whisperd.api import Job, ModelCard, Readiness, ReconcileOrder, Tell
 from whisperd.config import Loaded, effective
 from whisperd.daemon.registry import Registry
 from whisperd.daemon.settings import cut_options, decode_options
@@ -34,6 +34,7 @@ class State:
     """What the daemon is doing, for everybody who asks. Changed on the event loop only."""
 
     loaded: Loaded
+    cache_dir: str
     phase: Phase = "starting"
     note: str = "starting"
     started_s: float = field(default_factory=time.time)
@@ -55,6 +56,7 @@ class DaemonService:
         registry: the loaded models.
         load_one: loads a declared model that was not loaded at boot.
         reload: reads the configuration again.
+        reconcile: works on the cache.
     """
 
     def __init__(
@@ -64,11 +66,13 @@ class DaemonService:
         *,
         load_one: Callable[[str], Awaitable[None]],
         reload: Callable[[], Awaitable[Mapping[str, object]]],
+        reconcile: Callable[[ReconcileOrder, Tell], Awaitable[dict[str, Any]]],
     ) -> None:
         self._state = state
         self._registry = registry
         self._load_one = load_one
         self._reload = reload
+        self._reconcile = reconcile
         self._threads = ThreadPoolExecutor(THREADS_MAX, thread_name_prefix="request")
 
     def readiness(self) -> Readiness:
@@ -101,6 +105,10 @@ class DaemonService:
     async def reload(self) -> Mapping[str, object]:
         """Reads the configuration again; raises Error when anything stays as it was."""
         return await self._reload()
+
+    async def reconcile(self, order: ReconcileOrder, tell: Tell) -> dict[str, Any]:
+        """Works on the cache; raises Error when it could not even begin."""
+        return await self._reconcile(order, tell)
 
     async def transcribe(self, job: Job) -> Transcript:
         """Does the job; cancelling the task cancels the work, and ends when the audio is no longer read."""
@@ -135,6 +143,7 @@ class DaemonService:
                 "needs_restart": list(state.needs_restart),
                 "last_reload": state.last_reload,
             },
+            "cache_dir": state.cache_dir,
             "problems": list(state.problems),
             "models": [self._model_status(card) for card in self.models()],
             "requests": {

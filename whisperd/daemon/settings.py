@@ -46,6 +46,8 @@ def store_settings(config: Config, environ: Mapping[str, str]) -> StoreSettings:
         metadata_timeout_s=config.reconcile.metadata_timeout_s,
         stall_timeout_s=config.reconcile.stall_timeout_s,
         parallel=config.reconcile.parallel,
+        prune=config.reconcile.prune,
+        max_cache_bytes=config.reconcile.max_cache_bytes or None,
     )
 
 

@@ -5,25 +5,27 @@ It ends when its stdin is closed, so that it never outlives whoever asked.
 
 from __future__ import annotations
 
-import glob
 import json
 import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
-from whisperd.hub.failures import RETRIED, Subject, classify, describe, retry_after_s
+from whisperd.hub.failures import RETRIED, Subject, classify, describe, is_nonsense, retry_after_s
+from whisperd.version import VERSION
 
-TRIES = {"resolve": 4, "fetch": 2}  # of a fetch only the second: the library tries most things again by itself
+TRIES = {"resolve": 4, "fetch": 3}  # without any progress between them
 WAITS_S = (1.0, 2.0, 4.0)
 WAIT_MAX_S = 30.0  # whatever a server asks for
-PROGRESS_EVERY_S = 0.2
 FILES_AT_ONCE = 4
+CHUNK_BYTES = 1 << 20  # what a dying link loses: the library's own 10 MiB never get through one that dies earlier
 
 Job = Mapping[str, Any]
+Done = TypeVar("Done")
 
 
 class Reporter:
@@ -32,26 +34,12 @@ class Reporter:
     def __init__(self, out: TextIO) -> None:
         self._out = out
         self._lock = threading.Lock()
-        self._fetched_bytes = 0
-        self._told_at_s = 0.0
 
     def tell(self, event: str, **values: object) -> None:
         """One line."""
         with self._lock:
-            self._write(event, values)
-
-    def count(self, n_bytes: int) -> None:
-        """Adds bytes that have arrived; tells now and then."""
-        with self._lock:
-            self._fetched_bytes += n_bytes
-            now_s = time.monotonic()
-            if now_s - self._told_at_s >= PROGRESS_EVERY_S:
-                self._told_at_s = now_s
-                self._write("progress", {"bytes": self._fetched_bytes})
-
-    def _write(self, event: str, values: Mapping[str, object]) -> None:
-        self._out.write(json.dumps({"event": event, **values}) + "\n")
-        self._out.flush()
+            self._out.write(json.dumps({"event": event, **values}) + "\n")
+            self._out.flush()
 
 
 def main() -> None:
@@ -61,89 +49,105 @@ def main() -> None:
     sys.stdout = sys.stderr  # whatever a library prints must not look like an event
     threading.Thread(target=_die_with_parent, daemon=True).start()
     os.environ.update(job["environment"])
-    tries = TRIES[job["do"]]
-    for attempt in range(tries):
+    try:
+        done = JOBS[job["do"]](job, reporter)
+    except Exception as error:
+        subject = Subject(repo=job["repo"], revision=job["revision"], endpoint=job["endpoint"])
+        kind = classify(error)
+        reporter.tell("error", kind=kind.__name__, message=str(subject.error(kind, describe(error, job["token"]))))
+    else:
+        reporter.tell("done", **done)
+
+
+def _persistently(do: Callable[[], Done], reporter: Reporter, tries: int, size_bytes: Callable[[], int]) -> Done:
+    """Does it until it works, or fails ``tries`` times in a row without any byte more, or in a way that stays."""
+    failures = 0
+    while True:
+        before_bytes = size_bytes()
         try:
-            done = JOBS[job["do"]](job, reporter)
+            return do()
         except Exception as error:
-            kind = classify(error)
-            if not issubclass(kind, RETRIED) or attempt == tries - 1:
-                _report(job, error, reporter)
-                return
-            _without_xet(error)
-            time.sleep(_wait_s(error, attempt, reporter))
-        else:
-            reporter.tell("done", **done)
-            return
+            failures = 1 if size_bytes() > before_bytes else failures + 1
+            if failures >= tries or not issubclass(classify(error), RETRIED):
+                raise
+            wait_s = min(max(retry_after_s(error) or 0.0, WAITS_S[failures - 1]), WAIT_MAX_S)
+            reporter.tell("retry", wait_s=wait_s)
+            time.sleep(wait_s)
 
 
-def _without_xet(error: Exception) -> None:
-    """What xet raises is a bare RuntimeError; the next try goes over plain HTTP."""
-    if isinstance(error, RuntimeError):
-        from huggingface_hub import constants
-
-        constants.HF_HUB_DISABLE_XET = True
-
-
-def _wait_s(error: Exception, attempt: int, reporter: Reporter) -> float:
-    wait_s = min(max(retry_after_s(error) or 0.0, WAITS_S[attempt]), WAIT_MAX_S)
-    reporter.tell("retry", wait_s=wait_s)
-    return wait_s
-
-
-def _report(job: Job, error: Exception, reporter: Reporter) -> None:
-    subject = Subject(repo=job["repo"], revision=job["revision"], endpoint=job["endpoint"])
-    kind = classify(error)
-    reporter.tell("error", kind=kind.__name__, message=str(subject.error(kind, describe(error, job["token"]))))
-
-
-def _resolve(job: Job, _: Reporter) -> dict[str, object]:
+def _resolve(job: Job, reporter: Reporter) -> dict[str, object]:
     """One request: the commit, and size and hash of each of its files."""
     from huggingface_hub import HfApi
 
     api = HfApi(endpoint=job["endpoint"], token=job["token"] or False)
-    info = api.model_info(job["repo"], revision=job["revision"], files_metadata=True, timeout=job["timeout_s"])
-    files = [
-        {
-            "path": file.rfilename,
-            "size_bytes": file.size,
-            "hash": file.lfs.sha256 if file.lfs is not None else file.blob_id,
-        }
-        for file in info.siblings or ()
-    ]
-    return {"commit": info.sha, "files": files}
+
+    def ask() -> dict[str, object]:
+        info = api.model_info(job["repo"], revision=job["revision"], files_metadata=True, timeout=job["timeout_s"])
+        files = [
+            {
+                "path": file.rfilename,
+                "size_bytes": file.size,
+                "hash": file.lfs.sha256 if file.lfs is not None else file.blob_id,
+            }
+            for file in info.siblings or ()
+        ]
+        return {"commit": info.sha, "files": files}
+
+    return _persistently(ask, reporter, TRIES["resolve"], lambda: 0)
 
 
 def _fetch(job: Job, reporter: Reporter) -> dict[str, object]:
-    """Exactly the named files of one commit."""
-    from huggingface_hub import snapshot_download
-    from tqdm.auto import tqdm
+    """Exactly the named files of one commit, each into a file with the name of its hash.
 
-    class Counter(tqdm):  # type: ignore[type-arg]
-        """A bar that nobody sees: it only counts the bytes that come over the wire."""
+    The first file that cannot be fetched ends the job: what the others have by then is kept for the next time.
+    """
+    from huggingface_hub import constants
 
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            self._counts = kwargs.get("unit") == "B" and "econstruct" not in str(kwargs.get("desc"))
-            super().__init__(*args, **(kwargs | {"file": nowhere, "disable": False}))
-
-        def update(self, n: float | None = 1) -> bool | None:
-            if self._counts and n:
-                reporter.count(int(n))
-            return super().update(n)
-
-    with Path(os.devnull).open("w", encoding="utf-8") as nowhere:
-        snapshot_download(
-            job["repo"],
-            revision=job["commit"],
-            allow_patterns=[glob.escape(path) for path in job["files"]],
-            cache_dir=job["cache_dir"],
-            endpoint=job["endpoint"],
-            token=job["token"] or False,
-            etag_timeout=job["timeout_s"],
-            max_workers=FILES_AT_ONCE,
-            tqdm_class=Counter,
-        )
+    constants.DOWNLOAD_CHUNK_SIZE = CHUNK_BYTES
+    pool = ThreadPoolExecutor(FILES_AT_ONCE)
+    for future in as_completed([pool.submit(_fetch_file, job, file, reporter) for file in job["files"]]):
+        future.result()
     return {}
+
+
+def _fetch_file(job: Job, file: Mapping[str, Any], reporter: Reporter) -> None:
+    part = Path(job["directory"], file["hash"])
+    part.touch()
+
+    def get() -> None:
+        try:
+            _get(job, file, part)
+        except Exception as error:
+            if is_nonsense(error):
+                os.truncate(part, 0)  # more of the same would not make it whole
+            raise
+
+    _persistently(get, reporter, TRIES["fetch"], lambda: part.stat().st_size)
+
+
+def _get(job: Job, file: Mapping[str, Any], part: Path) -> None:
+    """The rest of a file over plain HTTP, from where it ends.
+
+    Not by the library's own download: that begins anew each time, and xet cannot be resumed and is known to hang.
+    """
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined] # exported lazily
+
+    have_bytes, size_bytes = part.stat().st_size, file["size_bytes"]
+    if have_bytes > size_bytes:
+        os.truncate(part, 0)
+        have_bytes = 0
+    if have_bytes == size_bytes:
+        return
+    with part.open("ab") as out:
+        http_get(
+            hf_hub_url(job["repo"], file["path"], revision=job["commit"], endpoint=job["endpoint"]),
+            out,
+            resume_size=have_bytes,
+            headers=build_hf_headers(token=job["token"] or False, library_name="whisperd", library_version=VERSION),
+            expected_size=size_bytes,
+        )
 
 
 JOBS: Mapping[str, Callable[[Job, Reporter], dict[str, object]]] = {"resolve": _resolve, "fetch": _fetch}

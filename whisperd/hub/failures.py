@@ -7,9 +7,9 @@ a test holds it complete.
 from __future__ import annotations
 
 import errno
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 
 from whisperd.errors import (
@@ -93,6 +93,7 @@ BY_STATUS: Mapping[int, type[StoreError]] = {
     403: HubAuthError,
     404: RepoNotFound,
     408: HubUnreachable,
+    416: HubUnreachable,
     429: HubRateLimited,
 }
 BY_ERRNO: Mapping[int, type[StoreError]] = {
@@ -109,10 +110,10 @@ BY_BASE: Mapping[str, type[StoreError]] = {
     "TimeoutError": HubUnreachable,
     "FileExistsError": StoreError,
     "NotADirectoryError": StoreError,
-    "OSError": HubUnreachable,  # "Consistency check failed" and xet's own have no errno
+    "OSError": HubUnreachable,  # "Consistency check failed" has no errno
     "JSONDecodeError": HubUnreachable,
     "AssertionError": HubUnreachable,
-    "RuntimeError": HubUnreachable,  # "Task error", from xet
+    "RuntimeError": HubUnreachable,
     "ValueError": HubError,
 }
 
@@ -168,8 +169,8 @@ def classify(error: BaseException) -> type[StoreError]:
         return kind
     if (status := _status(error)) is not None:
         return BY_STATUS.get(status, HubServerError if status >= 500 else HubError)
-    if (number := _errno(error)) in BY_ERRNO:
-        return BY_ERRNO[number]
+    if isinstance(error, OSError) and (error.errno or 0) in BY_ERRNO:
+        return BY_ERRNO[error.errno or 0]
     if error.__cause__ is not None and (opaque or BY_BASE.keys().isdisjoint(names)):
         return classify(error.__cause__)
     bases = (BY_BASE.get(name) or BY_NAME.get(name) for name in names)
@@ -192,6 +193,13 @@ def retry_after_s(error: BaseException) -> float | None:
     return float(value) if value.isdecimal() else None
 
 
+def is_nonsense(error: BaseException) -> bool:
+    """Whether what has arrived so far cannot be part of the file: its size is wrong, or there is nothing behind it."""
+    return _status(error) == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE or (
+        type(error) is OSError and not error.errno  # "Consistency check failed"
+    )
+
+
 def disk_error(error: OSError, path: Path) -> StoreError:
     """An error of the local file system as one of whisperd's, with its path."""
     kind = BY_ERRNO.get(error.errno or 0, StoreError)
@@ -207,11 +215,3 @@ def _status(error: BaseException) -> int | None:
 def _header(error: BaseException, name: str) -> object:
     headers = getattr(getattr(error, "response", None), "headers", {})
     return headers.get(name)
-
-
-def _errno(error: BaseException) -> int:
-    """The errno; xet only writes it into its message."""
-    if isinstance(error, OSError) and error.errno:
-        return error.errno
-    found = re.search(r"\(os error (\d+)\)", str(error))
-    return int(found[1]) if found else 0

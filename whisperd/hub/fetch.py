@@ -1,67 +1,77 @@
-"""Files of one commit into a directory of their own, by a child process that can be killed."""
+"""Files of one commit, fetched by a child process that can be killed; the next one goes on where it stopped."""
 
 from __future__ import annotations
 
 import logging
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from whisperd.errors import HubUnreachable
 from whisperd.hub.process import Connection, Stalled, environment, run
+from whisperd.plan import RemoteFile
 
 log = logging.getLogger(__name__)
 
 OnBytes = Callable[[int], None]
 
+TRIES = 2  # a connection that stands still is often only that one connection
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FetchJob:
-    """What to fetch. ``cache_dir`` gets the layout of a Hugging Face cache with nothing but these files."""
+    """What to fetch. Each file lands in ``directory`` under the name of its hash; what is there already is kept."""
 
     repo: str
     commit: str
-    files: tuple[str, ...]
-    cache_dir: Path
+    files: tuple[RemoteFile, ...]
+    directory: Path
+
+    @property
+    def size_bytes(self) -> int:
+        """How much has arrived."""
+        paths = [self.directory / file.hash for file in self.files]
+        return sum(path.stat().st_size for path in paths if path.exists())
 
 
 def fetch(job: FetchJob, connection: Connection, on_bytes: OnBytes, cancel: threading.Event) -> None:
-    """Fetches; what arrived is not verified yet.
-
-    A download that stands still is tried once more, over plain HTTP: xet is known to hang.
+    """Fetches; what arrived is not verified yet. ``on_bytes`` hears how much there is, many times a second.
 
     Raises:
         HubError, DiskFull, CachePermissionError: what the child met.
         Cancelled: ``cancel`` was set; the child is dead.
     """
-    try:
-        _fetch(job, connection, on_bytes, cancel, xet=True)
-    except Stalled:
-        log.warning("%s: the download stands still, trying once more without xet", job.repo)
-    else:
-        return
-    try:
-        _fetch(job, connection, on_bytes, cancel, xet=False)
-    except Stalled as error:
-        raise HubUnreachable(
-            f"{job.repo} on {connection.endpoint}: the download made no progress for {connection.stall_timeout_s:g} s"
-        ) from error
+    for _ in range(TRIES):
+        try:
+            _fetch(job, connection, on_bytes, cancel)
+        except Stalled:
+            log.warning("%s: the download stands still", job.repo)
+        else:
+            return
+    raise HubUnreachable(
+        f"{job.repo} on {connection.endpoint}: the download made no progress for {connection.stall_timeout_s:g} s, "
+        f"{TRIES} times; check the network and the proxy; what has arrived is kept"
+    )
 
 
-def _fetch(job: FetchJob, connection: Connection, on_bytes: OnBytes, cancel: threading.Event, *, xet: bool) -> None:
+def _fetch(job: FetchJob, connection: Connection, on_bytes: OnBytes, cancel: threading.Event) -> None:
     order = {
         "do": "fetch",
         "repo": job.repo,
         "revision": job.commit,
         "commit": job.commit,
-        "files": job.files,
-        "cache_dir": str(job.cache_dir),
+        "files": [asdict(file) for file in job.files],
+        "directory": str(job.directory),
         "endpoint": connection.endpoint,
         "token": connection.token,
-        "timeout_s": connection.metadata_timeout_s,
-        "environment": environment(connection, xet=xet),
+        "environment": environment(connection),
     }
-    for message in run(order, stall_timeout_s=connection.stall_timeout_s, cancel=cancel):
-        if message["event"] == "progress":
-            on_bytes(message["bytes"])
+
+    def size_bytes() -> int:
+        size = job.size_bytes
+        on_bytes(size)
+        return size
+
+    for _ in run(order, stall_timeout_s=connection.stall_timeout_s, cancel=cancel, size_bytes=size_bytes):
+        pass  # only retries are told; errors are raised

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,25 +65,26 @@ class Connection:
     stall_timeout_s: float = 60.0
 
 
-def environment(connection: Connection, *, xet: bool) -> dict[str, str]:
+def environment(connection: Connection) -> dict[str, str]:
     """The settings that huggingface_hub reads when it is imported."""
     return {
         "HF_HOME": str(connection.state_dir),
-        "HF_XET_CACHE": str(connection.state_dir / "xet"),
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
-        "HF_HUB_DISABLE_SHARED_BLOBS": "1",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "0",  # a bar that is off counts nothing
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "HF_HUB_VERBOSITY": "error",
         "HF_HUB_ETAG_TIMEOUT": str(max(1, round(connection.metadata_timeout_s))),
         "HF_HUB_DOWNLOAD_TIMEOUT": str(max(1, round(min(connection.stall_timeout_s, 10)))),
-        "HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "2",
-        "HF_HUB_DISABLE_XET": "0" if xet else "1",
+        "HF_HUB_DISABLE_XET": "1",
     }
 
 
-def run(job: Message, *, stall_timeout_s: float, cancel: threading.Event) -> Iterator[Message]:
+def run(
+    job: Message, *, stall_timeout_s: float, cancel: threading.Event, size_bytes: Callable[[], int] = lambda: 0
+) -> Iterator[Message]:
     """Starts a child for the job and yields what it says.
+
+    ``size_bytes`` is called many times a second and says how much has arrived: progress that needs no words.
 
     Raises:
         Cancelled: ``cancel`` was set; the child is dead.
@@ -92,7 +93,30 @@ def run(job: Message, *, stall_timeout_s: float, cancel: threading.Event) -> Ite
         StoreError: what the child reported.
     """
     with _child(job) as child:
-        yield from _listen(child, stall_timeout_s, cancel)
+        yield from _listen(child, _Patience(stall_timeout_s, cancel, size_bytes))
+
+
+class _Patience:
+    """Waits for a child as long as something happens."""
+
+    def __init__(self, stall_timeout_s: float, cancel: threading.Event, size_bytes: Callable[[], int]) -> None:
+        self._stall_timeout_s = stall_timeout_s
+        self._cancel = cancel
+        self._measure = size_bytes
+        self._size_bytes = size_bytes()
+
+    def next(self, lines: queue.SimpleQueue[str | None]) -> str | None:
+        """The next line; raises Stalled or Cancelled."""
+        deadline_s = time.monotonic() + self._stall_timeout_s
+        while not self._cancel.is_set():
+            with suppress(queue.Empty):
+                return lines.get(timeout=POLL_S)
+            if (size_bytes := self._measure()) != self._size_bytes:
+                self._size_bytes = size_bytes
+                deadline_s = time.monotonic() + self._stall_timeout_s
+            if time.monotonic() > deadline_s:
+                raise Stalled
+        raise Cancelled("cancelled while talking to the Hub")
 
 
 @contextmanager
@@ -125,7 +149,7 @@ def _send(child: subprocess.Popen[str], job: Message) -> None:
         stdin.flush()
 
 
-def _listen(child: subprocess.Popen[str], stall_timeout_s: float, cancel: threading.Event) -> Iterator[Message]:
+def _listen(child: subprocess.Popen[str], patience: _Patience) -> Iterator[Message]:
     lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
     last_words: list[str] = []
     readers = [
@@ -134,7 +158,7 @@ def _listen(child: subprocess.Popen[str], stall_timeout_s: float, cancel: thread
     ]
     for reader in readers:
         reader.start()
-    while (line := _next(lines, stall_timeout_s, cancel)) is not None:
+    while (line := patience.next(lines)) is not None:
         message = json.loads(line)
         if message["event"] == "error":
             raise failure(message)
@@ -155,16 +179,6 @@ def _pipe(stream: IO[str] | None) -> IO[str]:
 def failure(message: Message) -> StoreError:
     """The error that a child reported."""
     return KINDS[message["kind"]](message["message"])
-
-
-def _next(lines: queue.SimpleQueue[str | None], stall_timeout_s: float, cancel: threading.Event) -> str | None:
-    deadline_s = time.monotonic() + stall_timeout_s
-    while not cancel.is_set():
-        with suppress(queue.Empty):
-            return lines.get(timeout=POLL_S)
-        if time.monotonic() > deadline_s:
-            raise Stalled
-    raise Cancelled("cancelled while talking to the Hub")
 
 
 def _read(stream: IO[str], lines: queue.SimpleQueue[str | None]) -> None:

@@ -28,7 +28,7 @@ def resolve(source: HubSource, connection: Connection, cancel: threading.Event) 
         "endpoint": connection.endpoint,
         "token": connection.token,
         "timeout_s": connection.metadata_timeout_s,
-        "environment": environment(connection, xet=True),
+        "environment": environment(connection),
     }
     try:
         for message in run(job, stall_timeout_s=connection.metadata_timeout_s + SLACK_S, cancel=cancel):

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import logging
-import shutil
-import threading
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from whisperd.errors import IntegrityError
-from whisperd.hub import Connection, FetchJob, disk_error, fetch
+from whisperd.hub import FetchJob, disk_error
 from whisperd.plan import Action, RemoteFile, Resolved, short
-from whisperd.reconcile.cache import Repo, git_or_sha256, install, staging_dir
-from whisperd.reconcile.report import Progress
+from whisperd.reconcile.cache import Repo, git_or_sha256, install
+from whisperd.reconcile.origin import Origin
+from whisperd.reconcile.staging import Staging
 from whisperd.sources import HubSource
 
 log = logging.getLogger(__name__)
@@ -24,12 +23,14 @@ FETCHES = 2  # wrong bytes are fetched once more: a proxy or a disk may have had
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Applier:
-    """Does actions; may be used by several threads for different models."""
+    """Does actions; may be used by several threads for different repositories.
+
+    ``on_bytes`` hears the name of the model and how much of its files is there.
+    """
 
     cache_dir: Path
-    connection: Connection
-    on_progress: Callable[[Progress], None]
-    cancel: threading.Event
+    origin: Origin
+    on_bytes: Callable[[str, int], None]
 
     def apply(self, action: Action, source: HubSource, target: Resolved) -> Path:
         """Makes ``target`` complete and current; returns its snapshot.
@@ -39,37 +40,33 @@ class Applier:
             Cancelled: the same.
         """
         repo = Repo(self.cache_dir, source.repo_id)
-        staged = Repo(staging_dir(self.cache_dir), source.repo_id)
-        if action.files:
-            self._fetch_verified(action, source, target, staged)
+        staging = Staging(self.cache_dir, source.repo_id)
         try:
+            if action.files:
+                self._fetch_verified(action, source, target, staging)
             for file in action.files:
-                install((staged.snapshot(target.commit) / file.path).resolve(), repo, file)
+                install(staging.part(file), repo, file)
             for file in target.files:
                 repo.link(target.commit, file)
-            _copy_tree_listing(staged, repo, target.commit)
             repo.write_ref(source, target.commit)
         except OSError as error:
             raise disk_error(error, repo.path) from error
         log.info("%s is at %s", source, short(target.commit))
         return repo.snapshot(target.commit)
 
-    def _fetch_verified(self, action: Action, source: HubSource, target: Resolved, staged: Repo) -> None:
+    def _fetch_verified(self, action: Action, source: HubSource, target: Resolved, staging: Staging) -> None:
+        staging.path.mkdir(parents=True, exist_ok=True)
         missing: Sequence[RemoteFile] = action.files
         for _ in range(FETCHES):
-            job = FetchJob(
-                repo=source.repo_id,
-                commit=target.commit,
-                files=tuple(file.path for file in missing),
-                cache_dir=staging_dir(self.cache_dir),
-            )
-            fetch(job, self.connection, lambda n_bytes: self._tell(action, n_bytes), self.cancel)
-            wrong = {file: found for file in missing if (found := _hash_of(staged, target, file)) != file.hash}
+            whole_bytes = action.total_bytes - sum(file.size_bytes for file in missing)
+            job = FetchJob(repo=source.repo_id, commit=target.commit, files=tuple(missing), directory=staging.path)
+            self.origin.fetch(job, partial(self._tell, action.name, whole_bytes))
+            wrong = {file: found for file in missing if (found := _hash_of(staging.part(file), file)) != file.hash}
             if not wrong:
-                self._tell(action, action.bytes)
+                self.on_bytes(action.name, action.total_bytes)
                 return
             for file in wrong:
-                _discard(staged.snapshot(target.commit) / file.path)
+                staging.part(file).unlink(missing_ok=True)
             missing = tuple(wrong)
         file, found = next(iter(wrong.items()))
         raise IntegrityError(
@@ -77,29 +74,12 @@ class Applier:
             "look for a proxy or a mirror that changes files"
         )
 
-    def _tell(self, action: Action, n_bytes: int) -> None:
-        self.on_progress(Progress(name=action.name, done_bytes=min(n_bytes, action.bytes), total_bytes=action.bytes))
+    def _tell(self, name: str, whole_bytes: int, part_bytes: int) -> None:
+        self.on_bytes(name, whole_bytes + part_bytes)
 
 
-def _hash_of(staged: Repo, target: Resolved, file: RemoteFile) -> str:
-    path = staged.snapshot(target.commit) / file.path
-    if not path.is_file():
+def _hash_of(part: Path, file: RemoteFile) -> str:
+    if not part.is_file():
         return "no file"
-    size_bytes = path.stat().st_size
-    return git_or_sha256(path, file.hash) if size_bytes == file.size_bytes else f"{size_bytes} bytes"
-
-
-def _discard(path: Path) -> None:
-    with suppress(FileNotFoundError):
-        path.resolve().unlink()
-        path.unlink()
-
-
-def _copy_tree_listing(staged: Repo, repo: Repo, commit: str) -> None:
-    """huggingface_hub's own list of a commit's files, by which it knows a complete snapshot offline."""
-    name = f"{commit}.json"
-    listing = staged.path / "trees" / name
-    if listing.is_file() and not (repo.path / "trees" / name).exists():
-        (repo.path / "trees").mkdir(parents=True, exist_ok=True)
-        # it is made for its owner alone; whoever may read the snapshot may read this
-        shutil.copyfile(listing, repo.path / "trees" / name)
+    size_bytes = part.stat().st_size
+    return git_or_sha256(part, file.hash) if size_bytes == file.size_bytes else f"{size_bytes} bytes"

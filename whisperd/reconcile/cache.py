@@ -4,32 +4,30 @@
                            /snapshots/<commit>/<path> -> ../../blobs/<hash>
                            /refs/<branch>           40 hex digits, no newline
 <cache>/whisperd.lock                               what was resolved: the record
-<cache>/.whisperd/{lock,stamps.json,staging/}       one writer; what was verified; what is being fetched
+<cache>/.whisperd/lock                              one writer
+                 /stamps.json                       what was verified
+                 /staging/models--owner--name/<hash>   what is being fetched, or was when the power went
 """
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from whisperd.errors import CacheBusy, DiskFull, StoreError
 from whisperd.hub.failures import disk_error
-from whisperd.plan import FileState, RemoteFile
+from whisperd.plan import FileState, RemoteFile, Removal, RepoContents
 from whisperd.sources import COMMIT, HubSource
 
 OWN_DIR = ".whisperd"
 SHA256_DIGITS = 64
 CHUNK_BYTES = 1 << 20
-MARGIN_BYTES = 64 << 20  # left free on the disk: the lock file, stamps, and whoever else writes there
-INODES_MIN = 100
 PIN_CHARS = 12
 
 
@@ -45,7 +43,8 @@ class Repo:
     """One repository inside a cache."""
 
     def __init__(self, cache_dir: Path, repo_id: str) -> None:
-        self.path = cache_dir / f"models--{repo_id.replace('/', '--')}"
+        self.id = repo_id
+        self.path = cache_dir / folder(repo_id)
 
     def snapshot(self, commit: str) -> Path:
         """The directory of a commit."""
@@ -69,6 +68,30 @@ class Repo:
             return text if COMMIT.fullmatch(text) else None
         return None
 
+    def contents(self, owned: frozenset[str]) -> RepoContents:
+        """Everything that lies in it; ``owned`` are the commits that whisperd has fetched."""
+        commits = [entry.name for entry in _entries(self.path / "snapshots")]
+        refs = [path for path in (self.path / "refs").rglob("*") if path.is_file()]
+        return RepoContents(
+            repo=self.id,
+            snapshots={commit: frozenset(_links(self.snapshot(commit))) for commit in commits},
+            refs={str(path.relative_to(self.path / "refs")): path.read_text(encoding="utf-8") for path in refs},
+            blob_bytes={entry.name: entry.stat().st_size for entry in _entries(self.path / "blobs") if entry.is_file()},
+            owned=owned,
+            in_use=frozenset(commit for commit in owned if is_held(self.snapshot(commit))),
+        )
+
+    def remove(self, removal: Removal) -> None:
+        """Refs first: whoever looks meanwhile finds no branch rather than half a snapshot."""
+        for name in removal.refs:
+            (self.path / "refs" / name).unlink(missing_ok=True)
+        shutil.rmtree(self.snapshot(removal.commit))
+        for name in removal.blobs:
+            (self.path / "blobs" / name).unlink(missing_ok=True)
+        (self.path / "trees" / f"{removal.commit}.json").unlink(missing_ok=True)
+        if not _entries(self.path / "snapshots") and not _entries(self.path / "blobs"):
+            shutil.rmtree(self.path)
+
     def listed(self, commit: str) -> tuple[RemoteFile, ...]:
         """The files of a snapshot that link to blobs, as their links and sizes declare them."""
         found = []
@@ -91,6 +114,56 @@ class Repo:
     def write_ref(self, source: HubSource, commit: str) -> None:
         """Other tools see the new commit from now on."""
         write_atomically(self.ref(source), commit)
+
+
+def folder(repo_id: str) -> str:
+    """The directory of a repository inside a cache."""
+    return f"models--{repo_id.replace('/', '--')}"
+
+
+def used_bytes(cache_dir: Path) -> int:
+    """Bytes of all blobs of the cache, whoever has fetched them."""
+    return sum(entry.stat().st_size for entry in cache_dir.glob("models--*/blobs/*") if entry.is_file())
+
+
+def hold(snapshot: Path) -> int | None:
+    """Marks a snapshot as in use until the returned descriptor is closed or this process ends; None if it is gone.
+
+    The lock of the kernel on the directory, which leaves nothing behind.
+    """
+    with suppress(OSError):
+        handle = os.open(snapshot, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        fcntl.flock(handle, fcntl.LOCK_SH)
+        return handle
+    return None
+
+
+def is_held(snapshot: Path) -> bool:
+    """Whether some process has marked it."""
+    try:
+        handle = os.open(snapshot, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(handle)
+    return False
+
+
+def _entries(directory: Path) -> list[Path]:
+    with suppress(OSError):
+        return list(directory.iterdir())
+    return []
+
+
+def _links(snapshot: Path) -> Iterator[str]:
+    """The blobs that a snapshot leads to, in all its directories."""
+    for path in snapshot.rglob("*"):
+        if path.is_symlink():
+            yield path.readlink().name
 
 
 def git_or_sha256(path: Path, expected: str) -> str:
@@ -128,12 +201,13 @@ class Inspector:
         if entry.is_symlink():
             if entry.readlink().name != file.hash:
                 return "wrong_hash"
-            return self._content(blob, file) if blob.is_file() else "missing"
+            return self.content(blob, file) if blob.is_file() else "missing"
         if entry.exists():
             return "not_a_link"
-        return "unlinked" if blob.is_file() and self._content(blob, file) == "ok" else "missing"
+        return "unlinked" if blob.is_file() and self.content(blob, file) == "ok" else "missing"
 
-    def _content(self, path: Path, file: RemoteFile) -> FileState:
+    def content(self, path: Path, file: RemoteFile) -> FileState:
+        """How the bytes of a file that is there are."""
         stamp = stamp_of(path)
         if stamp.size_bytes != file.size_bytes:
             return "wrong_size"
@@ -172,73 +246,13 @@ def _umask() -> int:
     return 0o022
 
 
-def free_bytes(cache_dir: Path) -> int | None:
-    """Room on the disk of a directory that may not exist yet."""
-    existing = next((path for path in (cache_dir, *cache_dir.parents) if path.is_dir()), None)
-    if existing is None:
-        return None
-    found = os.statvfs(existing)
-    return found.f_bavail * found.f_frsize
-
-
-def preflight(cache_dir: Path) -> None:
-    """Refuses a cache that cannot take a model, before the first byte; raises StoreError."""
-    own = cache_dir / OWN_DIR
-    try:
-        own.mkdir(parents=True, exist_ok=True)
-        found = os.statvfs(own)
-        if found.f_files and found.f_favail < INODES_MIN:
-            raise DiskFull(
-                f"{cache_dir}: only {found.f_favail} inodes are free; free some, or choose another cache_dir"
-            )
-        with tempfile.TemporaryDirectory(dir=own, prefix="probe-") as probe:
-            (Path(probe) / "link").symlink_to("nowhere")
-    except OSError as error:
-        if error.errno in {errno.EPERM, errno.EOPNOTSUPP} and own.is_dir() and os.access(own, os.W_OK):
-            raise StoreError(f"{cache_dir}: this file system has no symbolic links, which the cache needs") from error
-        raise disk_error(error, cache_dir) from error
-
-
-@contextmanager
-def one_writer(cache_dir: Path) -> Iterator[None]:
-    """Holds the lock on the cache; raises CacheBusy with the process that has it."""
-    path = cache_dir / OWN_DIR / "lock"
-    try:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    except OSError as error:
-        raise disk_error(error, path) from error
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            holder = os.pread(handle, 20, 0).decode(errors="replace").strip() or "unknown"
-            raise CacheBusy(
-                f"another reconcile (pid {holder}) works on {cache_dir}; try again when it is done"
-            ) from error
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, str(os.getpid()).encode(), 0)
-        yield
-    finally:
-        os.close(handle)
-
-
-def staging_dir(cache_dir: Path) -> Path:
-    """Where downloads land: a cache of its own on the same disk, so that nothing unverified is ever seen."""
-    return cache_dir / OWN_DIR / "staging"
-
-
-def clear_staging(cache_dir: Path) -> None:
-    """Removes what a killed download left behind. Only with the lock."""
-    shutil.rmtree(staging_dir(cache_dir), ignore_errors=True)
-
-
-def install(staged: Path, repo: Repo, file: RemoteFile) -> None:
+def install(part: Path, repo: Repo, file: RemoteFile) -> None:
     """Moves verified bytes into the cache. An engine that has the old file open keeps it."""
     target = repo.blob(file)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with staged.open("rb") as data:
+        with part.open("rb") as data:
             os.fsync(data.fileno())
-        staged.replace(target)
+        part.replace(target)
     except OSError as error:
         raise disk_error(error, target) from error

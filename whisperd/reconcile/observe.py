@@ -8,11 +8,13 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from whisperd.errors import Error, HubUnreachable, SourceError
+from whisperd.errors import Error, SourceError, StoreError
 from whisperd.plan import ModelState, Resolved, select_files
 from whisperd.reconcile.cache import Inspector, Repo
+from whisperd.reconcile.local import check
 from whisperd.reconcile.record import Record
-from whisperd.sources import HubSource, PackageSource, PathSource, Wanted, check_model_dir, locate
+from whisperd.reconcile.staging import Staging
+from whisperd.sources import HubSource, PackageSource, PathSource, Wanted, locate
 
 Resolve = Callable[[HubSource], Resolved]
 
@@ -49,7 +51,7 @@ class Observer:
         """The model by what is on disk alone."""
         source = wanted.source
         if not isinstance(source, HubSource):
-            return _local(wanted, source)
+            return self._local(wanted, source)
         entry = self.entry(source)
         if entry is None:
             return Found(state=ModelState(name=wanted.name, source=source))
@@ -62,7 +64,7 @@ class Observer:
         """
         source = wanted.source
         if not isinstance(source, HubSource):
-            return _local(wanted, source)
+            return self._local(wanted, source)
         entry = self.entry(source)
         stays = entry is not None and (source.is_pinned or not update)
         if entry is not None and stays and not force:
@@ -87,6 +89,7 @@ class Observer:
 
     def _found(self, wanted: Wanted, source: HubSource, entry: Resolved | None, target: Resolved) -> Found:
         repo = Repo(self._cache_dir, source.repo_id)
+        staging = Staging(self._cache_dir, source.repo_id)
         with self._lock:
             files = {file.path: self._inspector.state(repo, target.commit, file) for file in target.files}
             whole = entry is not None and all(
@@ -98,23 +101,16 @@ class Observer:
             target=target,
             current_commit=entry.commit if entry else None,
             files=files,
+            part_bytes={file.path: staging.size_bytes(file) for file in target.files},
             ref_ok=repo.ref(source).is_file(),
         )
         return Found(state=state, path=repo.snapshot(entry.commit) if entry and whole else None)
 
-
-def _local(wanted: Wanted, source: PathSource | PackageSource) -> Found:
-    try:
-        path = locate(source)
-        check_model_dir(path)
-    except SourceError as error:
-        return Found(state=ModelState(name=wanted.name, source=source, problem=str(error)), error=error)
-    return Found(state=ModelState(name=wanted.name, source=source), path=path)
-
-
-def refuse_offline(source: HubSource) -> Resolved:
-    """In place of asking."""
-    raise HubUnreachable(
-        f"{source} is not complete in the cache, and offline is set; unset it (offline in [reconcile], HF_HUB_OFFLINE) "
-        "or fill the cache from elsewhere"
-    )
+    def _local(self, wanted: Wanted, source: PathSource | PackageSource) -> Found:
+        try:
+            path = locate(source)
+            with self._lock:
+                check(source, path, self._inspector)
+        except StoreError as error:
+            return Found(state=ModelState(name=wanted.name, source=source, problem=str(error)), error=error)
+        return Found(state=ModelState(name=wanted.name, source=source), path=path)

@@ -24,10 +24,14 @@ STAMPS_FILE = f"{OWN_DIR}/stamps.json"
 
 @dataclass(slots=True, kw_only=True)
 class Record:
-    """The contents of ``whisperd.lock``: commits and files by ``owner/name@revision``."""
+    """The contents of ``whisperd.lock``: commits and files by ``owner/name@revision``.
+
+    ``owned`` are the commits of each repository that whisperd itself has fetched: what ``--prune`` may remove.
+    """
 
     entries: dict[str, Resolved] = field(default_factory=dict)
     resolved_at_s: dict[str, float] = field(default_factory=dict)
+    owned: dict[str, frozenset[str]] = field(default_factory=dict)
 
     def get(self, source: HubSource) -> Resolved | None:
         """What the revision was resolved to when it was last fetched."""
@@ -40,6 +44,17 @@ class Record:
             self.resolved_at_s[str(source)] = time.time()
         self.entries[str(source)] = resolved
 
+    def own(self, repo_id: str, commit: str) -> None:
+        """Remembers that whisperd has fetched a commit."""
+        self.owned[repo_id] = self.owned.get(repo_id, frozenset()) | {commit}
+
+    def forget(self, repo_id: str, commit: str) -> None:
+        """The commit is gone."""
+        self.owned[repo_id] = self.owned.get(repo_id, frozenset()) - {commit}
+        for name, resolved in list(self.entries.items()):
+            if name.partition("@")[0] == repo_id and resolved.commit == commit:
+                del self.entries[name]
+
     def write(self, cache_dir: Path) -> None:
         """To ``whisperd.lock``, in an order that makes good diffs."""
         models = {
@@ -50,7 +65,9 @@ class Record:
             }
             for name, resolved in sorted(self.entries.items())
         }
-        write_atomically(cache_dir / LOCK_FILE, json.dumps({"version": VERSION, "models": models}, indent=2) + "\n")
+        fetched = {repo_id: sorted(commits) for repo_id, commits in sorted(self.owned.items()) if commits}
+        whole = {"version": VERSION, "models": models, "fetched": fetched}
+        write_atomically(cache_dir / LOCK_FILE, json.dumps(whole, indent=2) + "\n")
 
 
 def read_record(cache_dir: Path) -> Record:
@@ -62,6 +79,7 @@ def read_record(cache_dir: Path) -> Record:
         return Record(
             entries={name: _resolved(entry) for name, entry in models.items()},
             resolved_at_s={name: float(entry["resolved_at"]) for name, entry in models.items()},
+            owned={repo_id: frozenset(commits) for repo_id, commits in whole.get("fetched", {}).items()},
         )
     except FileNotFoundError:
         return Record()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from whisperd.errors import Error, HubError
-from whisperd.plan import CachePlan, size
+from whisperd.plan import CachePlan, Removal, size
 
 Outcome = Literal["ok", "downloaded", "updated", "repaired", "pending", "failed"]
 
@@ -22,7 +22,9 @@ WORDS: tuple[Outcome, ...] = ("downloaded", "updated", "repaired", "ok", "failed
 class Settings:
     """How to reconcile.
 
-    ``check`` only plans. ``force`` fetches every file anew, ``verify`` hashes every file, ``update`` moves branches.
+    ``check`` only plans. ``force`` fetches every file anew, ``verify`` hashes every file, ``update`` moves branches,
+    ``prune`` removes what whisperd has fetched and nobody declares any more. ``import_dir`` is asked in place of the
+    Hub. All blobs of the cache together stay below ``max_cache_bytes``.
     """
 
     cache_dir: Path
@@ -33,18 +35,12 @@ class Settings:
     verify: bool = False
     update: bool = False
     check: bool = False
+    prune: bool = False
+    import_dir: Path | None = None
+    max_cache_bytes: int | None = None
     metadata_timeout_s: float = 10.0
     stall_timeout_s: float = 60.0
     parallel: int = 2
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Progress:
-    """How far the download of one model is."""
-
-    name: str
-    done_bytes: int
-    total_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,19 +74,24 @@ class Report:
 
     plan: CachePlan
     results: tuple[Result, ...]
-    wall_s: float
+    removed: tuple[Removal, ...] = ()
+    wall_s: float = 0.0
 
     @property
     def exit_code(self) -> int:
         """0 converged, 1 or the failures' common code, 3 changes pending, 4 the Hub could not be asked."""
         errors = [result.error for result in self.results if result.error is not None]
-        pending = any(result.outcome == "pending" for result in self.results)
+        pending = any(result.outcome == "pending" for result in self.results) or self._prune_pending
         if not errors:
             return PENDING if pending else 0
         if any(result.outcome == "failed" for result in self.results):
             codes = {error.exit_code for error in errors}
             return codes.pop() if len(codes) == 1 else 1
         return UNCHECKED if any(isinstance(error, HubError) for error in errors) else 1
+
+    @property
+    def _prune_pending(self) -> bool:
+        return self.plan.prune and len(self.removed) < len(self.plan.removals)
 
     @property
     def snapshots(self) -> Mapping[str, Path]:
@@ -102,12 +103,14 @@ class Report:
         told = [f"  x {result.name}: {result.error}" for result in self.results if result.error]
         told += [f"  warning: {result.name}: {result.warning}" for result in self.results if result.warning]
         counts = Counter(result.outcome for result in self.results)
-        if counts["pending"] or (self.exit_code == UNCHECKED):
+        if counts["pending"] or self._prune_pending or self.exit_code == UNCHECKED:
             return told
         if not self.plan.pending and not told:
             return []  # the plan has said it
         fetched = sum(result.fetched_bytes for result in self.results)
         words = ", ".join(f"{counts[word]} {'unchanged' if word == 'ok' else word}" for word in WORDS)
+        if self.removed:
+            words += f", {len(self.removed)} removed"
         return [*told, f"Reconcile complete: {words} ({size(fetched)} in {self.wall_s:.1f} s)."]
 
     def as_dict(self) -> dict[str, Any]:
@@ -116,5 +119,6 @@ class Report:
             "exit_code": self.exit_code,
             "wall_s": round(self.wall_s, 3),
             "plan": self.plan.lines(),
+            "removed": [{"repo": removal.repo, "commit": removal.commit} for removal in self.removed],
             "models": [result.as_dict() for result in self.results],
         }

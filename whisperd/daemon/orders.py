@@ -1,0 +1,75 @@
+"""A reconcile that a client has asked for: the files keep their owner, and the daemon knows what changed."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+
+from whisperd.api import ReconcileOrder, Tell
+from whisperd.config import Config
+from whisperd.daemon import settings
+from whisperd.errors import RequestError, SourceError
+from whisperd.plan import CachePlan
+from whisperd.reconcile import Progress, Report, reconcile
+from whisperd.sources import Wanted, parse
+
+
+async def carry_out(order: ReconcileOrder, config: Config, environ: Mapping[str, str], tell: Tell) -> Report:
+    """Does it in a thread; a cancelled task waits until the cache is left alone.
+
+    Raises:
+        RequestError: a model that is asked for is no reference.
+        StoreError: the cache cannot be worked on.
+    """
+    store = settings.store_settings(config, environ)
+    chosen = replace(
+        store,
+        check=order.check,
+        force=order.force or store.force,
+        verify=order.verify or store.verify,
+        update=order.update,
+        prune=(order.prune or store.prune) and order.models is None,
+    )
+    cancel = threading.Event()
+    running = asyncio.create_task(
+        asyncio.to_thread(
+            reconcile,
+            _wanted(order, config),
+            chosen,
+            on_plan=lambda plan: tell("whisperd.plan", _plan(plan)),
+            on_progress=lambda progress: tell("whisperd.progress", _progress(progress)),
+            cancel=cancel,
+        )
+    )
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        cancel.set()
+        await asyncio.wait([running])
+        raise
+
+
+def report_members(report: Report) -> dict[str, object]:
+    """A report as the last event has it."""
+    return {**report.as_dict(), "lines": report.lines()}
+
+
+def _wanted(order: ReconcileOrder, config: Config) -> Sequence[Wanted]:
+    declared = settings.wanted(config)
+    if order.models is None:
+        return declared
+    known = {name: one for one in declared for name in (one.name, str(one.source))}
+    try:
+        return [known.get(name) or Wanted(name=name, source=parse(name)) for name in order.models]
+    except SourceError as error:
+        raise RequestError(f"not a declared model, and not a reference: {error}", param="models") from error
+
+
+def _plan(plan: CachePlan) -> dict[str, object]:
+    return {"lines": plan.lines(), "pending": plan.pending}
+
+
+def _progress(progress: Progress) -> dict[str, object]:
+    return asdict(progress)
