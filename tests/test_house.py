@@ -36,3 +36,13 @@ def test_version() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project["version"] == __version__
     assert f"\n## {__version__} " in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_readme_names_the_members_of_the_report() -> None:
+    """The contract of ``whisperd reconcile --json`` is written down, whole."""
+    from whisperd.plan import CachePlan
+    from whisperd.reconcile import Report, Result
+
+    report = Report(plan=CachePlan(actions=()), results=(Result(name="m", outcome="ok"),)).as_dict()
+    documented = set(re.findall(r"`(\w+)`", (ROOT / "README.md").read_text()))
+    assert set(report) | set(report["models"][0]) <= documented

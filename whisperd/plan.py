@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -225,15 +225,19 @@ def plan(
             action = replace(action, kind="blocked", files=(), part_bytes=0, reason=reason)
         left = left.without(action)
         actions.append(action)
-    wanted = frozenset(pair for state in states for pair in _wanted(state))
+    wanted: dict[tuple[str, str], frozenset[str]] = {}
+    for state in states:
+        for pair, blobs in _wanted(state):
+            wanted[pair] = wanted.get(pair, frozenset()) | blobs
     removals = tuple(removal for repo in contents for removal in removed_from(repo, wanted))
     return CachePlan(actions=tuple(actions), removals=removals, prune=prune, free_bytes=room.free_bytes)
 
 
-def removed_from(contents: RepoContents, wanted: Set[tuple[str, str]]) -> tuple[Removal, ...]:
-    """The commits of a repository that can go: fetched by whisperd, not in ``wanted`` (repository, commit), not in use.
+def removed_from(contents: RepoContents, wanted: Mapping[tuple[str, str], frozenset[str]]) -> tuple[Removal, ...]:
+    """The commits of a repository that can go: fetched by whisperd, not wanted, not in use.
 
-    A blob goes with the last snapshot that leads to it, whoever has made that snapshot.
+    A blob goes with the last snapshot that leads to it, whoever has made that snapshot; ``wanted``, the blobs by
+    repository and commit, may name snapshots that are still to be made.
     """
     doomed = sorted(
         commit
@@ -241,6 +245,7 @@ def removed_from(contents: RepoContents, wanted: Set[tuple[str, str]]) -> tuple[
         if (contents.repo, commit) not in wanted and commit not in contents.in_use
     )
     kept = {blob for commit, blobs in contents.snapshots.items() if commit not in doomed for blob in blobs}
+    kept |= {blob for (repo, _), blobs in wanted.items() if repo == contents.repo for blob in blobs}
     removals = []
     for commit in doomed:
         blobs = tuple(sorted(contents.snapshots[commit] - kept))
@@ -325,14 +330,16 @@ def _verdict(state: ModelState, target: Resolved, force: bool) -> tuple[Kind, st
     return ("repair", ", ".join(flaws)) if flaws else ("ok", "complete, verified")
 
 
-def _wanted(state: ModelState) -> Iterator[tuple[str, str]]:
-    """The commits that a model needs: its target; while that is unknown, what it has."""
+def _wanted(state: ModelState) -> Iterator[tuple[tuple[str, str], frozenset[str]]]:
+    """The commits that a model needs, with their blobs: its target; while that is unknown, what it has."""
     if not isinstance(state.source, HubSource):
         return
     if state.source.is_pinned:
-        yield state.source.repo_id, state.source.revision
-    if commit := state.target.commit if state.target else state.current_commit:
-        yield state.source.repo_id, commit
+        yield (state.source.repo_id, state.source.revision), frozenset()
+    if state.target is not None:
+        yield (state.source.repo_id, state.target.commit), frozenset(file.hash for file in state.target.files)
+    elif state.current_commit is not None:
+        yield (state.source.repo_id, state.current_commit), frozenset()
 
 
 def _line(action: Action, repo_chars: int) -> str:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.hf_export import export
-from tests.integration.daemon import running
+from tests.integration.daemon import clean_environ, running
 from tests.integration.test_cli import whisperd
 from tests.loopback_hub import LoopbackHub, serving
 from tests.speech import Clip, plain
@@ -132,3 +135,81 @@ def test_old_names_of_the_environment(hub: LoopbackHub, tmp_path: Path) -> None:
         hub.repos["org/ct2"].private = False
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "old/models--org--ct2/refs/main").is_file()
+
+
+def test_the_daemon_does_it(hub: LoopbackHub, tmp_path: Path, clips: dict[str, Clip]) -> None:
+    """With a daemon on the same cache, the command has it do the work, shows its progress, and it switches."""
+    repo = hub.add("org/mine", hub_files(hub, "org/ct2"))
+    with running(tmp_path, config(hub, "org/mine")) as daemon:
+        first = repo.refs["main"]
+        assert whisperd(tmp_path, "reconcile").stdout == (
+            f"  = org/mine  main@{first[:7]}  complete, verified\nNo changes. The cache matches the 1 declared model.\n"
+        )
+        second = repo.commit(hub_files(hub, "org/ct2") | {"preprocessor_config.json": b"{}"})
+        pending = whisperd(tmp_path, "reconcile", "--check", "--update", "--json")
+        assert (pending.returncode, json.loads(pending.stdout)["models"][0]["outcome"]) == (3, "pending")
+        done = whisperd(tmp_path, "reconcile", "--update")
+        assert (done.returncode, done.stderr) == (0, "fetching org/mine: 2 B\n")
+        assert "1 updated" in done.stdout
+        assert [card["revision"] for card in daemon.client.models()] == [second]
+        assert plain(daemon.transcribe(clips["monkeys"].path)["text"]) == plain(clips["monkeys"].text)
+        # alone, since an option is overridden: what the daemon serves stays all the same
+        pruned = whisperd(tmp_path, "reconcile", "--prune", "-o", 'models=["org/hf"]')
+        assert "1 removed" in pruned.stdout
+        assert (tmp_path / f"cache/models--org--mine/snapshots/{second}").is_dir()
+        assert not (tmp_path / f"cache/models--org--mine/snapshots/{first}").exists()
+        hub.fault("/revision/", status=401)
+        failed = whisperd(tmp_path, "reconcile", "--force")
+        assert (failed.returncode, "refused the token" in failed.stdout) == (1, True)
+        usage = whisperd(tmp_path, "reconcile", "--prune", "-m", "org/mine")
+        assert (usage.returncode, "leave out -m" in usage.stderr) == (2, True)
+
+
+def test_a_client_that_goes_away(hub: LoopbackHub, tmp_path: Path) -> None:
+    """Ctrl-C on a command that the daemon carries out ends the download at once, and the daemon serves on."""
+    hub.add("org/mine", hub_files(hub, "org/ct2"))
+    with running(tmp_path, config(hub, "org/ct2")) as daemon:
+        hub.fault("GET /cdn/", stall_at=1000)
+        command = start(tmp_path, "reconcile", "-m", "org/mine")
+        assert hub.stalled.wait(30)
+        command.send_signal(signal.SIGINT)
+        assert command.wait(5) == 130
+        hub.faults.clear()
+        assert whisperd(tmp_path, "reconcile", "-m", "org/mine").returncode == 0
+        assert daemon.client.ready()
+
+
+def start(directory: Path, *arguments: str) -> subprocess.Popen[bytes]:
+    """A command that goes on."""
+    environ = clean_environ(directory, {"NOTIFY_SOCKET": ""})
+    return subprocess.Popen([sys.executable, "-m", "whisperd", *arguments], cwd=directory, env=environ)
+
+
+def hub_files(hub: LoopbackHub, name: str) -> dict[str, bytes]:
+    repo = hub.repos[name]
+    return {path: file.data for path, file in repo.commits[repo.refs["main"]].items()}
+
+
+def test_hf_cache_prune(hub: LoopbackHub, tmp_path: Path) -> None:
+    """The cleaning of huggingface_hub's own command takes neither a branch nor a pinned commit."""
+    pinned = f"org/hf@{hub.repos['org/hf'].refs['main']}"
+    (tmp_path / "whisperd.toml").write_text(f'cache_dir = "{tmp_path}/cache"\n{config(hub, "org/ct2", pinned)}')
+    assert whisperd(tmp_path, "reconcile").returncode == 0
+    hf = Path(sys.executable).with_name("hf")
+    subprocess.run([hf, "cache", "prune", "-y", "--cache-dir", str(tmp_path / "cache")], check=True)
+    assert whisperd(tmp_path, "reconcile", "--check", "--verify").returncode == 0
+
+
+def test_export_and_import(hub: LoopbackHub, tmp_path: Path) -> None:
+    """Two commands move the declared models to a machine that has no network."""
+    (tmp_path / "whisperd.toml").write_text(f'cache_dir = "{tmp_path}/cache"\n{config(hub, "org/ct2")}')
+    exported = whisperd(tmp_path, "reconcile", "--export", str(tmp_path / "usb"))
+    assert exported.stdout.splitlines()[-1] == f"exported to {tmp_path}/usb/org--ct2--main"
+    hub.requests.clear()
+    there = tmp_path / "there"
+    there.mkdir()
+    (there / "whisperd.toml").write_text(f'cache_dir = "{there}/cache"\n{config(hub, "org/ct2")}')
+    imported = whisperd(there, "reconcile", "--import", str(tmp_path / "usb"))
+    assert (imported.returncode, "1 downloaded" in imported.stdout) == (0, True)
+    assert hub.requests == []
+    assert whisperd(there, "reconcile", "--check").returncode == 0

@@ -54,17 +54,25 @@ class Repo:
         """Where the bytes of a file are."""
         return self.path / "blobs" / file.hash
 
-    def ref(self, source: HubSource) -> Path:
+    @staticmethod
+    def ref_name(source: HubSource) -> str:
         """The ref that other tools follow; a pinned commit gets one too, or their cleaning would take it."""
-        name = f"whisperd/{source.revision[:PIN_CHARS]}" if source.is_pinned else source.revision
-        return self.path / "refs" / name
+        return f"whisperd/{source.revision[:PIN_CHARS]}" if source.is_pinned else source.revision
 
     def commit_of(self, source: HubSource) -> str | None:
         """The commit that the cache holds for a revision, by its ref."""
         if source.is_pinned:
             return source.revision if self.snapshot(source.revision).is_dir() else None
+        return self._named(self.ref_name(source))
+
+    def has_ref(self, source: HubSource, commit: str) -> bool:
+        """Whether other tools that follow the revision find something: this commit, or one that they have moved to."""
+        named = self._named(self.ref_name(source))
+        return named is not None and (named == commit or self.snapshot(named).is_dir())
+
+    def _named(self, ref: str) -> str | None:
         with suppress(OSError, UnicodeDecodeError):
-            text = self.ref(source).read_text(encoding="ascii")
+            text = (self.path / "refs" / ref).read_text(encoding="ascii")
             return text if COMMIT.fullmatch(text) else None
         return None
 
@@ -84,7 +92,8 @@ class Repo:
     def remove(self, removal: Removal) -> None:
         """Refs first: whoever looks meanwhile finds no branch rather than half a snapshot."""
         for name in removal.refs:
-            (self.path / "refs" / name).unlink(missing_ok=True)
+            if self._named(name) == removal.commit:  # an update may have moved it since
+                (self.path / "refs" / name).unlink()
         shutil.rmtree(self.snapshot(removal.commit))
         for name in removal.blobs:
             (self.path / "blobs" / name).unlink(missing_ok=True)
@@ -113,7 +122,10 @@ class Repo:
 
     def write_ref(self, source: HubSource, commit: str) -> None:
         """Other tools see the new commit from now on."""
-        write_atomically(self.ref(source), commit)
+        path = self.path / "refs" / self.ref_name(source)
+        if path.is_dir():  # nobody could ever read or replace it
+            shutil.rmtree(path)
+        write_atomically(path, commit)
 
 
 def folder(repo_id: str) -> str:

@@ -102,7 +102,7 @@ class Observer:
             current_commit=entry.commit if entry else None,
             files=files,
             part_bytes={file.path: staging.size_bytes(file) for file in target.files},
-            ref_ok=repo.ref(source).is_file(),
+            ref_ok=repo.has_ref(source, target.commit),
         )
         return Found(state=state, path=repo.snapshot(entry.commit) if entry and whole else None)
 
