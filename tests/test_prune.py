@@ -74,7 +74,7 @@ def test_only_when_asked(origin: FakeOrigin, settings: Settings) -> None:
     checked = run(origin, settings, REPOS[:1], prune=True, check=True)
     assert (checked.exit_code, len(repos(settings))) == (3, 2)
     assert checked.plan.lines()[1:] == [
-        f"  - org/b  main@{origin.repos['org/b'].refs['main'][:7]}  not declared, 902 B",
+        f"  - org/b  {origin.repos['org/b'].refs['main'][:7]}  not declared, 902 B",
         checked.plan.lines()[2],
     ]
     assert "1 to remove" in checked.plan.lines()[2]

@@ -101,6 +101,7 @@ class Removal:
     refs: tuple[str, ...] = ()
     blobs: tuple[str, ...] = ()
     bytes: int = 0
+    reason: Literal["not declared", "superseded"] = "not declared"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -257,6 +258,7 @@ def removed_from(contents: RepoContents, wanted: Mapping[tuple[str, str], frozen
                 refs=tuple(sorted(ref for ref, named in contents.refs.items() if named == commit)),
                 blobs=blobs,
                 bytes=sum(contents.blob_bytes.get(blob, 0) for blob in blobs),
+                reason="superseded" if any(repo == contents.repo for repo, _ in wanted) else "not declared",
             )
         )
     return tuple(removals)
@@ -348,8 +350,7 @@ def _line(action: Action, repo_chars: int) -> str:
 
 def _removal_line(removal: Removal, repo_chars: int, prune: bool) -> str:
     kept = "" if prune else " (kept; --prune removes it)"
-    place = f"{', '.join(removal.refs) or 'commit'}@{short(removal.commit)}"
-    return f"  - {removal.repo:<{repo_chars}}  {place}  not declared, {size(removal.bytes)}{kept}"
+    return f"  - {removal.repo:<{repo_chars}}  {short(removal.commit)}  {removal.reason}, {size(removal.bytes)}{kept}"
 
 
 def _where(action: Action) -> str:

@@ -100,18 +100,21 @@ class Report:
 
     def lines(self) -> list[str]:
         """The outcome for people."""
-        told = [f"  x {result.name}: {result.error}" for result in self.results if result.error]
+        said = {action.name for action in self.plan.actions if action.kind == "blocked"}  # by the plan
+        failed = [result for result in self.results if result.error is not None]
+        told = [f"  x {result.name}: {result.error}" for result in failed if result.name not in said]
         told += [f"  warning: {result.name}: {result.warning}" for result in self.results if result.warning]
         counts = Counter(result.outcome for result in self.results)
         if counts["pending"] or self._prune_pending or self.exit_code == UNCHECKED:
             return told
         if not self.plan.pending and not told:
-            return []  # the plan has said it
+            return []  # the plan has said that as well
         fetched = sum(result.fetched_bytes for result in self.results)
         words = ", ".join(f"{counts[word]} {'unchanged' if word == 'ok' else word}" for word in WORDS)
         if self.removed:
             words += f", {len(self.removed)} removed"
-        return [*told, f"Reconcile complete: {words} ({size(fetched)} in {self.wall_s:.1f} s)."]
+        outcome = "incomplete" if failed else "complete"
+        return [*told, f"Reconcile {outcome}: {words} ({size(fetched)} in {self.wall_s:.1f} s)."]
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able."""
