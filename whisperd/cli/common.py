@@ -70,6 +70,15 @@ def _socket_path(config_file: Path | None, overrides: Sequence[str]) -> Path:
     return system if system.exists() else own
 
 
+def complain(text: str) -> None:
+    """An error on stderr; where that is the journal, every line says that it is one."""
+    from whisperd.daemon.logs import leads_to_journal
+
+    prefix = "<3>" if leads_to_journal(os.environ) else ""
+    for line in text.splitlines():
+        click.echo(prefix + line, err=True)
+
+
 def exit_code(error: Error) -> int:
     """What a command exits with; an error of the daemon brings its own."""
     return int(getattr(error, "remote_exit_code", error.exit_code))
