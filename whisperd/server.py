@@ -18,7 +18,7 @@ import socket
 import stat
 import struct
 import time
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -104,11 +104,12 @@ def inherited_sockets(environ: MutableMapping[str, str]) -> list[socket.socket]:
     return [_inherited(fd) for fd in range(FIRST_INHERITED_FD, FIRST_INHERITED_FD + int(count))]
 
 
-def turn_away(listeners: Sequence[socket.socket], error: Error) -> int:
+def turn_away(listeners: Sequence[socket.socket], error: Error, healed: Callable[[], bool]) -> int:
     """Answers 503 with the reason to everybody who waits in these sockets; returns how many that were.
 
     For a daemon that cannot start: unanswered connections would make systemd start it again at once, and again. Once
-    somebody came it stays a while for the others, so that many clients do not cost a start each.
+    somebody came it stays a while for the others, so that many clients do not cost a start each; but whoever comes
+    when the cause is ``healed`` is left to the next start.
     """
     answer = _unavailable(error)
     count, patience_s, until_s = 0, 0.0, math.inf
@@ -116,7 +117,7 @@ def turn_away(listeners: Sequence[socket.socket], error: Error) -> int:
         for listener in listeners:
             listener.setblocking(False)  # a file description that is shared with systemd: it says nothing by itself
             selector.register(listener, selectors.EVENT_READ)
-        while patience_s >= 0 and (ready := selector.select(patience_s)):
+        while patience_s >= 0 and (ready := selector.select(patience_s)) and not (count and healed()):
             count += sum(_turn_away_one(key.fileobj, answer) for key, _ in ready)
             now_s = time.monotonic()
             until_s = min(until_s, now_s + LINGER_S)

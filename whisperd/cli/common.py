@@ -39,9 +39,9 @@ def _config_options(command: Command, *override_names: str) -> Command:
 
 def socket_option(command: Command) -> Command:
     """``--socket``, for commands that talk to the daemon."""
-    return click.option("--socket", "socket_file", type=click.Path(path_type=Path), help="Socket of the daemon.")(
-        command
-    )
+    # whoever may not use it hears from the client why
+    path = click.Path(path_type=Path, readable=False)
+    return click.option("--socket", "socket_file", type=path, help="Socket of the daemon.")(command)
 
 
 def read_config(config_file: Path | None, overrides: Sequence[str]) -> Loaded:

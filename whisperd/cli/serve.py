@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,7 +42,8 @@ def serve(config_file: Path | None, overrides: Sequence[str]) -> None:
         inherited = inherited_sockets(os.environ)
         _run(config_file, overrides, notifier, inherited)
     except Error as error:
-        _say_why(error, notifier, inherited)
+        _say_why(error, notifier)
+        _turn_away(error, inherited, lambda: read_config(config_file, overrides))
         raise
     finally:
         notifier.close()
@@ -86,13 +87,24 @@ def _own_socket(config: Config) -> socket.socket:
     return bind_unix(path, mode=int(config.server.socket_mode, 8), group=config.server.socket_group)
 
 
-def _say_why(error: Error, notifier: Notifier, inherited: Sequence[socket.socket]) -> None:
-    """Tells systemd, and those who wait in a socket that the daemon has not served."""
+def _say_why(error: Error, notifier: Notifier) -> None:
     notifier.status(str(error))
     if isinstance(error, ConfigError):
         notifier.errno(errno.EINVAL)
-    waiting = [listener for listener in inherited if listener.fileno() >= 0]
-    if waiting:
-        from whisperd.server import turn_away
 
-        turn_away(waiting, error)
+
+def _turn_away(error: Error, inherited: Sequence[socket.socket], read: Callable[[], object]) -> None:
+    """Tells those who wait in a socket that the daemon has not served."""
+    waiting = [listener for listener in inherited if listener.fileno() >= 0]
+    if not waiting:
+        return
+    from whisperd.server import turn_away
+
+    def healed() -> bool:
+        try:
+            read()
+        except ConfigError:
+            return False
+        return isinstance(error, ConfigError)
+
+    turn_away(waiting, error, healed)
