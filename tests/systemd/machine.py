@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
@@ -61,14 +62,14 @@ class Machine:
         told = subprocess.CompletedProcess(
             done.args, done.returncode, done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace")
         )
-        assert not check or told.returncode == 0, f"{shlex.join(command)}: {told.returncode}\n{told.stdout}{told.stderr}"
+        assert not check or told.returncode == 0, (
+            f"{shlex.join(command)}: {told.returncode}\n{told.stdout}{told.stderr}"
+        )
         return told
 
     def start(self, *command: str) -> subprocess.Popen[str]:
         """Starts a command as root in it; the caller waits for it."""
-        return subprocess.Popen(
-            [*self._enter(), *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+        return subprocess.Popen([*self._enter(), *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     def write(self, path: str, text: str, mode: int = 0o644) -> None:
         """A file of root's; not below /run or /tmp, which are file systems of the inside."""
@@ -81,14 +82,25 @@ class Machine:
         """A property of a unit."""
         return self.run("systemctl", "show", "--value", "-p", name, unit).stdout.strip()
 
-    def journal(self, *arguments: str) -> str:
-        """Messages of the daemon's unit, since boot."""
-        return self.run("journalctl", "--no-pager", "-o", "cat", "-u", UNIT, *arguments).stdout
+    def journal(self, since: str = "") -> list[dict[str, str]]:
+        """Entries of the daemon's unit, all or since a cursor."""
+        after = [f"--after-cursor={since}"] if since else []
+        lines = self.run("journalctl", "--no-pager", "-o", "json", "--all", "-u", UNIT, *after).stdout.splitlines()
+        return [json.loads(line) for line in lines]
 
     def cursor(self) -> str:
-        """Where the journal ends now, as an argument for ``journal``."""
-        told = self.run("journalctl", "-n", "1", "--show-cursor", "-o", "cat").stdout
-        return f"--after-cursor={told.rpartition('-- cursor: ')[2].strip()}"
+        """Where the journal of the unit ends now."""
+        told = self.run("journalctl", "-u", UNIT, "-n", "1", "--show-cursor", "-o", "cat").stdout
+        return told.rpartition("-- cursor: ")[2].strip()
+
+    def journal_until(self, since: str, text: str, priority: str | None = None) -> None:
+        """Waits for a message; the journal takes them in a moment after they were sent."""
+
+        def found() -> bool:
+            entries = (entry for entry in self.journal(since) if priority in {None, entry["PRIORITY"]})
+            return any(text in entry["MESSAGE"] for entry in entries)
+
+        self.until(found, f"{text!r} in the journal")
 
     def until(self, condition: Callable[[], object], what: str, patience_s: float = PATIENCE_S) -> None:
         """Asks again and again."""

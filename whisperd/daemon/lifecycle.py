@@ -22,7 +22,7 @@ from whisperd.daemon.service import DaemonService, State
 from whisperd.daemon.supervision import Supervision
 from whisperd.errors import Draining, Error
 from whisperd.notify import Notifier
-from whisperd.reconcile import Report, reconcile, snapshots_without_network
+from whisperd.reconcile import Progress, Report, reconcile, snapshots_without_network
 from whisperd.reconcile import Settings as StoreSettings
 from whisperd.server import Server
 from whisperd.sources import Wanted
@@ -155,21 +155,25 @@ class Daemon:
         return report.snapshots
 
     async def _reconciled(self, wanted: Sequence[Wanted], store: StoreSettings) -> Report:
-        """Asks the Hub and fetches. That may take an hour, so requests that wait for a boot are told to come back."""
-        stall_timeout_s = store.stall_timeout_s
-        self._state.patient(False)
+        """Asks the Hub and fetches. That may take an hour: when bytes come, who waits for the boot is sent away."""
+        loop = asyncio.get_running_loop()
+
+        def on_progress(progress: Progress) -> None:
+            loop.call_soon_threadsafe(self._state.wait_no_more)
+            self._supervision.fetched(progress, store.stall_timeout_s)
+
         try:
             return await asyncio.to_thread(
                 reconcile,
                 wanted,
                 store,
                 on_plan=lambda plan: log.info("%s", "\n".join(plan.lines())),
-                on_progress=lambda progress: self._supervision.fetched(progress, stall_timeout_s),
+                on_progress=on_progress,
                 cancel=self._cancel_store,
             )
         finally:
             self._supervision.fetching_ended()
-            self._state.patient(True)
+            self._state.wait_again()
 
     async def _reload_and_wait(self) -> Mapping[str, object]:
         if self._stop.is_set():

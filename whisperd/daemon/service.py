@@ -60,11 +60,13 @@ class State:
         self.booted = self.booted or phase == "ready"
         self.decided.set()
 
-    def patient(self, wait: bool) -> None:
-        """Whether requests wait for the end of the boot, which is worth it unless it downloads."""
-        if self.booted or not wait:
-            self.decided.set()
-        else:
+    def wait_no_more(self) -> None:
+        """The boot will take long: requests are told to come back."""
+        self.decided.set()
+
+    def wait_again(self) -> None:
+        """The long part is over: requests wait for the rest of the boot."""
+        if self.phase == "starting":
             self.decided.clear()
 
 

@@ -68,7 +68,7 @@ class Supervision:
         with self._lock:
             before = self._downloads.get(progress.name)
             self._downloads[progress.name] = progress
-            self._moved = self._moved or before is None or before.done_bytes != progress.done_bytes
+            self._moved = self._moved or progress.done_bytes != (before.done_bytes if before else 0)
             now_s = time.monotonic()
             if not self._moved or now_s - self._told_progress_at_s < TELL_EVERY_S:
                 return
