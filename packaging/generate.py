@@ -29,7 +29,7 @@ ENVIRONMENT = {
     "WHISPER_MODEL": "The model, when the configuration declares none.",
     "HF_TOKEN": "Token for the Hub; after the systemd credential hf-token, before HUGGINGFACE_TOKEN, "
     "HUGGING_FACE_HUB_TOKEN and the token file.",
-    "HF_HUB_CACHE": "The cache, when cache_dir is not set; before HUGGINGFACE_HUB_CACHE, TRANSFORMERS_CACHE and HF_HOME.",
+    "HF_HUB_CACHE": "The cache, when cache_dir is not set; before HUGGINGFACE_HUB_CACHE, TRANSFORMERS_CACHE, HF_HOME.",
 }
 FILES = {
     "/etc/whisperd/whisperd.toml": "Configuration of the service. Others are looked for first: -c, $WHISPERD_CONFIG, "
@@ -88,9 +88,10 @@ def file_page() -> Iterator[str]:
     yield from head("WHISPERD.TOML", 5, "whisperd.toml", "what whisperd serves, and how.")
     yield ".SH DESCRIPTION"
     yield from paragraphs(
-        "A file in TOML. Every option has a default; the smallest file declares a model and nothing else. An option that "
-        "is unknown, or has a value that it cannot have, makes the whole file invalid: whisperd config --check lists "
-        "every mistake. Options marked (restart) change with the next restart of the daemon, all others with a reload."
+        "A file in TOML. Every option has a default; the smallest file declares a model and nothing else. An option "
+        "that is unknown, or has a value that it cannot have, makes the whole file invalid: whisperd config --check "
+        "lists every mistake. Options marked (restart) change with the next restart of the daemon, all others with a "
+        "reload."
     )
     yield from (".SH OPTIONS", *(line for option in options() if "." not in option.key for line in described(option)))
     yield from (".SS A model", *paragraphs("is a string, which is its repo, or a table with:"))

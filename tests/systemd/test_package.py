@@ -79,7 +79,7 @@ def test_an_extra(bare: Machine, installed_service: Service, clips: dict[str, Cl
     assert "embedded" in refused.stderr
     (wanted,) = bare.run("whisperd-add-extra", "embedded", "--list").stdout.split()
     wheels = bare.root / "srv/wheels"
-    download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", wheels, wanted]
+    download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", str(wheels), wanted]
     subprocess.run(download, check=True, timeout=300)
     shutil.copy(next(PIP.glob("pip-*.whl")), bare.root / "srv/pip.whl")
     command = ("whisperd-add-extra", "embedded", "--no-index", "--find-links", "/srv/wheels")

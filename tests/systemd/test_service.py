@@ -157,7 +157,6 @@ def test_watchdog(service: Service, clips: dict[str, Clip]) -> None:
     service.configure(f"{MODEL}\n[engine]\n{slow}\n[decode]\nbeam_size = 32")
     service.systemctl("restart")
     since = service.machine.cursor()
-    # noise is not skipped without the filter: windows enough for one long batch
     with ThreadPoolExecutor(8) as pool:
         asked = [pool.submit(service.transcribe, clips["instruct"], vad_filter="false") for _ in range(8)]
         service.machine.until(lambda: service.machine.show("NRestarts") == "1", "the watchdog has struck")

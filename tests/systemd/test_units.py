@@ -32,7 +32,7 @@ def test_the_sandbox_is_strict(name: str) -> None:
     """The exposure that systemd-analyze finds is at most what the README states."""
     if shutil.which("systemd-analyze") is None:
         pytest.skip("needs systemd-analyze")
-    command = ["systemd-analyze", "security", "--offline=true", f"--threshold={THRESHOLDS[name]}", UNITS / name]
+    command = ["systemd-analyze", "security", "--offline=true", f"--threshold={THRESHOLDS[name]}", str(UNITS / name)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout.splitlines()[-1]
 
