@@ -82,7 +82,10 @@ class HubRepo:
 
 @dataclass(slots=True, kw_only=True)
 class Fault:
-    """What goes wrong with requests whose ``METHOD /path`` matches; ``times`` None means always."""
+    """What goes wrong with requests whose ``METHOD /path`` matches; ``times`` None means always.
+
+    ``pace_s`` is the time between two chunks of ``CHUNK_BYTES``: a slow line.
+    """
 
     match: str
     times: int | None = None
@@ -92,6 +95,7 @@ class Fault:
     corrupt: bool = False
     cut_at: int | None = None
     stall_at: int | None = None
+    pace_s: float | None = None
 
     def takes(self, line: str) -> bool:
         if not re.search(self.match, line) or self.times == 0:
@@ -291,6 +295,8 @@ class _Handler(BaseHTTPRequestHandler):
             end = start + (fault.cut_at or fault.stall_at or 0)
         for at in range(start, end, CHUNK_BYTES):
             self.wfile.write(data[at : min(at + CHUNK_BYTES, end)])
+            if fault and fault.pace_s:
+                self.server.app.closing.wait(fault.pace_s)
         if fault and fault.stall_at is not None:
             self.wfile.flush()
             self.server.app.stalled.set()

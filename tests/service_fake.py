@@ -16,6 +16,7 @@ from starlette.applications import Starlette
 from starlette.types import ASGIApp
 
 from whisperd.api import ApiSettings, Job, ModelCard, Readiness, ReconcileOrder, Tell, create_app
+from whisperd.api.app import refuse_unready
 from whisperd.decoding import Options
 from whisperd.errors import Error, ModelNotFound
 from whisperd.server import Server, ServerSettings, bind_unix
@@ -75,6 +76,9 @@ class FakeService:
 
     def readiness(self) -> Readiness:
         return self.now
+
+    async def admitted(self) -> None:
+        refuse_unready(self)
 
     def models(self) -> Sequence[ModelCard]:
         return [

@@ -503,7 +503,7 @@ def test_the_socket_follows_its_user() -> None:
     assert str(socket_path(declared, system | {"WHISPERD_SOCKET": "/b"}, uid=0)) == "/a.sock"
     assert str(socket_path(Config(), system | {"WHISPERD_SOCKET": "~/b"}, uid=0)) == "/home/me/b"
     assert str(socket_path(Config(), system, uid=0)) == "/run/w/whisperd.sock"
-    assert str(socket_path(Config(), environ, uid=0)) == "/run/whisperd/whisperd.sock"
+    assert str(socket_path(Config(), environ, uid=0)) == "/run/whisperd.sock"
     assert str(socket_path(Config(), environ, uid=7)) == "/run/user/7/whisperd/whisperd.sock"
     assert str(socket_path(Config(), {}, uid=7)) == "/tmp/whisperd-7/whisperd.sock"  # noqa: S108
 

@@ -155,14 +155,26 @@ class _Connection(http.client.HTTPConnection):
         try:
             self.sock.connect(os.fspath(self._path))
         except PermissionError as error:
-            raise SocketPermissionError(
-                f"no permission to use {self._path}; its group may: ls -l {self._path} shows which"
-            ) from error
+            raise SocketPermissionError(_who_may(self._path)) from error
         except OSError as error:
             raise DaemonUnreachable(
                 f"no daemon answers at {self._path} ({error.strerror or error}); "
                 "start one: systemctl start whisperd, or: whisperd serve"
             ) from error
+
+
+def _who_may(path: Path) -> str:
+    """Why this user may not, and what the user can do about it."""
+    import grp
+
+    try:
+        group = grp.getgrgid(path.stat().st_gid).gr_name
+    except (OSError, KeyError):  # a directory that cannot be entered, a group without a name
+        return f"permission denied: {path}; ask whoever runs the daemon for access"
+    return (
+        f"permission denied: {path} is for the group {group}; join the group {group} "
+        f"(as root: usermod -aG {group} USER) and log in again"
+    )
 
 
 class _Form:

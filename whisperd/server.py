@@ -10,16 +10,20 @@ import asyncio
 import contextlib
 import grp
 import importlib
+import json
+import math
 import os
+import selectors
 import socket
 import stat
 import struct
-from collections.abc import Iterator, MutableMapping, Sequence
+import time
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from whisperd.errors import ConfigError, Problem, UsageError
+from whisperd.errors import ConfigError, Error, Problem, UsageError
 
 if TYPE_CHECKING:
     import uvicorn
@@ -35,7 +39,12 @@ PATH_BYTES_MAX = 107  # sun_path has 108 with its closing zero
 BACKLOG = 2048
 PROBE_S = 1.0
 JUST_ACCEPTED_S = 0.5  # during a drain: time for a connection's first request to arrive
+SETUP_STEPS = 3  # of the event loop, from accept to a connection that is known
 CANCELLED_S = 5.0  # for tasks to end that the drain has cancelled
+TURN_AWAY_S = 1.0  # for a client to send and to read while it is turned away
+TURNED_AWAY_RETRY_S = 10
+LINGER_S = 5.0  # at most a dozen starts in a minute, well below the StartLimitBurst= of the unit
+HEAD_BYTES = 65536
 PEER_CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid
 
 
@@ -93,6 +102,57 @@ def inherited_sockets(environ: MutableMapping[str, str]) -> list[socket.socket]:
     if pid != str(os.getpid()) or not count.isdecimal():
         return []
     return [_inherited(fd) for fd in range(FIRST_INHERITED_FD, FIRST_INHERITED_FD + int(count))]
+
+
+def turn_away(listeners: Sequence[socket.socket], error: Error, healed: Callable[[], bool]) -> int:
+    """Answers 503 with the reason to everybody who waits in these sockets; returns how many that were.
+
+    For a daemon that cannot start: unanswered connections would make systemd start it again at once, and again. Once
+    somebody came it stays a while for the others, so that many clients do not cost a start each; but whoever comes
+    when the cause is ``healed`` is left to the next start.
+    """
+    answer = _unavailable(error)
+    count, patience_s, until_s = 0, 0.0, math.inf
+    with selectors.DefaultSelector() as selector:
+        for listener in listeners:
+            listener.setblocking(False)  # a file description that is shared with systemd: it says nothing by itself
+            selector.register(listener, selectors.EVENT_READ)
+        while patience_s >= 0 and (ready := selector.select(patience_s)) and not (count and healed()):
+            count += sum(_turn_away_one(key.fileobj, answer) for key, _ in ready)
+            now_s = time.monotonic()
+            until_s = min(until_s, now_s + LINGER_S)
+            patience_s = until_s - now_s
+    return count
+
+
+def _turn_away_one(listener: Any, answer: bytes) -> int:
+    try:
+        connection, _ = listener.accept()
+    except BlockingIOError:  # somebody else was faster
+        return 0
+    with connection, contextlib.suppress(OSError):
+        connection.settimeout(TURN_AWAY_S)
+        connection.recv(HEAD_BYTES)
+        connection.sendall(answer)
+        connection.shutdown(socket.SHUT_WR)
+        deadline_s = time.monotonic() + TURN_AWAY_S
+        while time.monotonic() < deadline_s and connection.recv(HEAD_BYTES):
+            pass  # a connection that is closed with something unread in it loses the answer
+    return 1
+
+
+def _unavailable(error: Error) -> bytes:
+    from whisperd.api.answers import error_body
+
+    body = json.dumps(error_body(error)).encode()
+    head = (
+        "HTTP/1.1 503 Service Unavailable",
+        "content-type: application/json",
+        f"content-length: {len(body)}",
+        f"retry-after: {TURNED_AWAY_RETRY_S}",
+        "connection: close",
+    )
+    return "\r\n".join(head).encode() + b"\r\n\r\n" + body
 
 
 class Server:
@@ -217,9 +277,19 @@ class _Listener(ServerBase):
         yield
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await _stop_accepting(sockets or [])
         await super().shutdown(sockets)
         if self.server_state.tasks:
             await asyncio.wait(self.server_state.tasks, timeout=CANCELLED_S)
+
+
+async def _stop_accepting(listeners: Sequence[socket.socket]) -> None:
+    """asyncio drops a connection that it has accepted and not yet set up when its server is closed in between."""
+    loop = asyncio.get_running_loop()
+    for listener in listeners:
+        loop.remove_reader(listener.fileno())
+    for _ in range(SETUP_STEPS):
+        await asyncio.sleep(0)
 
 
 def _peer(listener: socket.socket | None) -> tuple[int, int, int] | None:

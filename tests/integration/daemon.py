@@ -109,6 +109,7 @@ def running(
     environ: dict[str, str] | None = None,
 ) -> Iterator[DaemonProcess]:
     """Starts a daemon, waits until it is ready, and makes sure that it is gone at the end."""
+    directory.mkdir(exist_ok=True)
     write_config(directory, config)
     notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     notify.bind(str(directory / "notify"))

@@ -50,15 +50,28 @@ def test_boot_serve_stop(tmp_path: Path, clips: dict[str, Clip]) -> None:
 
 
 def test_not_ready_yet(tmp_path: Path, clips: dict[str, Clip]) -> None:
-    """While the model loads, status answers, and a request hears 503 with a time to come back."""
+    """While the model loads, status answers, and a request waits for the end of the boot."""
     with running(tmp_path, ready=False) as daemon:
         daemon.wait_for("STATUS=loading")
         assert daemon.client.status()["phase"] == "starting"
-        with pytest.raises(RemoteError) as caught:
-            daemon.transcribe(clips["monkeys"].path)
-        assert (caught.value.status, caught.value.remote_code) == (503, "model_loading")
+        assert not daemon.client.ready()
+        assert plain(daemon.transcribe(clips["monkeys"].path)["text"]) == plain(clips["monkeys"].text)
         daemon.wait_for("READY=1")
         assert daemon.client.ready()
+
+
+def test_an_edit_during_the_boot(tmp_path: Path) -> None:
+    """The file is read again before READY=1; a wrong one is told and does not keep the daemon from serving."""
+    with running(tmp_path, ready=False) as daemon:
+        daemon.wait_for("STATUS=loading")
+        daemon.write_config(f'models = ["{EMBEDDED}"]\n[decode]\nbeam_size = 2')
+        daemon.wait_for("READY=1")
+        assert daemon.client.status()["config"]["values"]["decode.beam_size"] == "2"
+    with running(tmp_path / "again", ready=False) as daemon:
+        daemon.wait_for("STATUS=loading")
+        daemon.write_config("models = 3")
+        daemon.wait_for("READY=1")
+        assert "models: expects an array" in daemon.wait_for("STATUS=last reload failed")
 
 
 def test_stop_while_booting(tmp_path: Path) -> None:
@@ -285,6 +298,7 @@ def test_boot_that_fails(tmp_path: Path, config: str, code: int, words: str) -> 
         assert words in daemon.log
         until(lambda: any(text.startswith("STATUS=") and words in text for text in daemon.messages))
         assert "READY=1" not in daemon.messages
+        assert ("ERRNO=22" in daemon.messages) == (code == 78)
 
 
 def test_two_daemons(tmp_path: Path) -> None:
@@ -329,6 +343,31 @@ def test_inherited_socket(tmp_path: Path, clips: dict[str, Clip]) -> None:
         finally:
             process.kill()
     assert (tmp_path / "passed.sock").exists()
+
+
+def test_an_inherited_socket_and_a_wrong_file(tmp_path: Path, clips: dict[str, Clip]) -> None:
+    """Who waits in the socket is told why the daemon cannot start; then it ends with 78."""
+    write_config(tmp_path, "models = 3")
+    with socket.socket(socket.AF_UNIX) as listener, ThreadPoolExecutor(2) as pool:
+        listener.bind(str(tmp_path / "passed.sock"))
+        listener.listen()
+        client = Client(tmp_path / "passed.sock", 60.0)
+
+        def request(_: int) -> RemoteError:
+            with clips["monkeys"].path.open("rb") as file, pytest.raises(RemoteError) as caught:
+                client.transcribe(file, filename="x", fields={}, on_event=lambda _kind, _data: None)
+            return caught.value
+
+        waiting = [pool.submit(request, number) for number in range(2)]
+        serve = [sys.executable, "-m", "whisperd", "serve", "-c", f"{tmp_path}/whisperd.toml"]
+        command = [sys.executable, "-c", AS_SYSTEMD, str(listener.fileno()), *serve]
+        environ = clean_environ(tmp_path, {"NOTIFY_SOCKET": ""})
+        done = subprocess.run(command, pass_fds=[listener.fileno()], env=environ, timeout=60, check=False)
+        assert done.returncode == 78
+        for one in waiting:
+            error = one.result(60)
+            assert (error.status, error.remote_exit_code) == (503, 78)
+            assert "models: expects an array" in str(error)
 
 
 def test_curl(tmp_path: Path, clips: dict[str, Clip]) -> None:

@@ -64,7 +64,7 @@ class Audio:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI; the file is closed when the answer is out."""
-        refuse_unready(self._service)  # before the body: nobody uploads an hour of audio to hear "later"
+        await self._service.admitted()  # before the body: nobody uploads an hour of audio to hear "later"
         request = Request(scope, receive)
         upload = await receive_upload(request, self._spool, self._settings.upload_idle_s)
         with upload.file:
@@ -73,7 +73,7 @@ class Audio:
     async def _answer(self, request: Request, upload: Upload, send: Send) -> None:
         parameters = parse_fields(upload.fields, self._task, self._service.default_options())
         exchange = Exchange.of(request)
-        exchange.model = parameters.model
+        exchange.model = parameters.model or next((card.id for card in self._service.models()), None)
         job = Job(
             audio=upload.file.rewound(),
             filename=upload.filename,

@@ -78,19 +78,31 @@ class Exchange:
             await self.send({"type": "http.response.body", "body": frame})
 
     def report(self) -> None:
-        """The line in the log; never what was said."""
-        path = self._scope["path"]
+        """The line in the log, with fields for the journal; never what was said."""
+        path = quote(self._scope["path"])
+        wall_ms = round(self.wall_s * 1000)
+        audio = "-" if self.audio_s is None else f"{self.audio_s:.1f}"
+        model = quote(self.model or "-")
+        fields = {
+            "WHISPERD_REQUEST_ID": self.request_id,
+            "WHISPERD_PATH": path,
+            "WHISPERD_STATUS": self._status,
+            "WHISPERD_WALL_MS": wall_ms,
+            "WHISPERD_AUDIO_S": audio,
+            "WHISPERD_MODEL": model,
+        }
         log.log(
-            logging.DEBUG if path in PROBES else logging.INFO,
-            "%s %s %d in %.0f ms: %d bytes, %s s of audio, model %s, %s",
+            logging.DEBUG if self._scope["path"] in PROBES else logging.INFO,
+            "%s %s %d in %d ms: %d bytes, %s s of audio, model %s, %s",
             self._scope["method"],
-            quote(path),
+            path,
             self._status,
-            self.wall_s * 1000,
+            wall_ms,
             self._received_bytes,
-            "-" if self.audio_s is None else f"{self.audio_s:.1f}",
-            self.model or "-",
+            audio,
+            model,
             self.request_id,
+            extra={"fields": fields},
         )
 
 

@@ -82,6 +82,10 @@ class Service(Protocol):
         """Whether requests are served now."""
         ...
 
+    async def admitted(self) -> None:
+        """Returns when a request for a transcription may go on; raises Unavailable when that is not soon."""
+        ...
+
     def models(self) -> Sequence[ModelCard]:
         """The declared models, the default one first."""
         ...

@@ -8,7 +8,7 @@ import sys
 import click
 
 from whisperd.cli.ask import models, reload, status
-from whisperd.cli.common import exit_code
+from whisperd.cli.common import complain, exit_code
 from whisperd.cli.config import config
 from whisperd.cli.demo import demo
 from whisperd.cli.reconcile import reconcile
@@ -45,7 +45,7 @@ def main() -> None:
         error.show()
         code = error.exit_code
     except Error as error:
-        click.echo(f"whisperd: {error}", err=True)
+        complain(f"whisperd: {error}")
         code = exit_code(error)
     except (KeyboardInterrupt, click.Abort):
         code = Cancelled.exit_code

@@ -39,9 +39,9 @@ def _config_options(command: Command, *override_names: str) -> Command:
 
 def socket_option(command: Command) -> Command:
     """``--socket``, for commands that talk to the daemon."""
-    return click.option("--socket", "socket_file", type=click.Path(path_type=Path), help="Socket of the daemon.")(
-        command
-    )
+    # whoever may not use it hears from the client why
+    path = click.Path(path_type=Path, readable=False)
+    return click.option("--socket", "socket_file", type=path, help="Socket of the daemon.")(command)
 
 
 def read_config(config_file: Path | None, overrides: Sequence[str]) -> Loaded:
@@ -68,6 +68,15 @@ def daemon_socket(config_file: Path | None, overrides: Sequence[str]) -> Path:
         return own
     system = socket_path(config, {}, uid=0)
     return system if system.exists() else own
+
+
+def complain(text: str) -> None:
+    """An error on stderr; where that is the journal, every line says that it is one."""
+    from whisperd.daemon.logs import leads_to_journal
+
+    prefix = "<3>" if leads_to_journal(os.environ) else ""
+    for line in text.splitlines():
+        click.echo(prefix + line, err=True)
 
 
 def exit_code(error: Error) -> int:

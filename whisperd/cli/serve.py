@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from whisperd.cli.common import config_options, read_config
-from whisperd.errors import Error
+from whisperd.errors import ConfigError, Error
 
 if TYPE_CHECKING:
     import socket
 
-    from whisperd.config import Config, Loaded
+    from whisperd.config import Config
     from whisperd.notify import Notifier
 
 log = logging.getLogger(__name__)
@@ -29,21 +30,31 @@ def serve(config_file: Path | None, overrides: Sequence[str]) -> None:
 
     SIGHUP reads the configuration again, SIGTERM finishes what runs and stops.
     """
-    from whisperd.notify import Notifier
+    import faulthandler
 
+    from whisperd.notify import Notifier
+    from whisperd.server import inherited_sockets
+
+    faulthandler.enable()  # the watchdog's SIGABRT shows where every thread was
     notifier = Notifier(os.environ)
+    inherited: Sequence[socket.socket] = ()
     try:
-        loaded = read_config(config_file, overrides)
-        _run(loaded, config_file, overrides, notifier)
+        inherited = inherited_sockets(os.environ)
+        _run(config_file, overrides, notifier, inherited)
     except Error as error:
-        notifier.status(str(error))
+        _say_why(error, notifier)
+        _turn_away(error, inherited, lambda: read_config(config_file, overrides))
         raise
     finally:
         notifier.close()
 
 
-def _run(loaded: Loaded, config_file: Path | None, overrides: Sequence[str], notifier: Notifier) -> None:
+def _run(
+    config_file: Path | None, overrides: Sequence[str], notifier: Notifier, inherited: Sequence[socket.socket]
+) -> None:
     import asyncio
+
+    loaded = read_config(config_file, overrides)
 
     from whisperd.daemon.lifecycle import Daemon
     from whisperd.daemon.logs import configure
@@ -52,7 +63,7 @@ def _run(loaded: Loaded, config_file: Path | None, overrides: Sequence[str], not
     log.info("%s", loaded.header)
     for warning in loaded.warnings:
         log.warning("%s", warning)
-    sockets = _sockets(loaded.config, os.environ)
+    sockets = inherited or [_own_socket(loaded.config)]
 
     async def run() -> None:
         daemon = Daemon(
@@ -67,14 +78,33 @@ def _run(loaded: Loaded, config_file: Path | None, overrides: Sequence[str], not
     asyncio.run(run())
 
 
-def _sockets(config: Config, environ: MutableMapping[str, str]) -> list[socket.socket]:
-    """Those that systemd passes, else one of our own."""
+def _own_socket(config: Config) -> socket.socket:
     from whisperd.config import socket_path
-    from whisperd.server import bind_unix, inherited_sockets
+    from whisperd.server import bind_unix
 
-    inherited = inherited_sockets(environ)
-    if inherited:
-        return inherited
-    path = socket_path(config, environ, uid=os.getuid())
+    path = socket_path(config, os.environ, uid=os.getuid())
     log.info("listening at %s", path)
-    return [bind_unix(path, mode=int(config.server.socket_mode, 8), group=config.server.socket_group)]
+    return bind_unix(path, mode=int(config.server.socket_mode, 8), group=config.server.socket_group)
+
+
+def _say_why(error: Error, notifier: Notifier) -> None:
+    notifier.status(str(error))
+    if isinstance(error, ConfigError):
+        notifier.errno(errno.EINVAL)
+
+
+def _turn_away(error: Error, inherited: Sequence[socket.socket], read: Callable[[], object]) -> None:
+    """Tells those who wait in a socket that the daemon has not served."""
+    waiting = [listener for listener in inherited if listener.fileno() >= 0]
+    if not waiting:
+        return
+    from whisperd.server import turn_away
+
+    def healed() -> bool:
+        try:
+            read()
+        except ConfigError:
+            return False
+        return isinstance(error, ConfigError)
+
+    turn_away(waiting, error, healed)

@@ -77,7 +77,7 @@ def socket_path(config: Config, environ: Mapping[str, str], *, uid: int) -> Path
     if directories := environ.get("RUNTIME_DIRECTORY"):
         return Path(directories.partition(":")[0]) / SOCKET_NAME
     if uid == 0:
-        return Path("/run/whisperd") / SOCKET_NAME
+        return Path("/run") / SOCKET_NAME  # as systemd/whisperd.socket has it
     if runtime := environ.get("XDG_RUNTIME_DIR"):
         return Path(runtime) / "whisperd" / SOCKET_NAME
     return Path(f"/tmp/whisperd-{uid}") / SOCKET_NAME  # noqa: S108 - whoever binds makes this directory its own

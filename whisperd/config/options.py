@@ -96,6 +96,13 @@ class EngineTable(Table):
     threads_per_worker: int = option(
         0, reload="restart", ge=0, le=256, help="Threads of each worker on the cpu; 0: up to four, as the cores allow."
     )
+    stall_timeout_s: float = option(
+        300.0,
+        reload="restart",
+        ge=0.1,
+        le=86400,
+        help="When no batch ends for this long while some run, the engine hangs, and systemd restarts the daemon.",
+    )
 
 
 class DecodeTable(Table):

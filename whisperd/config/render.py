@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import reduce
+from types import MappingProxyType
 
 from whisperd.config.catalog import Option, options, table_of, type_text
 from whisperd.config.load import Loaded
@@ -63,15 +64,18 @@ def diff(old: Config, new: Config) -> tuple[Change, ...]:
     return tuple(change for change in changes if change.old != change.new)
 
 
-def render() -> str:
-    """The whisperd.toml that is shipped: all options with their help, all but ``models`` commented out."""
+def render(chosen: Mapping[str, object] = MappingProxyType({})) -> str:
+    """The whisperd.toml that is shipped: all options with their help, all but ``models`` commented out.
+
+    ``chosen`` are options, by their dotted key, that are set to another value than their default.
+    """
     declared = {option.key: option for option in options()}
     parts = [INTRODUCTION]
     for name, field in Config.model_fields.items():
         if (table := table_of(field)) is None:
-            parts.append("\n".join(_top_level(declared[name])))
+            parts.append("\n".join(_top_level(declared[name], chosen)))
         else:
-            inner = (line for key in table.model_fields for line in _option(declared[f"{name}.{key}"], key))
+            inner = (line for key in table.model_fields for line in _option(declared[f"{name}.{key}"], key, chosen))
             parts.append("\n".join((f"# {table.__doc__}", f"[{name}]", *inner)))
     return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
 
@@ -90,9 +94,9 @@ def _text(config: Config, key: str) -> str:
     return toml_text(reduce(getattr, key.split("."), config))
 
 
-def _top_level(option: Option) -> Iterator[str]:
+def _top_level(option: Option, chosen: Mapping[str, object]) -> Iterator[str]:
     if option.key != "models":
-        return _option(option, option.key)
+        return _option(option, option.key, chosen)
     return _models(option)
 
 
@@ -103,10 +107,10 @@ def _models(option: Option) -> Iterator[str]:
     yield f"models = {toml_text([DEFAULT_MODEL])}"
 
 
-def _option(option: Option, name: str) -> Iterator[str]:
+def _option(option: Option, name: str, chosen: Mapping[str, object]) -> Iterator[str]:
     note = f"{option.type}; restart" if option.reload == "restart" else option.type
     yield from _comment(f"{option.help} ({note})")
-    yield f"#{name} = {option.default}"
+    yield f"{name} = {toml_text(chosen[option.key])}" if option.key in chosen else f"#{name} = {option.default}"
 
 
 def _comment(text: str) -> Iterator[str]:

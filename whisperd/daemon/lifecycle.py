@@ -21,18 +21,19 @@ from whisperd.daemon.models import Loader
 from whisperd.daemon.orders import carry_out, report_members
 from whisperd.daemon.registry import Registry
 from whisperd.daemon.service import DaemonService, State
+from whisperd.daemon.supervision import Supervision, serving_text
 from whisperd.errors import CacheBusy, Draining, Error
 from whisperd.notify import Notifier
-from whisperd.reconcile import Progress, hold, reconcile, snapshots_without_network
+from whisperd.reconcile import Progress, Report, hold, reconcile, snapshots_without_network
+from whisperd.reconcile import Settings as StoreSettings
 from whisperd.server import Server
+from whisperd.sources import Wanted
 
 log = logging.getLogger(__name__)
 
 Waiter = asyncio.Future[Mapping[str, object]]
 
-LOAD_TIMEOUT_S = 600.0  # what systemd is asked to bear while a model loads: large ones from slow disks take minutes
-PROGRESS_EVERY_S = 1.0
-ENGINE_STALL_S = 300.0  # a batch that takes longer than this will not end any more
+DRAIN_MARGIN_S = 5.0  # beyond server.shutdown_timeout_s: closing the engines
 SIGNALS_TO_STOP = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -62,7 +63,11 @@ class Daemon:
         self._sockets = sockets
         config = loaded.config
         self._state = State(loaded=loaded, cache_dir=str(settings.store_settings(config, environ).cache_dir))
+        self._seen = config
         self._registry = Registry()
+        self._supervision = Supervision(
+            notifier, self._state, self._registry, engine_stall_s=config.engine.stall_timeout_s
+        )
         self._loader = Loader(
             self._registry, settings.engine_settings(config), settings.conversions_dir(config, environ)
         )
@@ -81,18 +86,17 @@ class Daemon:
         self._paths: Mapping[str, Path] = {}
         self._stop = asyncio.Event()
         self._cancel_store = threading.Event()
-        self._progress_at_s = 0.0
 
     async def run(self) -> None:
         """Serves until SIGTERM or SIGINT; raises Error when the default model cannot be served."""
         self._handle_signals()
         serving = asyncio.create_task(self._server.serve(self._app, self._sockets))
         working = asyncio.create_task(self._work())
-        watching = asyncio.create_task(self._watch())
+        watching = asyncio.create_task(self._supervision.watch())
         stopping = asyncio.create_task(self._stop.wait())
         try:
             await asyncio.wait({serving, working, stopping}, return_when=asyncio.FIRST_COMPLETED)
-            await self._drain(serving)
+            await self._drain(serving, _failure(working))
         finally:
             for task in (stopping, watching, working):
                 task.cancel()
@@ -120,13 +124,23 @@ class Daemon:
         async with self._at_the_cache:
             snapshots = await self._snapshots(config, all_or_nothing=False)
             await self._switch(config, snapshots)
-        self._state.phase = "ready"
-        self._notifier.ready(self._note(self._serving()))
+        await self._catch_up()
+        self._state.become("ready")
+        self._supervision.serving()
         log.info("ready: %s", self._state.note)
 
+    async def _catch_up(self) -> None:
+        """Applies what was written during the boot: a ``systemctl reload`` in that time only waits for its end."""
+        try:
+            while (await asyncio.to_thread(self._read_config)).config != self._seen:
+                log.info("the configuration has changed during the boot")
+                await self._apply_changes()
+        except Error as error:
+            log.error("the configuration has changed during the boot and is not applied: %s", error)
+            self._state.last_reload = _reload_result({}, error)
+
     async def _switch(self, config: Config, snapshots: Mapping[str, Path]) -> None:
-        self._notifier.status(self._note("loading " + ", ".join(snapshots)))
-        self._notifier.extend_timeout(LOAD_TIMEOUT_S)
+        self._supervision.loading(snapshots)
         await asyncio.to_thread(self._loader.switch, config, snapshots)
         self._state.revisions = {name: _commit(path) for name, path in snapshots.items()}
         self._hold(snapshots)
@@ -151,27 +165,20 @@ class Daemon:
             moved = {name: path for name, path in report.snapshots.items() if self._paths.get(name) not in (None, path)}
             if moved and not order.check:
                 await self._switch(config, {**self._paths, **moved})
-                self._notifier.status(self._note(self._serving()))
+                self._supervision.note(serving_text(self._registry.served))
         return report_members(report)
 
     async def _snapshots(self, config: Config, *, all_or_nothing: bool) -> Mapping[str, Path]:
         """Where the declared models are; asks the network only for what is not there."""
         wanted = settings.wanted(config)
         store = settings.store_settings(config, self._environ)
-        self._notifier.status(self._note("checking the cache"))
+        self._supervision.note("checking the cache")
         if not store.force:
             found = await asyncio.to_thread(snapshots_without_network, wanted, store)
             if len(found) == len(wanted):
                 self._state.problems = ()
                 return found
-        report = await asyncio.to_thread(
-            reconcile,
-            wanted,
-            store,
-            on_plan=lambda plan: log.info("%s", "\n".join(plan.lines())),
-            on_progress=self._on_progress,
-            cancel=self._cancel_store,
-        )
+        report = await self._reconciled(wanted, store)
         failed = {result.name: result.error for result in report.results if result.error is not None}
         for name, error in failed.items():
             log.error("model %s: %s", name, error)
@@ -181,14 +188,26 @@ class Daemon:
         self._state.problems = tuple(f"{name}: {error}" for name, error in failed.items())
         return report.snapshots
 
-    def _on_progress(self, progress: Progress) -> None:
-        """Called by the threads that download; at most once a second something is said."""
-        now_s = time.monotonic()
-        if now_s - self._progress_at_s < PROGRESS_EVERY_S:
-            return
-        self._progress_at_s = now_s
-        self._notifier.status(self._note(progress.text()))
-        self._notifier.extend_timeout(self._state.loaded.config.reconcile.stall_timeout_s + LOAD_TIMEOUT_S)
+    async def _reconciled(self, wanted: Sequence[Wanted], store: StoreSettings) -> Report:
+        """Asks the Hub and fetches. That may take an hour: when bytes come, who waits for the boot is sent away."""
+        loop = asyncio.get_running_loop()
+
+        def on_progress(progress: Progress) -> None:
+            loop.call_soon_threadsafe(self._state.wait_no_more)
+            self._supervision.fetched(progress, store.stall_timeout_s)
+
+        try:
+            return await asyncio.to_thread(
+                reconcile,
+                wanted,
+                store,
+                on_plan=lambda plan: log.info("%s", "\n".join(plan.lines())),
+                on_progress=on_progress,
+                cancel=self._cancel_store,
+            )
+        finally:
+            self._supervision.fetching_ended()
+            self._state.wait_again()
 
     async def _reload_and_wait(self) -> Mapping[str, object]:
         if self._stop.is_set():
@@ -199,8 +218,8 @@ class Daemon:
 
     async def _reload(self, waiters: Sequence[Waiter]) -> None:
         self._notifier.reloading()
-        self._state.phase = "reloading"
-        outcome: dict[str, object] = {}
+        self._state.become("reloading")
+        outcome: Mapping[str, object] = {}
         failure: Error | None = None
         try:
             outcome = await self._apply_changes()
@@ -212,16 +231,16 @@ class Daemon:
             failure = Error(f"unexpected {type(error).__name__}: {error}")
             log.exception("reload failed, everything stays as it was")
         finally:
-            self._state.phase = "ready"
-            self._notifier.ready(self._note((f"last reload failed: {failure}; " if failure else "") + self._serving()))
-        result = {"ok": failure is None, "at": time.time(), "error": str(failure) if failure else None, **outcome}
-        self._state.last_reload = result
+            self._state.last_reload = result = _reload_result(outcome, failure)
+            self._state.become("ready")
+            self._supervision.serving()
         for waiter in waiters:
             _settle(waiter, result, failure)
 
     async def _apply_changes(self) -> dict[str, object]:
         old = self._state.loaded.config
         read = await asyncio.to_thread(self._read_config)
+        self._seen = read.config
         config = _without_restart_options(old, read.config)
         async with self._at_the_cache:
             snapshots = await self._snapshots(config, all_or_nothing=True)
@@ -245,24 +264,15 @@ class Daemon:
     async def _load_one(self, name: str) -> None:
         await asyncio.to_thread(self._loader.load_one, name)
 
-    async def _watch(self) -> None:
-        """Tells systemd that the daemon lives, unless an engine is stuck in a batch."""
-        period_s = self._notifier.watchdog_s
-        while period_s is not None:
-            models = self._registry.served.models.values()
-            if all(model.batcher.load.stalled_s < ENGINE_STALL_S for model in models):
-                self._notifier.watchdog()
-            await asyncio.sleep(period_s)
-
-    async def _drain(self, serving: asyncio.Task[None]) -> None:
-        """Takes no more work and finishes what runs, within ``server.shutdown_timeout_s``."""
+    async def _drain(self, serving: asyncio.Task[None], failure: Error | None) -> None:
+        """Accepts no more and finishes what runs, within ``server.shutdown_timeout_s``."""
         self._stop.set()
         self._cancel_store.set()
-        self._state.phase = "stopping"
+        self._state.failure = str(failure) if failure else None
+        self._state.become("stopping")
         self._notifier.stopping()
-        self._notifier.extend_timeout(self._state.loaded.config.server.shutdown_timeout_s + PROGRESS_EVERY_S)
-        n_requests = self._state.requests_active
-        self._notifier.status(self._note(f"stopping, {n_requests} requests to finish"))
+        self._notifier.extend_timeout(self._state.loaded.config.server.shutdown_timeout_s + DRAIN_MARGIN_S)
+        self._supervision.note(f"stopping, {self._state.requests_active} requests to finish")
         log.info("%s", self._state.note)
         while not self._reloads.empty():
             waiter = self._reloads.get_nowait()
@@ -270,18 +280,6 @@ class Daemon:
                 waiter.set_exception(Draining("the daemon is stopping"))
         self._server.stop()
         await serving
-
-    def _note(self, text: str) -> str:
-        self._state.note = text
-        return text
-
-    def _serving(self) -> str:
-        served = self._registry.served
-        infos = [
-            f"{name} ({model.batcher.info.device}, {model.batcher.info.compute_type})"
-            for name, model in served.models.items()
-        ]
-        return "serving " + ", ".join(infos)
 
 
 def _without_restart_options(old: Config, new: Config) -> Config:
@@ -303,6 +301,16 @@ def _settle(waiter: Waiter, result: Mapping[str, object], failure: Error | None)
         waiter.set_result(result)
     else:
         waiter.set_exception(failure)
+
+
+def _reload_result(outcome: Mapping[str, object], failure: Error | None) -> Mapping[str, object]:
+    return {"ok": failure is None, "at": time.time(), "error": str(failure) if failure else None, **outcome}
+
+
+def _failure(working: asyncio.Task[None]) -> Error | None:
+    """What ended the work, if it was an error that has words for users."""
+    error = working.exception() if working.done() and not working.cancelled() else None
+    return error if isinstance(error, Error) else None
 
 
 def _raise_failure(outcome: object) -> None:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
+import struct
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Literal
 
 LogFormat = Literal["auto", "plain", "journal"]
 
 # sd-daemon(3): the priority of a line on stderr
 PRIORITIES = {logging.CRITICAL: 2, logging.ERROR: 3, logging.WARNING: 4, logging.INFO: 6, logging.DEBUG: 7}
+JOURNAL = Path("/run/systemd/journal/socket")
+MESSAGE_CHARS = 32_768  # a datagram has its limit
 QUIET = ("httpx", "httpx2", "uvicorn", "asyncio", "huggingface_hub")
 
 
@@ -20,19 +25,70 @@ class JournalFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Every line of a message with several gets the prefix, or the rest would lose its priority."""
-        prefix = f"<{PRIORITIES.get(record.levelno, 6)}>"
+        prefix = f"<{_priority(record)}>"
         return "\n".join(prefix + line for line in super().format(record).splitlines())
 
 
+class JournalHandler(logging.Handler):
+    """Writes entries with fields; a message of several lines stays one entry.
+
+    Args:
+        fallback: gets what the journal does not take.
+        address: the journal's socket.
+    """
+
+    def __init__(self, fallback: logging.Handler, address: Path = JOURNAL) -> None:
+        super().__init__()
+        self._fallback = fallback
+        self._address = os.fspath(address)
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Sends one datagram."""
+        try:
+            self._socket.sendto(entry(record, self.format(record)), self._address)
+        except OSError:
+            self._fallback.handle(record)
+
+    def close(self) -> None:
+        """Closes the socket."""
+        self._socket.close()
+        super().close()
+
+
+def entry(record: logging.LogRecord, message: str) -> bytes:
+    """A record in the journal's native protocol; ``record.fields`` are fields of its own."""
+    fields = {
+        "MESSAGE": message[:MESSAGE_CHARS],
+        "PRIORITY": _priority(record),
+        "SYSLOG_IDENTIFIER": "whisperd",
+        "WHISPERD_LOGGER": record.name,
+        **getattr(record, "fields", {}),
+    }
+    return b"".join(_field(name, str(value)) for name, value in fields.items())
+
+
+def _field(name: str, value: str) -> bytes:
+    data = value.encode("utf-8", "replace")
+    if b"\n" in data:
+        return name.encode() + b"\n" + struct.pack("<Q", len(data)) + data + b"\n"
+    return name.encode() + b"=" + data + b"\n"
+
+
+def _priority(record: logging.LogRecord) -> int:
+    return PRIORITIES.get(record.levelno, 6)
+
+
 def configure(level: str, log_format: LogFormat, environ: Mapping[str, str]) -> None:
-    """Sends all logs to stderr in one format."""
-    handler = logging.StreamHandler(sys.stderr)
-    if log_format == "journal" or (log_format == "auto" and _leads_to_journal(environ)):
+    """Sends all logs to the journal with their fields, or to stderr as lines."""
+    to_journal = log_format != "plain" and leads_to_journal(environ)
+    handler: logging.Handler = logging.StreamHandler(sys.stderr)
+    if to_journal or log_format == "journal":
         handler.setFormatter(JournalFormatter("%(name)s: %(message)s"))
     else:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
     root = logging.getLogger()
-    root.handlers = [handler]
+    root.handlers = [JournalHandler(handler) if to_journal else handler]
     set_level(level)
 
 
@@ -43,7 +99,7 @@ def set_level(level: str) -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
-def _leads_to_journal(environ: Mapping[str, str]) -> bool:
+def leads_to_journal(environ: Mapping[str, str]) -> bool:
     """Whether stderr is the journal's stream, as systemd.exec(5) says to find out."""
     try:
         found = os.fstat(sys.stderr.fileno())

@@ -16,7 +16,7 @@ from whisperd.config import Loaded, effective
 from whisperd.daemon.registry import Registry
 from whisperd.daemon.settings import cut_options, decode_options
 from whisperd.decoding import Options
-from whisperd.errors import QueueFull
+from whisperd.errors import Draining, ModelLoading, QueueFull
 from whisperd.pipeline import Listener, Transcription
 from whisperd.transcript import Transcript
 from whisperd.version import VERSION
@@ -26,16 +26,24 @@ log = logging.getLogger(__name__)
 Phase = Literal["starting", "ready", "reloading", "stopping"]
 
 RETRY_AFTER_S = 2.0
+BOOT_RETRY_AFTER_S = 10.0
 THREADS_MAX = 10_000  # threads are made when needed; ``limits.requests`` is what counts
 
 
 @dataclass(slots=True, kw_only=True)
 class State:
-    """What the daemon is doing, for everybody who asks. Changed on the event loop only."""
+    """What the daemon is doing, for everybody who asks. Changed on the event loop only, ``note`` apart.
+
+    ``failure`` is what ended the boot. ``decided`` is set when a request need not wait for the boot any more: it is
+    over, or it will take long.
+    """
 
     loaded: Loaded
     cache_dir: str
     phase: Phase = "starting"
+    booted: bool = False
+    failure: str | None = None
+    decided: asyncio.Event = field(default_factory=asyncio.Event)
     note: str = "starting"
     started_s: float = field(default_factory=time.time)
     needs_restart: tuple[str, ...] = ()
@@ -46,6 +54,21 @@ class State:
     requests_done: int = 0
     requests_failed: int = 0
     audio_s: float = 0.0
+
+    def become(self, phase: Phase) -> None:
+        """Enters a phase after the start."""
+        self.phase = phase
+        self.booted = self.booted or phase == "ready"
+        self.decided.set()
+
+    def wait_no_more(self) -> None:
+        """The boot will take long: requests are told to come back."""
+        self.decided.set()
+
+    def wait_again(self) -> None:
+        """The long part is over: requests wait for the rest of the boot."""
+        if self.phase == "starting":
+            self.decided.clear()
 
 
 class DaemonService:
@@ -83,6 +106,21 @@ class DaemonService:
         if state.phase == "starting":
             return Readiness(ready=False, reason=state.note, retry_after_s=RETRY_AFTER_S)
         return Readiness(ready=True)
+
+    async def admitted(self) -> None:
+        """Returns when a request may go on.
+
+        A request that comes while the models load waits for them, as it would have waited in the socket. One that
+        comes during a drain is served: its connection was accepted before, and nobody else will answer it.
+        """
+        state = self._state
+        await state.decided.wait()
+        if state.booted:
+            return
+        if state.phase == "stopping":
+            reason = f"the daemon could not start: {state.failure}" if state.failure else "the daemon is stopping"
+            raise Draining(reason, retry_after_s=BOOT_RETRY_AFTER_S)
+        raise ModelLoading(state.note, retry_after_s=BOOT_RETRY_AFTER_S)
 
     def models(self) -> Sequence[ModelCard]:
         """The declared models, the default one first."""

@@ -1,0 +1,96 @@
+"""What systemd hears: one true line, and requests for more time only while bytes arrive."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from whisperd.config import load
+from whisperd.daemon.registry import Registry, Served
+from whisperd.daemon.service import State
+from whisperd.daemon.supervision import Supervision, status_line
+from whisperd.notify import Notifier
+from whisperd.pipeline import LoadedModel
+from whisperd.reconcile import Progress
+from whisperd.reconcile.progress import Amount
+
+
+@pytest.fixture
+def systemd(tmp_path: Path) -> Iterator[socket.socket]:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+        listener.bind(str(tmp_path / "notify"))
+        listener.setblocking(False)
+        yield listener
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> State:
+    return State(cache_dir=str(tmp_path), loaded=load(Path("/dev/null"), environ={}, cwd=tmp_path))
+
+
+def received(listener: socket.socket) -> list[str]:
+    messages = []
+    while True:
+        try:
+            messages.append(listener.recv(4096).decode())
+        except BlockingIOError:
+            return messages
+
+
+def fetched(done_bytes: int, name: str = "org/a") -> Progress:
+    return Progress(
+        name=name, model=Amount(done_bytes=done_bytes, total_bytes=2_000_000), run=Amount(done_bytes=0, total_bytes=0)
+    )
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [
+        ([fetched(500_000)], ["STATUS=downloading org/a: 25 % of 2.0 MB", "EXTEND_TIMEOUT_USEC=50000000"]),
+        ([fetched(0)], []),
+        ([fetched(0), fetched(0)], []),
+        (
+            [fetched(0), fetched(1_000_000)],
+            ["STATUS=downloading org/a: 50 % of 2.0 MB", "EXTEND_TIMEOUT_USEC=50000000"],
+        ),
+    ],
+)
+def test_more_time_only_while_bytes_arrive(
+    systemd: socket.socket, state: State, told: list[Progress], expected: list[str]
+) -> None:
+    """A download that moves extends the time to start by two stalls and a margin; one that does not is silent."""
+    with closing(Notifier({"NOTIFY_SOCKET": systemd.getsockname()})) as notifier:
+        supervision = Supervision(notifier, state, Registry(), engine_stall_s=300)
+        for progress in told:
+            supervision.fetched(progress, stall_timeout_s=10)
+    assert received(systemd) == expected
+
+
+def test_every_download_is_on_the_line(systemd: socket.socket, state: State) -> None:
+    """Downloads that go on beside each other are told together, and forgotten together."""
+    with closing(Notifier({"NOTIFY_SOCKET": systemd.getsockname()})) as notifier:
+        supervision = Supervision(notifier, state, Registry(), engine_stall_s=300)
+        supervision.fetched(fetched(0, "org/b"), stall_timeout_s=10)
+        supervision.fetched(fetched(500_000), stall_timeout_s=10)
+        assert received(systemd)[0] == "STATUS=downloading org/b: 0 % of 2.0 MB, org/a: 25 % of 2.0 MB"
+
+
+def test_the_line(state: State, tiny: LoadedModel) -> None:
+    """What goes on, the model with its device, the queue."""
+    served = Served(names=("tiny",), models={"tiny": tiny})
+    state.become("ready")
+    assert status_line(state, served) == "serving tiny (cpu, int8_float32); idle, 0 done"
+    state.requests_active, state.requests_done = 2, 7
+    assert status_line(state, served) == "serving tiny (cpu, int8_float32); 2 running, 0 windows wait, 7 done"
+    state.become("reloading")
+    state.note = "downloading org/a: 3 % of 9 MB"
+    assert status_line(state, served).startswith("reloading: downloading org/a: 3 % of 9 MB; serving tiny (cpu, ")
+    state.become("ready")
+    state.last_reload = {"ok": False, "error": "x" * 1000}
+    line = status_line(state, served)
+    assert line.startswith("last reload failed: xxx")
+    assert "; serving tiny (cpu, " in line[:200]
