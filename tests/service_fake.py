@@ -84,6 +84,10 @@ class FakeService:
     def status(self) -> Mapping[str, object]:
         return {"models": [MODEL], "queued": 0}
 
+    def metrics(self, accept: str) -> tuple[bytes, str]:
+        assert isinstance(accept, str)
+        return b"# EOF\n", "text/plain; version=0.0.4"
+
     def default_options(self) -> Options:
         return Options()
 

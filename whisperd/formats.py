@@ -118,6 +118,7 @@ def extension(transcript: Transcript, wall_s: float) -> dict[str, Any]:
             "retried": windows.retried,
             "dropped": windows.dropped,
             "continued": windows.continued,
+            "halved": windows.halved,
         },
         "wall_s": round(wall_s, 3),
     }

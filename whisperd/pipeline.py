@@ -31,6 +31,8 @@ Samples = NDArray[np.float32]
 
 BATCHES_AHEAD = 2  # windows of one request in memory, in multiples of the engine's slots: one runs, one waits
 UNREAD_SPEECH_S = 1.0  # speech behind the last timestamp that makes the rest of a window worth a window of its own
+INTERACTIVE_S = 60.0  # longer audio is bulk: nobody sits and waits for it as for an answer
+INTERACTIVE_WINDOWS = 2  # audio whose length is not known becomes bulk behind so many windows
 MIN_PROGRESS_S = 1.0  # a continuation must move on by this much, or the model is stuck
 
 
@@ -46,8 +48,12 @@ class LoadedModel:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Listener:
-    """Who wants to know while it runs; called from the request's thread. Progress in seconds of audio."""
+    """Who wants to know while it runs; called from the request's thread. Progress in seconds of audio.
 
+    ``on_length`` hears first, when the header says how long the audio is; what it raises ends the request.
+    """
+
+    on_length: Callable[[float], None] = lambda _: None
     on_segment: Callable[[Segment], None] = lambda _: None
     on_progress: Callable[[float, float | None], None] = lambda _done, _total: None
 
@@ -69,6 +75,7 @@ class _Count:
     retried: int = 0
     dropped: int = 0
     continued: int = 0
+    halved: int = 0
 
 
 class SampleBuffer:
@@ -106,6 +113,7 @@ class Transcription:
         cutting: how the audio is cut.
         listener: told of segments in order, and of progress.
         max_audio_s: longer audio is refused.
+        bulk: whether it leaves the way to others; None decides by its length.
     """
 
     def __init__(
@@ -116,6 +124,7 @@ class Transcription:
         *,
         listener: Listener | None = None,
         max_audio_s: float | None = None,
+        bulk: bool | None = None,
     ) -> None:
         check(model, options)
         self._model = model
@@ -123,6 +132,7 @@ class Transcription:
         self._cutting = cutting
         self._listener = listener or Listener()
         self._max_audio_s = max_audio_s
+        self._bulk = bulk
         self._cancelled = threading.Event()
         self._ticket = model.batcher.ticket()
         self._vocabulary = model.vocabulary
@@ -139,8 +149,9 @@ class Transcription:
         self._count = _Count()
 
     def cancel(self) -> None:
-        """Makes ``run`` raise Cancelled as soon as it can; its windows leave the engine."""
+        """Makes ``run`` raise Cancelled as soon as it can; its windows leave the engine now."""
         self._cancelled.set()
+        self._ticket.close()
         self._ticket.poke()
 
     def run(self, file: BinaryIO, *, name: str | None = None) -> Transcript:
@@ -149,8 +160,11 @@ class Transcription:
             return self._read(file, name, audio.probe(file))
 
     def _read(self, file: BinaryIO, name: str | None, total_s: float | None) -> Transcript:
+        if total_s is not None:
+            self._listener.on_length(total_s)
         buffer = SampleBuffer()
         for index, cut in enumerate(self._cuts(file, name, buffer)):
+            self._ticket.bulk = self._is_bulk(index, total_s)
             self._pending[index] = 1
             self._ends_s[index] = cut.span.end_samples / SAMPLE_RATE_HZ
             self._submit(_Slice(index=index, span=cut.span, speech=cut.speech, samples=buffer.copy(cut.span)))
@@ -170,6 +184,11 @@ class Transcription:
             buffer.drop_before(cutter.needed_from_samples)
         yield from cutter.feed(stream.finish())
         yield from cutter.finish(buffer.end_samples)
+
+    def _is_bulk(self, index: int, total_s: float | None) -> bool:
+        if self._bulk is not None:
+            return self._bulk
+        return index >= INTERACTIVE_WINDOWS if total_s is None else total_s > INTERACTIVE_S
 
     def _may_read_on(self) -> bool:
         limit = BATCHES_AHEAD * self._model.batcher.info.slots
@@ -203,12 +222,14 @@ class Transcription:
         attempt = self._figures(piece, hypothesis)
         piece.attempts.append((attempt, hypothesis))
         self._count.decoded += 1
-        failed = decoding.failure(attempt, self._options) is not None
-        if failed and decoding.next_temperature(len(piece.attempts), self._options) is not None:
+        self._count.halved += hypothesis.halvings
+        reason = decoding.failure(attempt, self._options)
+        if reason and decoding.next_temperature(len(piece.attempts), self._options) is not None:
             self._count.retried += 1
+            self._model.batcher.meter.fallback(reason)
             self._submit(piece)
         else:
-            chosen = -1 if not failed else decoding.best([figures for figures, _ in piece.attempts], self._options)
+            chosen = -1 if not reason else decoding.best([figures for figures, _ in piece.attempts], self._options)
             self._accept(piece, *piece.attempts[chosen])
 
     def _figures(self, piece: _Slice, hypothesis: Hypothesis) -> Attempt:
@@ -306,6 +327,7 @@ class Transcription:
                 retried=self._count.retried,
                 dropped=self._count.dropped,
                 continued=self._count.continued,
+                halved=self._count.halved,
             ),
         )
 

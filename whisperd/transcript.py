@@ -47,12 +47,13 @@ class Segment:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WindowStatistics:
-    """How the windows of one request fared; counts."""
+    """How the windows of one request fared; counts. ``halved``: how often memory was short and a batch was halved."""
 
     decoded: int = 0
     retried: int = 0
     dropped: int = 0
     continued: int = 0
+    halved: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

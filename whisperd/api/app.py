@@ -17,33 +17,39 @@ from starlette.types import Receive, Scope, Send
 
 from whisperd.api.answers import envelope, transcript_response
 from whisperd.api.exchange import Exchange, ExchangeMiddleware
+from whisperd.api.openapi import description
 from whisperd.api.params import parse_fields
 from whisperd.api.service import ApiSettings, Job, ModelCard, Peer, Service
 from whisperd.api.spool import Spool
 from whisperd.api.streaming import stream, while_connected
 from whisperd.api.upload import Upload, receive_upload
 from whisperd.errors import Draining, ModelLoading, ModelNotFound, PeerNotAllowed
+from whisperd.meter import HttpMeter
 from whisperd.transcript import Task
 
 EVENTS_HEADER = "x-whisperd-events"  # a client that sends "1" knows whisperd's own events
 
 
-def create_app(service: Service, settings: ApiSettings) -> Starlette:
-    """The ASGI application; ``app.state.spool`` is its spool."""
+def create_app(service: Service, settings: ApiSettings, meter: HttpMeter | None = None) -> Starlette:
+    """The ASGI application; ``app.state.spool`` is its spool, ``meter`` is told of every request."""
     spool = Spool(settings.spool_dir, upload_bytes=settings.upload_bytes, budget_bytes=settings.spool_bytes)
     routes = Routes(service)
+    table = [
+        Route("/v1/audio/transcriptions", Audio(service, settings, spool, "transcribe"), methods=["POST"]),
+        Route("/v1/audio/translations", Audio(service, settings, spool, "translate"), methods=["POST"]),
+        Route("/v1/models", routes.models),
+        Route("/v1/models/{id:path}", routes.model),
+        Route("/v1/whisperd/status", routes.status),
+        Route("/v1/whisperd/reload", routes.reload, methods=["POST"]),
+        Route("/openapi.json", routes.openapi),
+        Route("/metrics", routes.metrics),
+        Route("/livez", routes.live),
+        *(Route(path, routes.ready) for path in ("/readyz", "/healthz", "/health")),
+    ]
+    paths = frozenset(route.path for route in table)
     app = Starlette(
-        routes=[
-            Route("/v1/audio/transcriptions", Audio(service, settings, spool, "transcribe"), methods=["POST"]),
-            Route("/v1/audio/translations", Audio(service, settings, spool, "translate"), methods=["POST"]),
-            Route("/v1/models", routes.models),
-            Route("/v1/models/{id:path}", routes.model),
-            Route("/v1/whisperd/status", routes.status),
-            Route("/v1/whisperd/reload", routes.reload, methods=["POST"]),
-            Route("/livez", routes.live),
-            *(Route(path, routes.ready) for path in ("/readyz", "/healthz", "/health")),
-        ],
-        middleware=[Middleware(ExchangeMiddleware)],
+        routes=table,
+        middleware=[Middleware(ExchangeMiddleware, meter=meter or HttpMeter(), routes=paths)],
         exception_handlers={HTTPException: _router_error},
     )
     app.router.redirect_slashes = False
@@ -79,6 +85,7 @@ class Audio:
             options=parameters.options,
             vad_filter=parameters.vad_filter,
             request_id=exchange.request_id,
+            bulk=parameters.bulk,
         )
         if parameters.stream:
             await self._stream(request, job)
@@ -132,6 +139,15 @@ class Routes:
     async def status(self, _: Request) -> Response:
         """``GET /v1/whisperd/status``"""
         return JSONResponse(self._service.status())
+
+    async def metrics(self, request: Request) -> Response:
+        """``GET /metrics`` for Prometheus."""
+        body, content_type = self._service.metrics(request.headers.get("accept", ""))
+        return Response(body, headers={"content-type": content_type})
+
+    async def openapi(self, _: Request) -> Response:
+        """``GET /openapi.json``: this interface for machines."""
+        return JSONResponse(description())
 
     async def reload(self, request: Request) -> Response:
         """``POST /v1/whisperd/reload``: root and the daemon's own user may."""

@@ -7,6 +7,7 @@ import json
 import logging
 import time
 import uuid
+from collections.abc import Collection
 from typing import Self
 from urllib.parse import quote
 
@@ -16,12 +17,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from whisperd.api.answers import error_body, error_response
 from whisperd.errors import Draining, Error
+from whisperd.meter import HttpMeter
 
 log = logging.getLogger(__name__)
 
 REQUEST_ID_CHARACTERS_MAX = 128
 CANCELLED_RETRY_AFTER_S = 2.0
-PROBES = frozenset({"/livez", "/readyz", "/healthz", "/health"})  # asked every few seconds, for ever
+PROBES = frozenset({"/livez", "/readyz", "/healthz", "/health", "/metrics"})  # asked every few seconds, for ever
+METHODS = frozenset({"GET", "POST"})  # others are counted as one: a client may invent them
+OTHER = "other"
 
 
 class Exchange:
@@ -39,6 +43,7 @@ class Exchange:
         self._received_bytes = 0
         self._status = 0
         self._complete = False
+        self._error_code: str | None = None
         scope.setdefault("state", {})["exchange"] = self
 
     @classmethod
@@ -71,6 +76,7 @@ class Exchange:
 
     async def fail(self, error: Error) -> None:
         """Tells the client what went wrong, in whichever way is still possible."""
+        self._error_code = error.code
         if not self._status:
             await error_response(error)(self._scope, self.receive, self.send)
         elif self.streaming and not self._complete:
@@ -93,12 +99,22 @@ class Exchange:
             self.request_id,
         )
 
+    def count(self, meter: HttpMeter, routes: Collection[str]) -> None:
+        """Tells how it went; the routes are those of the application, so that nobody can invent one."""
+        path, method = self._scope["path"], self._scope["method"]
+        route = path if path in routes else OTHER
+        meter.answered(route, method if method in METHODS else OTHER, self._status, self.wall_s)
+        if self._error_code is not None:
+            meter.rejected(self._error_code)
+
 
 class ExchangeMiddleware:
     """The outermost layer of the application."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, meter: HttpMeter, routes: Collection[str]) -> None:
         self._app = app
+        self._meter = meter
+        self._routes = routes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
@@ -110,6 +126,7 @@ class ExchangeMiddleware:
             await self._answer(exchange, scope)
         finally:
             exchange.report()
+            exchange.count(self._meter, self._routes)
 
     async def _answer(self, exchange: Exchange, scope: Scope) -> None:
         try:

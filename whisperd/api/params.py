@@ -17,28 +17,37 @@ ResponseFormat = Literal["json", "text", "srt", "verbose_json", "vtt"]
 
 FORMATS: tuple[str, ...] = get_args(ResponseFormat)
 BOOLEANS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
+PRIORITIES = {"auto": None, "interactive": False, "bulk": True}
 CANDIDATES_MAX = 10  # beams or samples of one window: each costs its own decoder cache
 SHOWN_CHARACTERS = 80  # of a client's own words in a message
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parameters:
-    """What one request asks for. A ``model`` or ``vad_filter`` of None is left to the configuration."""
+    """What one request asks for. A ``model`` or ``vad_filter`` of None is left to the configuration.
+
+    A ``bulk`` of None is left to the length of the audio.
+    """
 
     options: Options
     response_format: ResponseFormat = "json"
     model: str | None = None
     vad_filter: bool | None = None
+    bulk: bool | None = None
     stream: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Field:
-    """How one field is read: ``read`` raises ValueError for text that is not what ``expects`` says."""
+    """How one field is read: ``read`` raises ValueError for text that is not what ``expects`` says.
+
+    An ``array`` may be given more than once; ``choices`` are all the values there are, if they can be listed.
+    """
 
     expects: str
     read: Callable[[str], Any]
-    repeated: bool = False
+    array: bool = False
+    choices: tuple[str, ...] = ()
 
 
 def parse_fields(form: Iterable[tuple[str, str]], task: Task, defaults: Options) -> Parameters:
@@ -52,7 +61,7 @@ def parse_fields(form: Iterable[tuple[str, str]], task: Task, defaults: Options)
         field = _field(name, base)
         if not text.strip():
             continue
-        if field.repeated:
+        if field.array:
             given[base] = (*given.get(base, ()), _value(name, field, text))
         elif base in given:
             raise RequestError(f"{base} is given twice", param=_cut(name))
@@ -73,6 +82,7 @@ def _parameters(given: Mapping[str, Any], defaults: Options) -> Parameters:
         response_format=given.get("response_format", "json"),
         model=given.get("model"),
         vad_filter=given.get("vad_filter", True if "chunking_strategy" in given else None),
+        bulk=PRIORITIES[given.get("priority", "auto")],
         stream=given.get("stream", False),
     )
 
@@ -172,10 +182,11 @@ FIELDS: Mapping[str, Field] = {
     "prompt": Field(expects="text", read=str),
     "response_format": Field(expects=f"one of {', '.join(FORMATS)}", read=_response_format),
     "temperature": Field(expects="a number from 0 to 1", read=_between(0.0, 1.0)),
-    "timestamp_granularities": Field(expects="'segment' or 'word'", read=_one_of(("segment", "word")), repeated=True),
+    "timestamp_granularities": Field(expects="'segment' or 'word'", read=_one_of(("segment", "word")), array=True),
     "stream": Field(expects="true or false", read=_boolean),
-    "chunking_strategy": Field(expects="'auto' or an object", read=str, repeated=True),
+    "chunking_strategy": Field(expects="'auto' or an object", read=str, array=True),
     "vad_filter": Field(expects="true or false", read=_boolean),
+    "priority": Field(expects=f"one of {', '.join(PRIORITIES)}", read=_one_of(PRIORITIES)),
     "beam_size": Field(expects=f"a whole number from 1 to {CANDIDATES_MAX}", read=_count),
     "best_of": Field(expects=f"a whole number from 1 to {CANDIDATES_MAX}", read=_count),
     "word_timestamps": Field(expects="true or false", read=_boolean),

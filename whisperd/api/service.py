@@ -48,7 +48,8 @@ class Job:
     """One request for a transcription.
 
     ``audio`` stands at its beginning and stays open until ``transcribe`` has ended. A ``model`` of None is the
-    default one; a ``vad_filter`` of None is what the configuration says. The callbacks may be called from any thread.
+    default one; a ``vad_filter`` of None is what the configuration says; a ``bulk`` of None goes by the length of the
+    audio. The callbacks may be called from any thread.
     """
 
     audio: BinaryIO
@@ -57,6 +58,7 @@ class Job:
     options: Options
     vad_filter: bool | None
     request_id: str
+    bulk: bool | None = None
     on_segment: Callable[[Segment], None] = lambda _: None
     on_progress: Callable[[float, float | None], None] = lambda _done_s, _total_s: None
 
@@ -74,6 +76,10 @@ class Service(Protocol):
 
     def status(self) -> Mapping[str, object]:
         """Figures for people, JSON-able."""
+        ...
+
+    def metrics(self, accept: str) -> tuple[bytes, str]:
+        """Figures for Prometheus and their content type, chosen by an Accept header."""
         ...
 
     def default_options(self) -> Options:

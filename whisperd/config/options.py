@@ -148,6 +148,9 @@ class LimitsTable(Table):
     requests: int = option(
         64, reload="live", ge=1, le=100_000, help="Requests at the same time, waiting ones included."
     )
+    queue_audio_s: float = option(
+        172_800.0, reload="live", ge=1, help="Audio of all requests together that is not transcribed yet (2 days)."
+    )
     spool_bytes: int = option(8 * GIB, reload="live", ge=1024, help="All uploads together on disk (8 GiB).")
 
     @model_validator(mode="after")

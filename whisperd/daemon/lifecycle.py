@@ -20,6 +20,7 @@ from whisperd.daemon.models import Loader
 from whisperd.daemon.registry import Registry
 from whisperd.daemon.service import DaemonService, State
 from whisperd.errors import Draining, Error
+from whisperd.metrics import Metrics
 from whisperd.notify import Notifier
 from whisperd.reconcile import Progress, reconcile, snapshots_without_network
 from whisperd.server import Server
@@ -61,13 +62,16 @@ class Daemon:
         config = loaded.config
         self._state = State(loaded=loaded)
         self._registry = Registry()
+        self._metrics = Metrics()
         self._loader = Loader(
-            self._registry, settings.engine_settings(config), settings.conversions_dir(config, environ)
+            self._registry, settings.engine_settings(config), settings.conversions_dir(config, environ), self._metrics
         )
         self._service = DaemonService(
-            self._state, self._registry, load_one=self._load_one, reload=self._reload_and_wait
+            self._state, self._registry, self._metrics, load_one=self._load_one, reload=self._reload_and_wait
         )
-        self._app = create_app(self._service, settings.api_settings(config, environ))
+        self._app = create_app(self._service, settings.api_settings(config, environ), self._metrics)
+        spool = self._app.state.spool
+        self._service.spool_usage = lambda: (spool.used_bytes, spool.open_files)
         self._server = Server(settings.server_settings(config))
         self._reloads: asyncio.Queue[Waiter | None] = asyncio.Queue()
         self._stop = asyncio.Event()
@@ -184,6 +188,7 @@ class Daemon:
             self._notifier.ready(self._note((f"last reload failed: {failure}; " if failure else "") + self._serving()))
         result = {"ok": failure is None, "at": time.time(), "error": str(failure) if failure else None, **outcome}
         self._state.last_reload = result
+        self._metrics.reloaded(ok=failure is None)
         for waiter in waiters:
             _settle(waiter, result, failure)
 
@@ -228,7 +233,7 @@ class Daemon:
         self._state.phase = "stopping"
         self._notifier.stopping()
         self._notifier.extend_timeout(self._state.loaded.config.server.shutdown_timeout_s + PROGRESS_EVERY_S)
-        n_requests = self._state.requests_active
+        n_requests = self._state.backlog.n_requests
         self._notifier.status(self._note(f"stopping, {n_requests} requests to finish"))
         log.info("%s", self._state.note)
         while not self._reloads.empty():

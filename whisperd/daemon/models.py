@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -13,6 +14,7 @@ from whisperd.daemon.registry import Registry, Served
 from whisperd.daemon.settings import aliases
 from whisperd.engine import EngineSettings
 from whisperd.errors import Error, ModelLoading
+from whisperd.metrics import Metrics
 from whisperd.pipeline import LoadedModel
 from whisperd.vad import SpeechDetector
 
@@ -24,12 +26,14 @@ class Loader:
         registry: where the loaded models are.
         settings: how engines are opened; the same as long as the daemon lives.
         work_dir: where conversions are kept.
+        metrics: counts loads, and what the models do.
     """
 
-    def __init__(self, registry: Registry, settings: EngineSettings, work_dir: Path) -> None:
+    def __init__(self, registry: Registry, settings: EngineSettings, work_dir: Path, metrics: Metrics) -> None:
         self._registry = registry
         self._settings = settings
         self._work_dir = work_dir
+        self._metrics = metrics
         self._detector: SpeechDetector | None = None
         self._loaded_from: Mapping[str, Path] = MappingProxyType({})
         self._snapshots: Mapping[str, Path] = MappingProxyType({})
@@ -63,13 +67,14 @@ class Loader:
             )
 
     def load_one(self, name: str) -> None:
-        """Loads a declared model that is served but not loaded; raises Error."""
+        """Loads a declared model that is served but not loaded, or whose engine died; raises Error."""
         with self._one_at_a_time:
-            if name in self._registry.served.models:
+            found = self._registry.served.models.get(name)
+            if found is not None and found.batcher.failure is None:
                 return
             if name not in self._snapshots:
                 raise ModelLoading(f"model {name!r} is declared but not in the cache; see: whisperd status")
-            model = self._load(name, self._snapshots[name])
+            model = self._load(name, self._snapshots[name], again=found is not None)
             self._loaded_from = MappingProxyType({**self._loaded_from, name: self._snapshots[name]})
             self._registry.swap(self._registry.served.with_model(model))
 
@@ -84,7 +89,11 @@ class Loader:
             raise
         return models
 
-    def _load(self, name: str, snapshot: Path) -> LoadedModel:
+    def _load(self, name: str, snapshot: Path, *, again: bool = False) -> LoadedModel:
         if self._detector is None:
             self._detector = SpeechDetector()
-        return load(name, snapshot, self._settings, self._work_dir, self._detector)
+        started_s = time.monotonic()
+        meter = self._metrics.model(name)
+        model = load(name, snapshot, self._settings, self._work_dir, self._detector, meter)
+        self._metrics.loaded(name, time.monotonic() - started_s, again=again)
+        return model
