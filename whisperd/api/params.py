@@ -136,6 +136,12 @@ def _response_format(text: str) -> str:
     return _one_of(FORMATS)(text)
 
 
+def _choice(choices: Iterable[str], read: Callable[[str], Any] | None = None, **more: Any) -> Field:
+    """A field with a list of values."""
+    known = tuple(choices)
+    return Field(expects=f"one of {', '.join(known)}", read=read or _one_of(known), choices=known, **more)
+
+
 def _one_of(choices: Iterable[str]) -> Callable[[str], str]:
     def read(text: str) -> str:
         if text not in choices:
@@ -180,13 +186,13 @@ FIELDS: Mapping[str, Field] = {
     "model": Field(expects="the name of a model", read=str.strip),
     "language": Field(expects="a language code, an English name or 'auto'", read=_language),
     "prompt": Field(expects="text", read=str),
-    "response_format": Field(expects=f"one of {', '.join(FORMATS)}", read=_response_format),
+    "response_format": _choice(FORMATS, _response_format),
     "temperature": Field(expects="a number from 0 to 1", read=_between(0.0, 1.0)),
-    "timestamp_granularities": Field(expects="'segment' or 'word'", read=_one_of(("segment", "word")), array=True),
+    "timestamp_granularities": _choice(("segment", "word"), array=True),
     "stream": Field(expects="true or false", read=_boolean),
     "chunking_strategy": Field(expects="'auto' or an object", read=str, array=True),
     "vad_filter": Field(expects="true or false", read=_boolean),
-    "priority": Field(expects=f"one of {', '.join(PRIORITIES)}", read=_one_of(PRIORITIES)),
+    "priority": _choice(PRIORITIES),
     "beam_size": Field(expects=f"a whole number from 1 to {CANDIDATES_MAX}", read=_count),
     "best_of": Field(expects=f"a whole number from 1 to {CANDIDATES_MAX}", read=_count),
     "word_timestamps": Field(expects="true or false", read=_boolean),
