@@ -38,12 +38,13 @@ MIN_PROGRESS_S = 1.0  # a continuation must move on by this much, or the model i
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedModel:
-    """A model that serves: everything a request needs of it."""
+    """A model that serves: everything a request needs of it. ``memory_bytes`` is what it is counted as."""
 
     name: str
     vocabulary: Vocabulary
     batcher: Batcher
     detector: SpeechDetector
+    memory_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -96,6 +96,16 @@ class EngineTable(Table):
     threads_per_worker: int = option(
         0, reload="restart", ge=0, le=256, help="Threads of each worker on the cpu; 0: up to four, as the cores allow."
     )
+    memory_bytes: int = option(
+        0,
+        reload="live",
+        ge=0,
+        help="Most that the weights of loaded models may have together, as on disk; the least recently used one makes "
+        "room. 0: no limit.",
+    )
+    idle_unload_s: float = option(
+        0.0, reload="live", ge=0, help="Models that nobody used for so long leave the memory until asked for. 0: never."
+    )
 
 
 class DecodeTable(Table):

@@ -32,6 +32,7 @@ Waiter = asyncio.Future[Mapping[str, object]]
 LOAD_TIMEOUT_S = 600.0  # what systemd is asked to bear while a model loads: large ones from slow disks take minutes
 PROGRESS_EVERY_S = 1.0
 ENGINE_STALL_S = 300.0  # a batch that takes longer than this will not end any more
+TEND_EVERY_S = 10.0
 SIGNALS_TO_STOP = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -84,14 +85,15 @@ class Daemon:
         serving = asyncio.create_task(self._server.serve(self._app, self._sockets))
         working = asyncio.create_task(self._work())
         watching = asyncio.create_task(self._watch())
+        tending = asyncio.create_task(self._tend())
         stopping = asyncio.create_task(self._stop.wait())
         try:
             await asyncio.wait({serving, working, stopping}, return_when=asyncio.FIRST_COMPLETED)
             await self._drain(serving)
         finally:
-            for task in (stopping, watching, working):
+            for task in (stopping, watching, tending, working):
                 task.cancel()
-            outcomes = await asyncio.gather(working, stopping, watching, return_exceptions=True)
+            outcomes = await asyncio.gather(working, stopping, watching, tending, return_exceptions=True)
             await asyncio.to_thread(self._registry.close)
             self._service.close()
         _raise_failure(outcomes[0])
@@ -225,6 +227,14 @@ class Daemon:
             if all(model.batcher.load.stalled_s < ENGINE_STALL_S for model in models):
                 self._notifier.watchdog()
             await asyncio.sleep(period_s)
+
+    async def _tend(self) -> None:
+        """Unloads models that nobody needs."""
+        while True:
+            idle_s = self._state.loaded.config.engine.idle_unload_s
+            if idle_s:
+                await asyncio.to_thread(self._loader.unload_idle, idle_s)
+            await asyncio.sleep(min(TEND_EVERY_S, idle_s / 4) if idle_s else TEND_EVERY_S)
 
     async def _drain(self, serving: asyncio.Task[None]) -> None:
         """Takes no more work and finishes what runs, within ``server.shutdown_timeout_s``."""

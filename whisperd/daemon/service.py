@@ -94,7 +94,7 @@ class DaemonService:
                 aliases=model.aliases,
                 source=model.reference,
                 revision=self._state.revisions.get(model.served_name) or model.revision,
-                loaded=model.served_name in loaded,
+                loaded=model.served_name in loaded and loaded[model.served_name].batcher.failure is None,
             )
             for model in self._state.loaded.config.models
         ]
@@ -123,9 +123,10 @@ class DaemonService:
             name=name,
             device=info.device,
             compute_type=info.compute_type,
-            loaded=True,
+            loaded=model.batcher.failure is None,
             waiting=load.waiting,
             running=load.running,
+            memory_bytes=model.memory_bytes,
         )
 
     def default_options(self) -> Options:
@@ -184,10 +185,12 @@ class DaemonService:
         common: dict[str, object] = {"name": card.id, "source": card.source, "revision": card.revision}
         model = self._registry.served.models.get(card.id)
         if model is None:
-            return common | {"loaded": False}
-        info, load = model.batcher.info, model.batcher.load
+            return common | {"loaded": False, "failure": None}
+        info, load, failure = model.batcher.info, model.batcher.load, model.batcher.failure
         return common | {
-            "loaded": True,
+            "loaded": failure is None,
+            "failure": str(failure) if failure else None,
+            "memory_bytes": model.memory_bytes,
             "engine": info.engine,
             "device": info.device,
             "compute_type": info.compute_type,
@@ -198,7 +201,8 @@ class DaemonService:
 
     async def _transcribe(self, job: Job, place: Place) -> Transcript:
         name = self._registry.served.resolve(job.model)
-        if name not in self._registry.served.models:
+        found = self._registry.served.models.get(name)
+        if found is None or found.batcher.failure is not None:
             await self._load_one(name)
         config = self._state.loaded.config
         with self._registry.lease(name) as model:
