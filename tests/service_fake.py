@@ -19,7 +19,7 @@ from whisperd.api import ApiSettings, Job, ModelCard, Readiness, create_app
 from whisperd.decoding import Options
 from whisperd.errors import Error, ModelNotFound
 from whisperd.server import Server, ServerSettings, bind_unix
-from whisperd.transcript import Segment, Transcript, WindowStatistics, Word
+from whisperd.transcript import Segment, TokenScore, Transcript, WindowStatistics, Word
 
 PATIENCE_S = 20.0
 MODEL = "openai/whisper-tiny.en"
@@ -125,12 +125,25 @@ class FakeService:
             await self._gate.wait()
         if self.late_error is not None:
             raise self.late_error
-        return replace(TRANSCRIPT, task=job.options.task)
+        return replace(TRANSCRIPT, task=job.options.task, segments=tuple(told(job)))
 
     def _tell(self, job: Job) -> None:
-        for one in TRANSCRIPT.segments:
+        for one in told(job):
             job.on_segment(one)
             job.on_progress(one.end_s, TRANSCRIPT.duration_s)
+
+
+def told(job: Job) -> list[Segment]:
+    """The segments of TRANSCRIPT, with a score for each word when the job asks for scores."""
+    if not job.options.token_scores:
+        return list(TRANSCRIPT.segments)
+    return [
+        replace(
+            one,
+            scores=tuple(TokenScore(data=word.text.encode(), logprob=-0.5) for word in one.words or ()),
+        )
+        for one in TRANSCRIPT.segments
+    ]
 
 
 class LogLines(logging.Handler):

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from starlette.requests import Request
 
 from tests.service_fake import MODEL, PATIENCE_S, TEXT, TRANSCRIPT, Daemon, FakeService, daemon, serving
-from whisperd.api import Readiness, create_app
+from whisperd.api import Chunking, Readiness, create_app
 from whisperd.api.params import FIELDS, parse_fields
 from whisperd.api.service import ApiSettings
 from whisperd.api.spool import Spool
@@ -102,7 +102,43 @@ Files = Sequence[tuple[str, tuple[str, bytes]]]
         ([AUDIO], {"temperature": "hot"}, 400, "invalid_value", "temperature", "a number from 0 to 1"),
         ([AUDIO], {"response_format": "xml"}, 400, "invalid_value", "response_format", "json, text, srt"),
         ([AUDIO], {"response_format": "diarized_json"}, 400, "unsupported_parameter", "response_format", "speaker"),
-        ([AUDIO], {"include[]": "logprobs"}, 400, "unsupported_parameter", "include[]", "avg_logprob"),
+        ([AUDIO], {"include[]": "pictures"}, 400, "invalid_value", "include[]", "one of logprobs"),
+        (
+            [AUDIO],
+            {"include[]": "logprobs", "response_format": "srt"},
+            400,
+            "invalid_value",
+            "include[]",
+            "response_format=json, got srt",
+        ),
+        ([AUDIO], {"known_speaker_names[]": "A"}, 400, "unsupported_parameter", "known_speaker_names[]", "speaker"),
+        ([AUDIO], {"languages[]": ["en", "klingon"]}, 400, "invalid_value", "languages[]", "'klingon'"),
+        ([AUDIO], {"priority": "high"}, 400, "invalid_value", "priority", "auto, interactive, bulk"),
+        ([AUDIO], {"chunking_strategy": "fast"}, 400, "invalid_value", "chunking_strategy", "'auto' or an object"),
+        (
+            [AUDIO],
+            {"chunking_strategy": '{"type": "vad"}'},
+            400,
+            "invalid_value",
+            "chunking_strategy[type]",
+            "server_vad",
+        ),
+        (
+            [AUDIO],
+            {"chunking_strategy[threshold]": "1.5"},
+            400,
+            "invalid_value",
+            "chunking_strategy[threshold]",
+            "a number from 0 to 1, got '1.5'",
+        ),
+        (
+            [AUDIO],
+            {"chunking_strategy[silence]": "1"},
+            400,
+            "invalid_value",
+            "chunking_strategy[silence]",
+            "silence_duration_ms",
+        ),
         ([AUDIO], {"stream": "maybe"}, 400, "invalid_value", "stream", "true or false"),
         ([AUDIO], {"beam_size": "0"}, 400, "invalid_value", "beam_size", "from 1 to 10"),
         (
@@ -401,7 +437,7 @@ def test_node_sends_the_file_first(client: httpx2.Client, whisperd: Daemon) -> N
     parts = [(name, (None, value.encode())) for name, value in fields.items()]
     assert client.post(URL, files=[AUDIO, *parts]).json()["text"] == TEXT
     job = whisperd.service.jobs[0]
-    assert (job.model, job.vad_filter) == ("whisper-1", True)
+    assert (job.model, job.chunking.vad_filter) == ("whisper-1", True)
 
 
 def test_reload(client: httpx2.Client, whisperd: Daemon) -> None:
@@ -454,6 +490,29 @@ def test_languages() -> None:
     assert parse(("language", ""), defaults=german).language == "de"
 
 
+def test_three_spellings_of_chunking() -> None:
+    """A word, a JSON object and one field for each member mean the same."""
+    wanted = Chunking(vad_filter=True, threshold=0.4, padding_ms=100, silence_ms=300)
+    members = {"type": "server_vad", "threshold": 0.4, "prefix_padding_ms": 100, "silence_duration_ms": 300}
+    spelled = [(f"chunking_strategy[{name}]", str(value)) for name, value in members.items()]
+    for form in (spelled, list(reversed(spelled)), [("chunking_strategy", json.dumps(members))]):
+        assert parse_fields(form, "transcribe", Options()).chunking == wanted
+    assert parse_fields([("chunking_strategy", "auto")], "transcribe", Options()).chunking == Chunking(vad_filter=True)
+    off = [("chunking_strategy", "auto"), ("vad_filter", "false")]
+    assert parse_fields(off, "transcribe", Options()).chunking == Chunking(vad_filter=False)
+
+
+def test_hints() -> None:
+    """Keywords and hotwords are one list, several languages restrict the detection, a single one replaces it."""
+    options = parse(("keywords[]", "PBX"), ("keywords[]", "Zoë"), ("hotwords", "Asterisk, Digium"))
+    assert options.hotwords == ("Asterisk", "Digium", "PBX", "Zoë")
+    assert parse(("keywords", "PBX")).hotwords == ("PBX",)
+    several = parse(("languages[]", "de"), ("languages[]", "French"))
+    assert (several.language, several.languages) == (None, ("de", "fr"))
+    single = parse(("languages", "de"))
+    assert (single.language, single.languages) == ("de", ())
+
+
 def test_thresholds_can_be_switched_off() -> None:
     """'none' switches a safeguard off, a number sets it."""
     options = parse(("no_speech_threshold", "none"), ("log_prob_threshold", "-0.5"))
@@ -464,7 +523,7 @@ def test_every_field_takes_an_empty_value() -> None:
     """Clients that send all their fields, most of them empty, get the defaults."""
     found = parse_fields([(name, "") for name in FIELDS], "translate", Options())
     assert found.options == Options(task="translate")
-    assert (found.model, found.vad_filter, found.stream, found.response_format) == (None, None, False, "json")
+    assert (found.model, found.chunking, found.stream, found.response_format) == (None, Chunking(), False, "json")
 
 
 def test_long_values_are_cut_in_messages() -> None:

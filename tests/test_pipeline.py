@@ -17,9 +17,9 @@ from whisperd.batcher import Batcher
 from whisperd.decoding import Options
 from whisperd.engine.base import Hypothesis, Window
 from whisperd.errors import AudioError, AudioTooLong, Cancelled, EngineError, RequestError
-from whisperd.pipeline import Listener, LoadedModel, Transcription, remainder
+from whisperd.pipeline import Listener, LoadedModel, Transcription, prompt_tokens, remainder
 from whisperd.segmentation import CutOptions
-from whisperd.tokens import Vocabulary
+from whisperd.tokens import PROMPT_TOKENS_MAX, Vocabulary
 from whisperd.transcript import SAMPLE_RATE_HZ, Span, Transcript
 from whisperd.vad import SpeechDetector
 
@@ -182,6 +182,29 @@ def test_prompt(tiny: LoadedModel, clips: dict[str, Clip]) -> None:
     assert found.text != ""
     with pytest.raises(RequestError, match="does not speak 'fr'"):
         Transcription(tiny, Options(language="fr"), CutOptions())
+
+
+def test_token_scores(tiny: LoadedModel, clips: dict[str, Clip]) -> None:
+    """The tokens' bytes are the text, and each has a log probability; words come only when asked for."""
+    with clips["monkeys"].path.open("rb") as file:
+        found = Transcription(tiny, Options(token_scores=True), CutOptions()).run(file)
+    for segment in found.segments:
+        assert segment.words is None
+        assert segment.scores is not None
+        assert b"".join(score.data for score in segment.scores).decode() == segment.text
+        assert all(-25 < score.logprob <= 0 for score in segment.scores)
+
+
+def test_hotwords(vocabulary: Vocabulary) -> None:
+    """Hotwords stand before the prompt and leave it at least half of the room; the end of the prompt is kept."""
+    only = prompt_tokens(vocabulary, Options(hotwords=("Asterisk", "PBX")))
+    assert vocabulary.decode(only) == " Asterisk, PBX"
+    both = prompt_tokens(vocabulary, Options(hotwords=("PBX",) * 300, prompt="word " * 400 + "the end"))
+    assert len(both) == PROMPT_TOKENS_MAX
+    text = vocabulary.decode(both)
+    assert text.startswith(" PBX, PBX")
+    assert text.endswith("word the end")
+    assert prompt_tokens(vocabulary, Options()) == ()
 
 
 LOOP = " again and again" * 40

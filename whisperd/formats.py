@@ -124,6 +124,15 @@ def extension(transcript: Transcript, wall_s: float) -> dict[str, Any]:
     }
 
 
+def logprobs(segments: Iterable[Segment]) -> list[dict[str, Any]]:
+    """OpenAI's list of tokens with their log probabilities; ``bytes`` are exact where ``token`` cannot be."""
+    return [
+        {"token": score.data.decode(errors="replace"), "logprob": score.logprob, "bytes": list(score.data)}
+        for segment in segments
+        for score in segment.scores or ()
+    ]
+
+
 def from_verbose_json(whole: Mapping[str, Any]) -> Transcript:
     """The transcript behind a whisperd answer; the inverse of ``verbose_json`` up to whole milliseconds."""
     words = whole.get("words")

@@ -6,6 +6,7 @@ file is. Results come back in any order and are told in order.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -23,12 +24,14 @@ from whisperd.engine.base import DecodeRequest, Hypothesis, TokenTime, WindowFai
 from whisperd.errors import Cancelled, EngineError, Error, RequestError
 from whisperd.segmentation import Cut, CutOptions, Cutter
 from whisperd.timestamps import Piece, TimestampRule
-from whisperd.tokens import Vocabulary
-from whisperd.transcript import SAMPLE_RATE_HZ, Segment, Span, Transcript, WindowStatistics, Word
+from whisperd.tokens import PROMPT_TOKENS_MAX, Vocabulary
+from whisperd.transcript import SAMPLE_RATE_HZ, Segment, Span, TokenScore, Transcript, WindowStatistics, Word
 from whisperd.vad import SpeechDetector
 
 Samples = NDArray[np.float32]
 
+HOTWORD_TOKENS_MAX = PROMPT_TOKENS_MAX // 2
+PROBABILITY_MIN = 1e-10  # where a probability was rounded to nothing, its logarithm is still a number
 BATCHES_AHEAD = 2  # windows of one request in memory, in multiples of the engine's slots: one runs, one waits
 UNREAD_SPEECH_S = 1.0  # speech behind the last timestamp that makes the rest of a window worth a window of its own
 INTERACTIVE_S = 60.0  # longer audio is bulk: nobody sits and waits for it as for an answer
@@ -138,7 +141,7 @@ class Transcription:
         self._ticket = model.batcher.ticket()
         self._vocabulary = model.vocabulary
         self._rule = TimestampRule(begin=model.vocabulary.timestamp_begin)
-        self._prompt = model.vocabulary.encode(" " + options.prompt.strip()) if options.prompt else ()
+        self._prompt = prompt_tokens(model.vocabulary, options)
         self._language = options.language if model.vocabulary.multilingual else "en"
         self._language_probability = 1.0
         self._running: dict[int, _Slice] = {}
@@ -199,11 +202,12 @@ class Transcription:
         request = DecodeRequest(
             task=self._options.task if self._vocabulary.multilingual else "transcribe",
             language=self._language,
+            languages=self._options.languages,
             prompt_tokens=self._prompt,
             temperature=self._options.temperatures[len(piece.attempts)],
             beam_size=self._options.beam_size,
             best_of=self._options.best_of,
-            word_timestamps=self._options.word_timestamps,
+            word_timestamps=self._options.word_timestamps or self._options.token_scores,
         )
         window_id = self._ticket.submit(piece.samples, request, again=bool(piece.attempts))
         self._running[window_id] = piece
@@ -290,9 +294,18 @@ class Transcription:
                 avg_logprob=attempt.avg_logprob,
                 compression_ratio=attempt.compression_ratio,
                 no_speech_prob=attempt.no_speech_prob,
+                scores=self._scores(times) if self._options.token_scores else None,
             )
             if text.strip():
                 yield self._with_words(segment, times, offset_s) if self._options.word_timestamps else segment
+
+    def _scores(self, times: list[TokenTime]) -> tuple[TokenScore, ...]:
+        return tuple(
+            TokenScore(
+                data=self._vocabulary.token_bytes(time.token), logprob=math.log(max(time.probability, PROBABILITY_MIN))
+            )
+            for time in times
+        )
 
     def _with_words(self, segment: Segment, times: list[TokenTime], offset_s: float) -> Segment:
         words: list[Word] = []
@@ -339,14 +352,27 @@ class Transcription:
 
 def check(model: LoadedModel, options: Options) -> None:
     """Raises RequestError when the model cannot do what the options ask."""
+    _check_language(model, options.language, "language")
+    for language in options.languages:
+        _check_language(model, language, "languages")
+
+
+def _check_language(model: LoadedModel, language: str | None, param: str) -> None:
     languages = model.vocabulary.languages
-    if options.language is not None and options.language not in languages:
+    if language is not None and language not in languages:
         known = "English only" if not model.vocabulary.multilingual else f"{len(languages)} languages"
         raise RequestError(
-            f"model {model.name!r} does not speak {options.language!r} (it knows {known}); "
+            f"model {model.name!r} does not speak {language!r} (it knows {known}); "
             "choose another language or a multilingual model",
-            param="language",
+            param=param,
         )
+
+
+def prompt_tokens(vocabulary: Vocabulary, options: Options) -> tuple[int, ...]:
+    """What every window sees as said before: hotwords, at most half of the room, then the end of the prompt."""
+    hotwords = vocabulary.encode(" " + ", ".join(options.hotwords))[:HOTWORD_TOKENS_MAX] if options.hotwords else ()
+    prompt = vocabulary.encode(" " + options.prompt.strip()) if options.prompt else ()
+    return (*hotwords, *prompt[-(PROMPT_TOKENS_MAX - len(hotwords)) :])
 
 
 def remainder(span: Span, speech: tuple[Span, ...], covered_s: float) -> Span | None:

@@ -28,10 +28,19 @@ class Word:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TokenScore:
+    """One text token: its own bytes, which may be a part of a character, and its natural log probability."""
+
+    data: bytes
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Segment:
     """One phrase as the model cut it, with the figures that Whisper's safeguards looked at.
 
-    ``tokens`` are the sampled ids including timestamps; ``text`` keeps the leading space.
+    ``tokens`` are the sampled ids including timestamps; ``text`` keeps the leading space. ``words`` and ``scores`` are
+    there when they were asked for.
     """
 
     start_s: float
@@ -43,6 +52,7 @@ class Segment:
     compression_ratio: float
     no_speech_prob: float
     words: tuple[Word, ...] | None = None
+    scores: tuple[TokenScore, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from whisperd.api.app import create_app
-from whisperd.api.service import ApiSettings, Job, ModelCard, Peer, Readiness, Service
+from whisperd.api.service import ApiSettings, Chunking, Job, ModelCard, Peer, Readiness, Service
 
-__all__ = ["ApiSettings", "Job", "ModelCard", "Peer", "Readiness", "Service", "create_app"]
+__all__ = ["ApiSettings", "Chunking", "Job", "ModelCard", "Peer", "Readiness", "Service", "create_app"]

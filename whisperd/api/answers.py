@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from starlette.responses import JSONResponse, PlainTextResponse, Response
@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from whisperd import formats
 from whisperd.api.params import ResponseFormat
 from whisperd.errors import Error, Unavailable
-from whisperd.transcript import Transcript
+from whisperd.transcript import Segment, Transcript
 
 
 def transcript_response(transcript: Transcript, response_format: ResponseFormat, wall_s: float) -> Response:
@@ -61,8 +61,14 @@ def retry_headers(error: Error) -> dict[str, str]:
     }
 
 
+def scores(segments: Sequence[Segment]) -> dict[str, Any]:
+    """The member ``logprobs`` when it was asked for."""
+    asked = any(segment.scores is not None for segment in segments)
+    return {"logprobs": formats.logprobs(segments)} if asked else {}
+
+
 def _json(transcript: Transcript) -> Response:
-    return JSONResponse({"text": transcript.text, "usage": usage(transcript)})
+    return JSONResponse({"text": transcript.text, "usage": usage(transcript)} | scores(transcript.segments))
 
 
 PLAIN: Mapping[str, Callable[[Transcript], Response]] = {

@@ -83,7 +83,7 @@ class Audio:
             filename=upload.filename,
             model=parameters.model,
             options=parameters.options,
-            vad_filter=parameters.vad_filter,
+            chunking=parameters.chunking,
             request_id=exchange.request_id,
             bulk=parameters.bulk,
         )

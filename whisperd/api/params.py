@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from dataclasses import fields as dataclass_fields
 from typing import Any, Literal, get_args
 
+from whisperd.api.chunking import chunking_members
+from whisperd.api.service import Chunking
 from whisperd.decoding import Options
 from whisperd.errors import RequestError, UnsupportedParameter
 from whisperd.tokens import language_code
@@ -24,15 +26,12 @@ SHOWN_CHARACTERS = 80  # of a client's own words in a message
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parameters:
-    """What one request asks for. A ``model`` or ``vad_filter`` of None is left to the configuration.
-
-    A ``bulk`` of None is left to the length of the audio.
-    """
+    """What one request asks for. A ``model`` of None is the default one, a ``bulk`` of None goes by the length."""
 
     options: Options
     response_format: ResponseFormat = "json"
     model: str | None = None
-    vad_filter: bool | None = None
+    chunking: Chunking = field(default_factory=Chunking)
     bulk: bool | None = None
     stream: bool = False
 
@@ -58,15 +57,17 @@ def parse_fields(form: Iterable[tuple[str, str]], task: Task, defaults: Options)
     given: dict[str, Any] = {}
     for name, text in form:
         base = _base_name(name)
-        field = _field(name, base)
+        known = _field(name, base)
         if not text.strip():
             continue
-        if field.array:
-            given[base] = (*given.get(base, ()), _value(name, field, text))
+        if base in OBJECTS:
+            given[base] = given.get(base, {}) | chunking_members(_cut(name), text)
+        elif known.array:
+            given[base] = (*given.get(base, ()), _value(name, known, text))
         elif base in given:
             raise RequestError(f"{base} is given twice", param=_cut(name))
         else:
-            given[base] = _value(name, field, text)
+            given[base] = _value(name, known, text)
     return _parameters(given, replace(defaults, task=task))
 
 
@@ -77,11 +78,17 @@ def _parameters(given: Mapping[str, Any], defaults: Options) -> Parameters:
     if "word" in given.get("timestamp_granularities", ()):
         options = replace(options, word_timestamps=True)
         _need_verbose(given.get("response_format", "json"))
+    if "logprobs" in given.get("include", ()):
+        options = replace(options, token_scores=True)
+        _need_json(given.get("response_format", "json"))
+    options = replace(options, hotwords=(*given.get("hotwords", ()), *given.get("keywords", ())))
+    if len(options.languages) == 1 and options.language is None:
+        options = replace(options, language=options.languages[0], languages=())
     return Parameters(
         options=options,
         response_format=given.get("response_format", "json"),
         model=given.get("model"),
-        vad_filter=given.get("vad_filter", True if "chunking_strategy" in given else None),
+        chunking=_chunking(given),
         bulk=PRIORITIES[given.get("priority", "auto")],
         stream=given.get("stream", False),
     )
@@ -93,6 +100,17 @@ def _need_verbose(response_format: str) -> None:
             f"word timestamps need response_format=verbose_json, got {response_format}",
             param="timestamp_granularities[]",
         )
+
+
+def _need_json(response_format: str) -> None:
+    if response_format != "json":
+        raise RequestError(f"logprobs need response_format=json, got {response_format}", param="include[]")
+
+
+def _chunking(given: Mapping[str, Any]) -> Chunking:
+    members = given.get("chunking_strategy")
+    asked = Chunking(vad_filter=given.get("vad_filter"))
+    return asked if members is None else replace(asked, vad_filter=given.get("vad_filter", True), **members)
 
 
 def _base_name(name: str) -> str:
@@ -124,6 +142,17 @@ def _cut(text: str) -> str:
 
 def _language(text: str) -> str | None:
     return None if text.strip().lower() == "auto" else language_code(_cut(text))
+
+
+def _spoken(text: str) -> str:
+    try:
+        return language_code(_cut(text))
+    except RequestError as error:
+        raise RequestError(str(error), param="languages[]") from error
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip())
 
 
 def _response_format(text: str) -> str:
@@ -180,7 +209,7 @@ def _threshold(low: float, high: float) -> Callable[[str], float | None]:
     return lambda text: None if text.strip().lower() == "none" else number(text)
 
 
-OPTION_NAMES = frozenset(field.name for field in dataclass_fields(Options))
+OPTION_NAMES = frozenset(one.name for one in dataclass_fields(Options))
 OBJECTS = frozenset({"chunking_strategy"})
 FIELDS: Mapping[str, Field] = {
     "model": Field(expects="the name of a model", read=str.strip),
@@ -190,7 +219,11 @@ FIELDS: Mapping[str, Field] = {
     "temperature": Field(expects="a number from 0 to 1", read=_between(0.0, 1.0)),
     "timestamp_granularities": _choice(("segment", "word"), array=True),
     "stream": Field(expects="true or false", read=_boolean),
-    "chunking_strategy": Field(expects="'auto' or an object", read=str, array=True),
+    "chunking_strategy": Field(expects="'auto' or an object of type server_vad", read=str),
+    "include": _choice(("logprobs",), array=True),
+    "languages": Field(expects="a language code or an English name", read=_spoken, array=True),
+    "keywords": Field(expects="a word or a name", read=str.strip, array=True),
+    "hotwords": Field(expects="words and names, with commas between them", read=_words),
     "vad_filter": Field(expects="true or false", read=_boolean),
     "priority": _choice(PRIORITIES),
     "beam_size": Field(expects=f"a whole number from 1 to {CANDIDATES_MAX}", read=_count),
@@ -201,12 +234,7 @@ FIELDS: Mapping[str, Field] = {
     "log_prob_threshold": Field(expects="a number from -100 to 0, or 'none'", read=_threshold(-100.0, 0.0)),
 }
 INSTEAD: Mapping[str, str] = {
-    "include": "whisperd gives no token log probabilities; response_format=verbose_json has avg_logprob for each "
-    "segment, and timestamp_granularities[]=word a probability for each word",
     "known_speaker_names": "whisperd makes no speaker labels",
     "known_speaker_references": "whisperd makes no speaker labels",
-    "languages": "give one 'language', or leave it out to have it detected",
-    "keywords": "put the words into 'prompt'",
-    "hotwords": "put the words into 'prompt'",
     "initial_prompt": "it is called 'prompt' here",
 }

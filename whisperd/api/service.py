@@ -44,19 +44,28 @@ class ModelCard:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Chunking:
+    """How a request wants its audio cut; None is what the configuration says. Padding and silence around speech."""
+
+    vad_filter: bool | None = None
+    threshold: float | None = None
+    padding_ms: int | None = None
+    silence_ms: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
     """One request for a transcription.
 
     ``audio`` stands at its beginning and stays open until ``transcribe`` has ended. A ``model`` of None is the
-    default one; a ``vad_filter`` of None is what the configuration says; a ``bulk`` of None goes by the length of the
-    audio. The callbacks may be called from any thread.
+    default one; a ``bulk`` of None goes by the length of the audio. The callbacks may be called from any thread.
     """
 
     audio: BinaryIO
     filename: str
     model: str | None
     options: Options
-    vad_filter: bool | None
+    chunking: Chunking
     request_id: str
     bulk: bool | None = None
     on_segment: Callable[[Segment], None] = lambda _: None

@@ -210,7 +210,7 @@ class DaemonService:
             transcription = Transcription(
                 model,
                 job.options,
-                cut_options(config, job.vad_filter),
+                cut_options(config, job.chunking),
                 listener=hearer.listener(),
                 max_audio_s=config.limits.audio_s,
                 bulk=job.bulk,

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from whisperd import config as declared
-from whisperd.api import ApiSettings
+from whisperd.api import ApiSettings, Chunking
 from whisperd.config import Config, ModelTable
 from whisperd.decoding import Options
 from whisperd.engine import EngineSettings
@@ -80,14 +80,14 @@ def decode_options(config: Config) -> Options:
     )
 
 
-def cut_options(config: Config, vad_filter: bool | None) -> CutOptions:
-    """How audio is cut; a request may switch the filter."""
+def cut_options(config: Config, chunking: Chunking) -> CutOptions:
+    """How audio is cut; a request may say otherwise."""
     vad = config.vad
     return CutOptions(
-        skip_silence=vad.filter if vad_filter is None else vad_filter,
-        threshold=vad.threshold,
-        min_silence_ms=vad.min_silence_ms,
-        speech_pad_ms=vad.speech_pad_ms,
+        skip_silence=vad.filter if chunking.vad_filter is None else chunking.vad_filter,
+        threshold=vad.threshold if chunking.threshold is None else chunking.threshold,
+        min_silence_ms=vad.min_silence_ms if chunking.silence_ms is None else chunking.silence_ms,
+        speech_pad_ms=vad.speech_pad_ms if chunking.padding_ms is None else chunking.padding_ms,
     )
 
 
