@@ -8,7 +8,7 @@ import os
 import re
 import socket
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -24,7 +24,7 @@ from whisperd.api import Chunking, Readiness, create_app
 from whisperd.api.params import FIELDS, parse_fields
 from whisperd.api.service import ApiSettings
 from whisperd.api.spool import Spool
-from whisperd.api.upload import Upload, receive_upload
+from whisperd.api.upload import Pace, Upload, receive_upload
 from whisperd.decoding import TEMPERATURES, Options
 from whisperd.errors import ConfigError, Problem, RequestError, UnsupportedParameter
 from whisperd.server import ServerSettings
@@ -343,6 +343,35 @@ def test_an_upload_that_stands_still(tmp_path: Path) -> None:
         whisperd.finished()
 
 
+def test_an_upload_that_drips(tmp_path: Path) -> None:
+    """A client that always sends a little, but never enough, gives its place back too."""
+    with daemon(tmp_path, upload_idle_s=0.1, upload_bytes_per_s=1e6) as whisperd, connected(whisperd) as raw:
+        raw.sendall(head(500_000) + FILE_PART)
+        raw.settimeout(0.01)
+        answer = b""
+        while not answer:
+            raw.sendall(b"x")
+            with suppress(TimeoutError):
+                answer = raw.recv(65_536)
+        raw.settimeout(PATIENCE_S)
+        while not answer.endswith(b"}}"):
+            answer += raw.recv(65_536)
+        assert answer.startswith(b"HTTP/1.1 408 ")
+        assert b"slower than 1e+06 bytes a second" in answer
+        whisperd.finished()
+
+
+def test_a_client_that_does_not_read(tmp_path: Path) -> None:
+    """The work for a client that never reads its stream ends."""
+    with daemon(tmp_path, send_idle_s=0.2, keep_alive_s=0.0001) as whisperd:
+        whisperd.service.waits_first = True
+        body = b"".join(FORM_IN_STREAM)
+        with connected(whisperd) as raw:
+            raw.sendall(head(len(body)) + body)
+            assert whisperd.service.cancelled.wait(PATIENCE_S)
+            whisperd.finished()
+
+
 def test_events_for_whisperd_clients(client: httpx2.Client, whisperd: Daemon) -> None:
     """With the header, segments, progress and the whole transcript come too."""
     response = client.post(URL, files=[AUDIO], data={"stream": "true"}, headers={"x-whisperd-events": "1"})
@@ -410,7 +439,7 @@ def received(chunks: Sequence[bytes], spool: Spool) -> Upload:
 
     headers = [(b"content-type", b"multipart/form-data; boundary=x")]
     request = Request({"type": "http", "method": "POST", "headers": headers}, receive)
-    return asyncio.run(receive_upload(request, spool, PATIENCE_S))
+    return asyncio.run(receive_upload(request, spool, Pace(idle_s=PATIENCE_S)))
 
 
 @settings(deadline=None)  # the first call is slow on a busy machine
@@ -466,7 +495,7 @@ def test_strangers_may_not_reload(tmp_path: Path, peer: tuple[int, int, int] | N
 
     path = tmp_path / "stranger.sock"
     with serving(disguised, path), client_of(path) as client:
-        response = client.post("/v1/whisperd/reload")
+        response = client.post("/v1/whisperd/reload", headers={"host": "localhost"})
         assert (response.status_code, error_of(response)["code"]) == (403, "peer_not_allowed")
         assert error_of(response)["type"] == "permission_error"
 

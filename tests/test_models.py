@@ -10,7 +10,7 @@ import pytest
 from tests.fakes import FakeEngine
 from tests.speech import silence
 from whisperd.config import Config, ModelTable
-from whisperd.config.options import EngineTable
+from whisperd.config.options import LimitsTable
 from whisperd.daemon.loading import load, smaller
 from whisperd.daemon.memory import weights_bytes
 from whisperd.daemon.models import Loader
@@ -50,7 +50,7 @@ class House:
             ModelTable(repo=f"path:{path}", name=name, preload=preload, keep_loaded=name == keep)
             for name, path in self.snapshots.items()
         )
-        self.loader.switch(Config(models=models, engine=EngineTable(memory_bytes=memory_bytes)), self.snapshots)
+        self.loader.switch(Config(models=models, limits=LimitsTable(model_bytes=memory_bytes)), self.snapshots)
 
     def use(self, name: str) -> None:
         self.now_s += 1
@@ -98,7 +98,7 @@ def test_a_model_in_use_is_not_evicted(house: House) -> None:
     """While all room is in use, a request for another model hears when to come back, and why."""
     house.switch(memory_bytes=room_for(house, 1.2))
     with house.registry.lease("a"):
-        with pytest.raises(ModelLoading, match=r"in use hold .* MB \(engine\.memory_bytes\)") as caught:
+        with pytest.raises(ModelLoading, match=r"in use hold .* MB \(limits\.model_bytes\)") as caught:
             house.loader.load_one("b")
         assert caught.value.retry_after_s > 0
         house.now_s += 100

@@ -7,7 +7,8 @@
     │   ├── UnsupportedParameter
     │   ├── ModelNotFound
     │   ├── FileTooLarge
-    │   └── PeerNotAllowed
+    │   ├── PeerNotAllowed
+    │   └── HostNotAllowed  InvalidApiKey    over TCP only
     ├── AudioError               the audio cannot be decoded
     │   └── AudioTooLong
     ├── StoreError               the cache could not be brought into the declared state
@@ -121,6 +122,22 @@ class PeerNotAllowed(RequestError):
     http_status = 403
     type = "permission_error"
     code = "peer_not_allowed"
+
+
+class HostNotAllowed(RequestError):
+    """A request over TCP came by a name, or from a web page, that is not this daemon's."""
+
+    http_status = 403
+    type = "permission_error"
+    code = "host_not_allowed"
+
+
+class InvalidApiKey(RequestError):
+    """A request over TCP came without the key."""
+
+    exit_code = 77
+    http_status = 401
+    code = "invalid_api_key"
 
 
 class AudioError(Error):

@@ -226,7 +226,7 @@ class Metrics(HttpMeter):
         self._waiting = gauge("windows_waiting", "Windows that wait for a slot.", ["model"])
         self._running = gauge("windows_running", "Windows in the engine.", ["model"])
         self._loaded = gauge("model_loaded", "1 when the model is in memory.", ["model", "device", "compute_type"])
-        self._memory = gauge("model_memory_bytes", "What the model is counted as in engine.memory_bytes.", ["model"])
+        self._memory = gauge("model_memory_bytes", "What the model is counted as in limits.model_bytes.", ["model"])
         self._load_s = gauge("model_load_seconds", "How long the last load took.", ["model"])
         self._reload_ok = gauge("config_last_reload_successful", "0 when the last reload failed.")
         self._reload_ok.set(1)

@@ -163,7 +163,7 @@ def resident_mb(pid: int) -> float:
 
 def test_idle_models_give_their_memory_back(tmp_path: Path, clips: dict[str, Clip]) -> None:
     """A model that nobody uses leaves the memory, and the next request brings it back; /metrics tells of both."""
-    with running(tmp_path, f'models = ["{EMBEDDED}"]\n[engine]\nidle_unload_s = 1.5') as daemon:
+    with running(tmp_path, f'models = ["{EMBEDDED}"]\n[limits]\nmodel_idle_s = 1.5') as daemon:
         assert plain(daemon.transcribe(clips["monkeys"].path)["text"]) == plain(clips["monkeys"].text)
         loaded_mb = resident_mb(daemon.process.pid)
         assert "whisperd_model_loaded{" in metrics_of(daemon)

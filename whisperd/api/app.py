@@ -17,12 +17,13 @@ from starlette.types import Receive, Scope, Send
 
 from whisperd.api.answers import envelope, transcript_response
 from whisperd.api.exchange import Exchange, ExchangeMiddleware
+from whisperd.api.guard import Guard
 from whisperd.api.openapi import description
 from whisperd.api.params import parse_fields
 from whisperd.api.service import ApiSettings, Job, ModelCard, Peer, Service
 from whisperd.api.spool import Spool
 from whisperd.api.streaming import stream, while_connected
-from whisperd.api.upload import Upload, receive_upload
+from whisperd.api.upload import Pace, Upload, receive_upload
 from whisperd.errors import Draining, ModelLoading, ModelNotFound, PeerNotAllowed
 from whisperd.meter import HttpMeter
 from whisperd.transcript import Task
@@ -49,7 +50,10 @@ def create_app(service: Service, settings: ApiSettings, meter: HttpMeter | None 
     paths = frozenset(route.path for route in table)
     app = Starlette(
         routes=table,
-        middleware=[Middleware(ExchangeMiddleware, meter=meter or HttpMeter(), routes=paths)],
+        middleware=[
+            Middleware(ExchangeMiddleware, meter=meter or HttpMeter(), routes=paths, send_idle_s=settings.send_idle_s),
+            Middleware(Guard, hosts=settings.tcp_hosts, key=settings.tcp_key),
+        ],
         exception_handlers={HTTPException: _router_error},
     )
     app.router.redirect_slashes = False
@@ -64,13 +68,14 @@ class Audio:
         self._service = service
         self._settings = settings
         self._spool = spool
+        self._pace = Pace(idle_s=settings.upload_idle_s, bytes_per_s=settings.upload_bytes_per_s)
         self._task = task
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI; the file is closed when the answer is out."""
         refuse_unready(self._service)  # before the body: nobody uploads an hour of audio to hear "later"
         request = Request(scope, receive)
-        upload = await receive_upload(request, self._spool, self._settings.upload_idle_s)
+        upload = await receive_upload(request, self._spool, self._pace)
         with upload.file:
             await self._answer(request, upload, send)
 

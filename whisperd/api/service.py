@@ -110,7 +110,8 @@ class ApiSettings:
 
     ``upload_bytes`` caps one file, ``spool_bytes`` all files that are held at the same time. A stream that has
     nothing to say sends a comment every ``keep_alive_s``. An upload that stands still for
-    ``upload_idle_s`` is given up.
+    ``upload_idle_s``, or is slower than ``upload_bytes_per_s`` after it, is given up, and so is a client that does not
+    read its answer for ``send_idle_s``. ``tcp_hosts`` and ``tcp_key`` are for the TCP listener, see ``Guard``.
     """
 
     spool_dir: Path
@@ -118,3 +119,7 @@ class ApiSettings:
     spool_bytes: int
     keep_alive_s: float = 15.0
     upload_idle_s: float = 60.0
+    upload_bytes_per_s: float = 512.0
+    send_idle_s: float = 60.0
+    tcp_hosts: tuple[str, ...] = ()
+    tcp_key: str | None = None

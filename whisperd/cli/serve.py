@@ -68,13 +68,17 @@ def _run(loaded: Loaded, config_file: Path | None, overrides: Sequence[str], not
 
 
 def _sockets(config: Config, environ: MutableMapping[str, str]) -> list[socket.socket]:
-    """Those that systemd passes, else one of our own."""
+    """Those that systemd passes, else one of our own; and TCP where it is asked for."""
     from whisperd.config import socket_path
     from whisperd.server import bind_unix, inherited_sockets
+    from whisperd.tcp import bind_tcp
 
-    inherited = inherited_sockets(environ)
-    if inherited:
-        return inherited
-    path = socket_path(config, environ, uid=os.getuid())
-    log.info("listening at %s", path)
-    return [bind_unix(path, mode=int(config.server.socket_mode, 8), group=config.server.socket_group)]
+    sockets = inherited_sockets(environ)
+    if not sockets:
+        path = socket_path(config, environ, uid=os.getuid())
+        log.info("listening at %s", path)
+        sockets = [bind_unix(path, mode=int(config.server.socket_mode, 8), group=config.server.socket_group)]
+    if config.server.tcp:
+        sockets.append(bind_tcp(config.server.tcp))
+        log.info("listening at http://%s", config.server.tcp)
+    return sockets

@@ -231,7 +231,7 @@ class Daemon:
     async def _tend(self) -> None:
         """Unloads models that nobody needs."""
         while True:
-            idle_s = self._state.loaded.config.engine.idle_unload_s
+            idle_s = self._state.loaded.config.limits.model_idle_s
             if idle_s:
                 await asyncio.to_thread(self._loader.unload_idle, idle_s)
             await asyncio.sleep(min(TEND_EVERY_S, idle_s / 4) if idle_s else TEND_EVERY_S)

@@ -71,7 +71,7 @@ class Loader:
                 for name, model in current.items()
                 if snapshots.get(name) == self._loaded_from.get(name) and model.batcher.failure is None
             }
-            budget_bytes = config.engine.memory_bytes
+            budget_bytes = config.limits.model_bytes
             missing = [name for name in snapshots if name in wanted and name not in kept]
             fitting = _fitting(missing, snapshots, sum(model.memory_bytes for model in kept.values()), budget_bytes)
             models = kept | self._load_all(fitting, snapshots)
@@ -138,7 +138,7 @@ class Loader:
         if self._budget_bytes and used_bytes and used_bytes + need_bytes > self._budget_bytes:
             raise ModelLoading(
                 f"model {name!r} needs {need_bytes / 1e6:.0f} MB, and models that are in use hold "
-                f"{used_bytes / 1e6:.0f} of {self._budget_bytes / 1e6:.0f} MB (engine.memory_bytes)",
+                f"{used_bytes / 1e6:.0f} of {self._budget_bytes / 1e6:.0f} MB (limits.model_bytes)",
                 retry_after_s=ROOM_RETRY_AFTER_S,
             )
 
@@ -184,7 +184,7 @@ def _fitting(names: Sequence[str], snapshots: Mapping[str, Path], used_bytes: in
     for name in names:
         used_bytes += weights_bytes(snapshots[name])
         if budget_bytes and used_bytes > budget_bytes and name != next(iter(snapshots)):
-            log.info("model %s waits for its first request: no room in engine.memory_bytes now", name)
+            log.info("model %s waits for its first request: no room in limits.model_bytes now", name)
             used_bytes -= weights_bytes(snapshots[name])
         else:
             fitting.append(name)

@@ -11,6 +11,7 @@ from whisperd.api import ApiSettings, Chunking
 from whisperd.config import Config, ModelTable
 from whisperd.decoding import Options
 from whisperd.engine import EngineSettings
+from whisperd.errors import ConfigError, Problem
 from whisperd.reconcile import Settings as StoreSettings
 from whisperd.segmentation import CutOptions
 from whisperd.server import ServerSettings
@@ -97,7 +98,23 @@ def api_settings(config: Config, environ: Mapping[str, str]) -> ApiSettings:
         spool_dir=declared.spool_dir(config, environ),
         upload_bytes=config.limits.upload_bytes,
         spool_bytes=config.limits.spool_bytes,
+        tcp_hosts=config.server.tcp_hosts,
+        tcp_key=_tcp_key(config.server.tcp_key_file),
     )
+
+
+def _tcp_key(path: str | None) -> str | None:
+    if path is None:
+        return None
+    try:
+        key = Path(path).expanduser().read_text(encoding="utf-8").strip()
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            Problem(where="", key="server.tcp_key_file", message=f"cannot read {path}: {error}")
+        ) from error
+    if not key:
+        raise ConfigError(Problem(where="", key="server.tcp_key_file", message=f"{path} is empty"))
+    return key
 
 
 def server_settings(config: Config) -> ServerSettings:
