@@ -317,11 +317,15 @@ class RemoteError(Error):
         status: HTTP status of the answer.
         code: OpenAI error code of the answer.
         exit_code: what the command should exit with.
+        retry_after_s: when to ask again, if the daemon said so.
     """
 
-    def __init__(self, message: str, *, status: int, code: str, exit_code: int = 1) -> None:
+    def __init__(
+        self, message: str, *, status: int, code: str, exit_code: int = 1, retry_after_s: float | None = None
+    ) -> None:
         super().__init__(message)
         self.status = status
+        self.retry_after_s = retry_after_s
         self.remote_code = code
         self.remote_exit_code = exit_code
 

@@ -64,6 +64,11 @@ def clock(time_s: float, point: str) -> str:
     return f"{hours:02d}:{minutes:02d}:{seconds:02d}{point}{ms:03d}"
 
 
+def short_clock(time_s: float) -> str:
+    """``MM:SS.mmm``, with hours only where there are any, as openai-whisper prints times on a terminal."""
+    return clock(time_s, ".").removeprefix("00:")
+
+
 def segment_dict(number: int, segment: Segment) -> dict[str, Any]:
     """A segment in the shape that openai-whisper and OpenAI share; its words are inside when it has any."""
     whole: dict[str, Any] = {
