@@ -140,6 +140,16 @@ def test_live_lines(daemon: DaemonProcess, clips: dict[str, Clip]) -> None:
     assert lines[-1].startswith("[01:")
 
 
+def test_readable_subtitles(daemon: DaemonProcess, clips: dict[str, Clip]) -> None:
+    """Lines are short, there are at most two, and no word is lost."""
+    done = whisperd(daemon.directory, "transcribe", "-f", "srt", "--readable", clips["instruct"].path)
+    assert done.returncode == 0, done.stderr
+    cues = [cue.splitlines()[2:] for cue in done.stdout.strip().split("\n\n")]
+    assert all(1 <= len(cue) <= 2 and max(map(len, cue)) <= 42 for cue in cues)
+    whole = whisperd(daemon.directory, "transcribe", clips["instruct"].path).stdout
+    assert " ".join(" ".join(cue) for cue in cues).split() == whole.split()
+
+
 def test_interrupted_batch(daemon: DaemonProcess, clips: dict[str, Clip], tmp_path: Path) -> None:
     """Ctrl-C ends the command with 130 and its requests on the daemon; what was finished is kept."""
     (tmp_path / "1.flac").write_bytes(clips["monkeys"].path.read_bytes())

@@ -97,7 +97,7 @@ class Audio:
             return
         transcript = await while_connected(self._service.transcribe(job), request.receive)
         exchange.audio_s = transcript.duration_s
-        response = transcript_response(transcript, parameters.response_format, exchange.wall_s)
+        response = transcript_response(transcript, parameters.response_format, exchange.wall_s, parameters.layout)
         await response(request.scope, request.receive, send)
 
     async def _stream(self, request: Request, job: Job) -> None:

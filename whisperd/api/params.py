@@ -12,6 +12,7 @@ from whisperd.api.chunking import chunking_members
 from whisperd.api.service import Chunking
 from whisperd.decoding import Options
 from whisperd.errors import RequestError, UnsupportedParameter
+from whisperd.subtitles import Layout
 from whisperd.tokens import language_code
 from whisperd.transcript import Task
 
@@ -32,6 +33,7 @@ class Parameters:
     response_format: ResponseFormat = "json"
     model: str | None = None
     chunking: Chunking = field(default_factory=Chunking)
+    layout: Layout | None = None
     bulk: bool | None = None
     stream: bool = False
 
@@ -84,14 +86,28 @@ def _parameters(given: Mapping[str, Any], defaults: Options) -> Parameters:
     options = replace(options, hotwords=(*given.get("hotwords", ()), *given.get("keywords", ())))
     if len(options.languages) == 1 and options.language is None:
         options = replace(options, language=options.languages[0], languages=())
+    layout = _layout(given)
+    if layout is not None:
+        options = replace(options, word_timestamps=True)
     return Parameters(
         options=options,
         response_format=given.get("response_format", "json"),
         model=given.get("model"),
         chunking=_chunking(given),
+        layout=layout,
         bulk=PRIORITIES[given.get("priority", "auto")],
         stream=given.get("stream", False),
     )
+
+
+def _layout(given: Mapping[str, Any]) -> Layout | None:
+    """Readable subtitles, when a measure of them is given."""
+    asked = {LAYOUT[name]: given[name] for name in LAYOUT if name in given}
+    if not asked:
+        return None
+    if given.get("response_format") not in {"srt", "vtt"}:
+        raise RequestError(f"{next(iter(LAYOUT))} needs response_format=srt or vtt", param=next(iter(LAYOUT)))
+    return Layout(**asked)
 
 
 def _need_verbose(response_format: str) -> None:
@@ -187,11 +203,14 @@ def _boolean(text: str) -> bool:
     return value
 
 
-def _count(text: str) -> int:
-    value = int(text)
-    if not 1 <= value <= CANDIDATES_MAX:
-        raise ValueError(text)
-    return value
+def _whole(low: int, high: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        value = int(text)
+        if not low <= value <= high:
+            raise ValueError(text)
+        return value
+
+    return read
 
 
 def _between(low: float, high: float) -> Callable[[str], float]:
@@ -210,6 +229,7 @@ def _threshold(low: float, high: float) -> Callable[[str], float | None]:
 
 
 OPTION_NAMES = frozenset(one.name for one in dataclass_fields(Options))
+LAYOUT = {"max_line_width": "line_chars", "max_line_count": "lines"}
 OBJECTS = frozenset({"chunking_strategy"})
 FIELDS: Mapping[str, Field] = {
     "model": Field(expects="the name of a model", read=str.strip),
@@ -225,9 +245,11 @@ FIELDS: Mapping[str, Field] = {
     "keywords": Field(expects="a word or a name", read=str.strip, array=True),
     "hotwords": Field(expects="words and names, with commas between them", read=_words),
     "vad_filter": Field(expects="true or false", read=_boolean),
+    "max_line_width": Field(expects="a whole number from 10 to 200", read=_whole(10, 200)),
+    "max_line_count": Field(expects="a whole number from 1 to 4", read=_whole(1, 4)),
     "priority": _choice(PRIORITIES),
-    "beam_size": Field(expects=f"a whole number from 1 to {CANDIDATES_MAX}", read=_count),
-    "best_of": Field(expects=f"a whole number from 1 to {CANDIDATES_MAX}", read=_count),
+    "beam_size": Field(expects=f"a whole number from 1 to {CANDIDATES_MAX}", read=_whole(1, CANDIDATES_MAX)),
+    "best_of": Field(expects=f"a whole number from 1 to {CANDIDATES_MAX}", read=_whole(1, CANDIDATES_MAX)),
     "word_timestamps": Field(expects="true or false", read=_boolean),
     "no_speech_threshold": Field(expects="a number from 0 to 1, or 'none'", read=_threshold(0.0, 1.0)),
     "compression_ratio_threshold": Field(expects="a number from 0 to 100, or 'none'", read=_threshold(0.0, 100.0)),

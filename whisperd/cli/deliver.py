@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from whisperd.subtitles import Layout
     from whisperd.transcript import Transcript
 
 FORMATS = ("txt", "srt", "vtt", "tsv", "json")
@@ -22,6 +23,7 @@ class Output:
     formats: tuple[str, ...]
     directory: Path | None
     names: Mapping[Path, Path]
+    layout: Layout | None = None
 
     def targets(self, path: Path) -> list[Path]:
         """The files that a recording becomes, in the order of the formats."""
@@ -40,18 +42,18 @@ class Output:
         targets = self.targets(path)
         for target, kind in zip(targets, self.formats, strict=True):
             target.parent.mkdir(parents=True, exist_ok=True)
-            _write(target, written(transcript, kind))
+            _write(target, written(transcript, kind, self.layout))
         return targets
 
 
-def written(transcript: Transcript, kind: str) -> str:
-    """A transcript in one of the file formats."""
+def written(transcript: Transcript, kind: str, layout: Layout | None = None) -> str:
+    """A transcript in one of the file formats; ``layout`` is for subtitles."""
     from whisperd import formats
 
     writers: Mapping[str, Callable[[Transcript], str]] = {
         "txt": formats.txt,
-        "srt": formats.srt,
-        "vtt": formats.vtt,
+        "srt": lambda whole: formats.srt(whole, layout),
+        "vtt": lambda whole: formats.vtt(whole, layout),
         "tsv": formats.tsv,
         "json": formats.json,
     }

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -23,6 +23,7 @@ from whisperd.errors import Cancelled, DaemonUnreachable, Error, RemoteError, Us
 
 if TYPE_CHECKING:
     from whisperd.client import Client
+    from whisperd.subtitles import Layout
     from whisperd.transcript import Transcript
 
 NO_INPUT = 66
@@ -50,6 +51,9 @@ PASSING = (429, 503)
 @click.option("--live", is_flag=True, help="Print each line with its times as soon as it is known.")
 @click.option("--standalone", is_flag=True, help="Start a daemon for this command alone.")
 @click.option("--word-timestamps", is_flag=True, help="Times of words (in json).")
+@click.option("--readable", is_flag=True, help="Subtitles of two lines of 42 characters, there long enough to be read.")
+@click.option("--max-line-width", type=click.IntRange(10, 200), help="The same with lines of this length.")
+@click.option("--max-line-count", type=click.IntRange(1, 4), help="The same with so many lines.")
 @click.option("--prompt", help="Text that the audio continues: names, spelling, style.")
 @click.option("--hotwords", help="Words and names that are likely, with commas between them.")
 @click.option("--temperature", type=float, help="0: Whisper's ladder of attempts.")
@@ -74,7 +78,7 @@ def transcribe(  # click passes each option as an argument
     FILE may be a directory, which is searched to the bottom, or a pattern. Text goes to stdout. With several formats or
     an output directory files are written; what has its files already is skipped, so that a batch can be resumed.
     """
-    output = plan_output(files, formats, directory)
+    output = replace(plan_output(files, formats, directory), layout=_layout(given))
     with (
         _daemon(standalone, socket_file, config_file, overrides, quiet=given["quiet"]) as daemon,
         progress("transcribing", shown=_shows_progress(given["quiet"]), live=given["live"]) as shown,
@@ -99,6 +103,14 @@ def plan_output(files: Sequence[Path], formats: Sequence[str], directory: Path |
     if count_stdin(files) > 1:
         raise UsageError("stdin (-) can be read only once")
     return Output(formats=chosen, directory=directory, names=expand(files))
+
+
+def _layout(given: Mapping[str, Any]) -> Layout | None:
+    from whisperd.subtitles import Layout
+
+    measures = {"line_chars": given["max_line_width"], "lines": given["max_line_count"]}
+    asked = {name: value for name, value in measures.items() if value is not None}
+    return Layout(**asked) if asked or given["readable"] else None
 
 
 def _wanted(output: Output, *, overwrite: bool) -> list[Path]:
@@ -202,7 +214,7 @@ class Job:
         if transcript is not None and not self.live:
             if len(self.output.names) > 1:
                 click.echo(f"==> {path} <==")
-            click.echo(written(transcript, self.output.formats[0]), nl=False)
+            click.echo(written(transcript, self.output.formats[0], self.output.layout), nl=False)
         return 0
 
 
@@ -232,7 +244,7 @@ def _fields(given: Mapping[str, Any]) -> dict[str, str]:
     """Options that were given, as fields of the HTTP interface."""
     names = ("model", "language", "prompt", "hotwords", "temperature", "beam_size")
     fields = {name: str(given[name]) for name in names if given[name] is not None}
-    if given["word_timestamps"]:
+    if given["word_timestamps"] or _layout(given) is not None:
         fields["word_timestamps"] = "true"
     if given["vad_filter"] is not None:
         fields["vad_filter"] = str(given["vad_filter"]).lower()
