@@ -72,7 +72,7 @@ def _groups(words: Sequence[Word], layout: Layout) -> Iterator[list[Word]]:
         if group and _ends_before(group, word, layout):
             yield group
             group = []
-        elif group and not _fits([*group, word], layout):
+        while group and not _fits([*group, word], layout):
             cut = _cut(group)
             yield group[:cut]
             group = group[cut:]
