@@ -6,6 +6,9 @@ import time
 from collections.abc import Callable, Sequence
 
 from whisperd.engine.base import STEP_S, EngineInfo, Hypothesis, Outcome, TokenTime, Window, WindowFailure
+from whisperd.engine.halving import BatchLimit
+from whisperd.errors import OutOfMemory
+from whisperd.meter import ModelMeter
 from whisperd.tokens import Vocabulary
 from whisperd.transcript import SAMPLE_RATE_HZ
 
@@ -13,15 +16,28 @@ Script = Callable[[Window], Hypothesis | Exception]
 
 
 class FakeEngine:
-    """Answers each window with what ``script`` says; ``seen`` keeps all windows in the order of admission."""
+    """Answers each window with what ``script`` says; ``seen`` keeps all windows in the order of admission.
 
-    def __init__(self, vocabulary: Vocabulary, script: Script | None = None, *, slots: int = 4) -> None:
+    More than ``room`` windows at once are too much for its memory.
+    """
+
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        script: Script | None = None,
+        *,
+        slots: int = 4,
+        room: int | None = None,
+        meter: ModelMeter | None = None,
+    ) -> None:
         self.seen: list[Window] = []
         self.closed = False
         self.largest_batch = 0
         self._script = script or (lambda window: written(vocabulary, window, " hello"))
         self._running: list[Window] = []
         self._slots = slots
+        self._room = slots if room is None else room
+        self._limit = BatchLimit(slots, meter)
         self.info = EngineInfo(
             engine="fake",
             device="cpu",
@@ -44,8 +60,16 @@ class FakeEngine:
     def step(self) -> Sequence[Outcome]:
         if not self._running:
             time.sleep(STEP_S / 10)
-        done, self._running = self._running, []
-        return [self._outcome(window) for window in done]
+        done, self._running = self._running[: self._limit.now], self._running[self._limit.now :]
+        failures: list[Outcome] = []
+        answers: list[Hypothesis] = []
+        for window in done:
+            answer = self._script(window)
+            if isinstance(answer, Hypothesis):
+                answers.append(answer)
+            else:
+                failures.append(WindowFailure(window_id=window.id, error=answer))
+        return [*failures, *self._within_memory(done, answers)]
 
     def cancel(self, window_ids: frozenset[int]) -> None:
         self._running = [window for window in self._running if window.id not in window_ids]
@@ -53,9 +77,16 @@ class FakeEngine:
     def close(self) -> None:
         self.closed = True
 
-    def _outcome(self, window: Window) -> Outcome:
-        answer = self._script(window)
-        return WindowFailure(window_id=window.id, error=answer) if isinstance(answer, Exception) else answer
+    def _within_memory(self, windows: Sequence[Window], answers: Sequence[Hypothesis]) -> Sequence[Outcome]:
+        by_id = {answer.window_id: answer for answer in answers}
+
+        def decode(batch: Sequence[Window]) -> Sequence[Hypothesis]:
+            if len(batch) > self._room:
+                raise OutOfMemory(f"{len(batch)} windows are too many")
+            return [by_id[window.id] for window in batch]
+
+        fine = [window for window in windows if window.id in by_id]
+        return self._limit.decoded(fine, decode) if fine else []
 
 
 def written(

@@ -20,7 +20,7 @@ from whisperd.api.app import refuse_unready
 from whisperd.decoding import Options
 from whisperd.errors import Error, ModelNotFound
 from whisperd.server import Server, ServerSettings, bind_unix
-from whisperd.transcript import Segment, Transcript, WindowStatistics, Word
+from whisperd.transcript import Segment, TokenScore, Transcript, WindowStatistics, Word
 
 PATIENCE_S = 20.0
 MODEL = "openai/whisper-tiny.en"
@@ -89,6 +89,10 @@ class FakeService:
     def status(self) -> Mapping[str, object]:
         return {"models": [MODEL], "queued": 0}
 
+    def metrics(self, accept: str) -> tuple[bytes, str]:
+        assert isinstance(accept, str)
+        return b"# EOF\n", "text/plain; version=0.0.4"
+
     def default_options(self) -> Options:
         return Options()
 
@@ -133,12 +137,25 @@ class FakeService:
             await self._gate.wait()
         if self.late_error is not None:
             raise self.late_error
-        return replace(TRANSCRIPT, task=job.options.task)
+        return replace(TRANSCRIPT, task=job.options.task, segments=tuple(told(job)))
 
     def _tell(self, job: Job) -> None:
-        for one in TRANSCRIPT.segments:
+        for one in told(job):
             job.on_segment(one)
             job.on_progress(one.end_s, TRANSCRIPT.duration_s)
+
+
+def told(job: Job) -> list[Segment]:
+    """The segments of TRANSCRIPT, with a score for each word when the job asks for scores."""
+    if not job.options.token_scores:
+        return list(TRANSCRIPT.segments)
+    return [
+        replace(
+            one,
+            scores=tuple(TokenScore(data=word.text.encode(), logprob=-0.5) for word in one.words or ()),
+        )
+        for one in TRANSCRIPT.segments
+    ]
 
 
 class LogLines(logging.Handler):

@@ -8,7 +8,7 @@ import os
 import re
 import socket
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,11 +20,11 @@ from hypothesis import strategies as st
 from starlette.requests import Request
 
 from tests.service_fake import MODEL, PATIENCE_S, TEXT, TRANSCRIPT, Daemon, FakeService, daemon, serving
-from whisperd.api import Readiness, create_app
+from whisperd.api import Chunking, Readiness, create_app
 from whisperd.api.params import FIELDS, parse_fields
 from whisperd.api.service import ApiSettings
 from whisperd.api.spool import Spool
-from whisperd.api.upload import Upload, receive_upload
+from whisperd.api.upload import Pace, Upload, receive_upload
 from whisperd.decoding import TEMPERATURES, Options
 from whisperd.errors import ConfigError, Problem, RequestError, UnsupportedParameter
 from whisperd.server import ServerSettings
@@ -102,7 +102,43 @@ Files = Sequence[tuple[str, tuple[str, bytes]]]
         ([AUDIO], {"temperature": "hot"}, 400, "invalid_value", "temperature", "a number from 0 to 1"),
         ([AUDIO], {"response_format": "xml"}, 400, "invalid_value", "response_format", "json, text, srt"),
         ([AUDIO], {"response_format": "diarized_json"}, 400, "unsupported_parameter", "response_format", "speaker"),
-        ([AUDIO], {"include[]": "logprobs"}, 400, "unsupported_parameter", "include[]", "avg_logprob"),
+        ([AUDIO], {"include[]": "pictures"}, 400, "invalid_value", "include[]", "one of logprobs"),
+        (
+            [AUDIO],
+            {"include[]": "logprobs", "response_format": "srt"},
+            400,
+            "invalid_value",
+            "include[]",
+            "response_format=json, got srt",
+        ),
+        ([AUDIO], {"known_speaker_names[]": "A"}, 400, "unsupported_parameter", "known_speaker_names[]", "speaker"),
+        ([AUDIO], {"languages[]": ["en", "klingon"]}, 400, "invalid_value", "languages[]", "'klingon'"),
+        ([AUDIO], {"priority": "high"}, 400, "invalid_value", "priority", "auto, interactive, bulk"),
+        ([AUDIO], {"chunking_strategy": "fast"}, 400, "invalid_value", "chunking_strategy", "'auto' or an object"),
+        (
+            [AUDIO],
+            {"chunking_strategy": '{"type": "vad"}'},
+            400,
+            "invalid_value",
+            "chunking_strategy[type]",
+            "server_vad",
+        ),
+        (
+            [AUDIO],
+            {"chunking_strategy[threshold]": "1.5"},
+            400,
+            "invalid_value",
+            "chunking_strategy[threshold]",
+            "a number from 0 to 1, got '1.5'",
+        ),
+        (
+            [AUDIO],
+            {"chunking_strategy[silence]": "1"},
+            400,
+            "invalid_value",
+            "chunking_strategy[silence]",
+            "silence_duration_ms",
+        ),
         ([AUDIO], {"stream": "maybe"}, 400, "invalid_value", "stream", "true or false"),
         ([AUDIO], {"beam_size": "0"}, 400, "invalid_value", "beam_size", "from 1 to 10"),
         (
@@ -307,6 +343,35 @@ def test_an_upload_that_stands_still(tmp_path: Path) -> None:
         whisperd.finished()
 
 
+def test_an_upload_that_drips(tmp_path: Path) -> None:
+    """A client that always sends a little, but never enough, gives its place back too."""
+    with daemon(tmp_path, upload_idle_s=0.1, upload_bytes_per_s=1e6) as whisperd, connected(whisperd) as raw:
+        raw.sendall(head(500_000) + FILE_PART)
+        raw.settimeout(0.01)
+        answer = b""
+        while not answer:
+            raw.sendall(b"x")
+            with suppress(TimeoutError):
+                answer = raw.recv(65_536)
+        raw.settimeout(PATIENCE_S)
+        while not answer.endswith(b"}}"):
+            answer += raw.recv(65_536)
+        assert answer.startswith(b"HTTP/1.1 408 ")
+        assert b"slower than 1e+06 bytes a second" in answer
+        whisperd.finished()
+
+
+def test_a_client_that_does_not_read(tmp_path: Path) -> None:
+    """The work for a client that never reads its stream ends."""
+    with daemon(tmp_path, send_idle_s=0.2, keep_alive_s=0.0001) as whisperd:
+        whisperd.service.waits_first = True
+        body = b"".join(FORM_IN_STREAM)
+        with connected(whisperd) as raw:
+            raw.sendall(head(len(body)) + body)
+            assert whisperd.service.cancelled.wait(PATIENCE_S)
+            whisperd.finished()
+
+
 def test_events_for_whisperd_clients(client: httpx2.Client, whisperd: Daemon) -> None:
     """With the header, segments, progress and the whole transcript come too."""
     response = client.post(URL, files=[AUDIO], data={"stream": "true"}, headers={"x-whisperd-events": "1"})
@@ -374,7 +439,7 @@ def received(chunks: Sequence[bytes], spool: Spool) -> Upload:
 
     headers = [(b"content-type", b"multipart/form-data; boundary=x")]
     request = Request({"type": "http", "method": "POST", "headers": headers}, receive)
-    return asyncio.run(receive_upload(request, spool, PATIENCE_S))
+    return asyncio.run(receive_upload(request, spool, Pace(idle_s=PATIENCE_S)))
 
 
 @given(st.binary(min_size=1, max_size=60), st.lists(st.integers(1, 40), max_size=8))
@@ -400,7 +465,7 @@ def test_node_sends_the_file_first(client: httpx2.Client, whisperd: Daemon) -> N
     parts = [(name, (None, value.encode())) for name, value in fields.items()]
     assert client.post(URL, files=[AUDIO, *parts]).json()["text"] == TEXT
     job = whisperd.service.jobs[0]
-    assert (job.model, job.vad_filter) == ("whisper-1", True)
+    assert (job.model, job.chunking.vad_filter) == ("whisper-1", True)
 
 
 def test_reload(client: httpx2.Client, whisperd: Daemon) -> None:
@@ -429,7 +494,7 @@ def test_strangers_may_not_reload(tmp_path: Path, peer: tuple[int, int, int] | N
 
     path = tmp_path / "stranger.sock"
     with serving(disguised, path), client_of(path) as client:
-        response = client.post("/v1/whisperd/reload")
+        response = client.post("/v1/whisperd/reload", headers={"host": "localhost"})
         assert (response.status_code, error_of(response)["code"]) == (403, "peer_not_allowed")
         assert error_of(response)["type"] == "permission_error"
 
@@ -453,6 +518,29 @@ def test_languages() -> None:
     assert parse(("language", ""), defaults=german).language == "de"
 
 
+def test_three_spellings_of_chunking() -> None:
+    """A word, a JSON object and one field for each member mean the same."""
+    wanted = Chunking(vad_filter=True, threshold=0.4, padding_ms=100, silence_ms=300)
+    members = {"type": "server_vad", "threshold": 0.4, "prefix_padding_ms": 100, "silence_duration_ms": 300}
+    spelled = [(f"chunking_strategy[{name}]", str(value)) for name, value in members.items()]
+    for form in (spelled, list(reversed(spelled)), [("chunking_strategy", json.dumps(members))]):
+        assert parse_fields(form, "transcribe", Options()).chunking == wanted
+    assert parse_fields([("chunking_strategy", "auto")], "transcribe", Options()).chunking == Chunking(vad_filter=True)
+    off = [("chunking_strategy", "auto"), ("vad_filter", "false")]
+    assert parse_fields(off, "transcribe", Options()).chunking == Chunking(vad_filter=False)
+
+
+def test_hints() -> None:
+    """Keywords and hotwords are one list, several languages restrict the detection, a single one replaces it."""
+    options = parse(("keywords[]", "PBX"), ("keywords[]", "Zoë"), ("hotwords", "Asterisk, Digium"))
+    assert options.hotwords == ("Asterisk", "Digium", "PBX", "Zoë")
+    assert parse(("keywords", "PBX")).hotwords == ("PBX",)
+    several = parse(("languages[]", "de"), ("languages[]", "French"))
+    assert (several.language, several.languages) == (None, ("de", "fr"))
+    single = parse(("languages", "de"))
+    assert (single.language, single.languages) == ("de", ())
+
+
 def test_thresholds_can_be_switched_off() -> None:
     """'none' switches a safeguard off, a number sets it."""
     options = parse(("no_speech_threshold", "none"), ("log_prob_threshold", "-0.5"))
@@ -463,7 +551,7 @@ def test_every_field_takes_an_empty_value() -> None:
     """Clients that send all their fields, most of them empty, get the defaults."""
     found = parse_fields([(name, "") for name in FIELDS], "translate", Options())
     assert found.options == Options(task="translate")
-    assert (found.model, found.vad_filter, found.stream, found.response_format) == (None, None, False, "json")
+    assert (found.model, found.chunking, found.stream, found.response_format) == (None, Chunking(), False, "json")
 
 
 def test_long_values_are_cut_in_messages() -> None:

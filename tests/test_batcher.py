@@ -11,7 +11,7 @@ from tests.fakes import FakeEngine, Script, written
 from tests.speech import silence
 from whisperd.batcher import Batcher, Ticket
 from whisperd.engine.base import DecodeRequest, Hypothesis, Window, WindowFailure
-from whisperd.errors import EngineError
+from whisperd.errors import Cancelled, EngineError
 from whisperd.tokens import Vocabulary
 
 Opener = Callable[..., tuple[FakeEngine, Batcher]]
@@ -107,6 +107,43 @@ def test_cancel(opened: Opener) -> None:
     assert isinstance(outcome, Hypothesis)
     assert outcome.window_id == only
     assert batcher.load.waiting == 0
+
+
+def test_nothing_is_queued_behind_a_cancellation(opened: Opener) -> None:
+    """A request that goes on for a moment after its client left cannot bring windows back in."""
+    _, batcher = opened()
+    ticket = batcher.ticket()
+    ticket.close()
+    with pytest.raises(Cancelled):
+        submit(ticket, 1)
+    assert batcher.load.waiting == batcher.load.running == 0
+
+
+def test_lanes(opened: Opener, vocabulary: Vocabulary) -> None:
+    """Beside a clip, the windows of a long file take half of the slots and are marked as yielding."""
+    gate, started = threading.Event(), threading.Event()
+
+    def script(window: Window) -> Hypothesis:
+        started.set()
+        gate.wait(5)
+        return written(vocabulary, window, " hello")
+
+    engine, batcher = opened(script, slots=4)
+    first, long, clip = batcher.ticket(), batcher.ticket(), batcher.ticket()
+    submit(first, 1)
+    assert started.wait(5)
+    long.bulk = True
+    submit(long, 20)
+    (only,) = submit(clip, 1)
+    gate.set()
+    clip.collect()
+    for _ in range(20):
+        long.collect()
+    order = [(window.id, window.lane) for window in engine.seen]
+    assert order[1] == (only, "interactive")
+    assert [lane for _, lane in order[2:4]] == ["yielding"] * 2
+    assert order[-1][1] == "bulk"
+    assert engine.largest_batch == 4
 
 
 def test_close_answers_all(opened: Opener, vocabulary: Vocabulary) -> None:

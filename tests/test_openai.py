@@ -59,9 +59,32 @@ def test_verbose_json_with_words(client: OpenAI, whisperd: Daemon) -> None:
     assert [word.word for word in answer.words] == ["Hello", "there.", "General", "<Kenobi>", "&", "Zoë."]
     assert answer.to_dict()["x_whisperd"]["language"] == "en"  # type: ignore[index]
     job = whisperd.service.jobs[0]
-    assert (job.options.beam_size, job.options.prompt, job.vad_filter) == (5, "Star Wars", False)
+    assert (job.options.beam_size, job.options.prompt, job.chunking.vad_filter) == (5, "Star Wars", False)
     assert job.options.word_timestamps
     assert len(job.options.temperatures) == 6
+
+
+def test_logprobs_and_chunking(client: OpenAI, whisperd: Daemon) -> None:
+    """Token log probabilities come whole and in the deltas; the SDK's object reaches the cutter."""
+    create = client.audio.transcriptions.create
+    answer = create(
+        file=AUDIO,
+        model="gpt-4o-transcribe",
+        include=["logprobs"],
+        chunking_strategy={"type": "server_vad", "threshold": 0.3, "silence_duration_ms": 200},
+    )
+    assert answer.logprobs is not None
+    assert "".join(one.token or "" for one in answer.logprobs) == " " + TEXT
+    assert b"".join(bytes(map(int, one.bytes or [])) for one in answer.logprobs).decode() == " " + TEXT
+    assert all(one.logprob == -0.5 for one in answer.logprobs)
+    job = whisperd.service.jobs[0]
+    assert (job.chunking.threshold, job.chunking.silence_ms, job.options.token_scores) == (0.3, 200, True)
+    events = list(create(file=AUDIO, model="whisper-1", include=["logprobs"], stream=True))
+    deltas = [one for event in events if event.type == "transcript.text.delta" for one in event.logprobs or ()]
+    assert "".join(one.token or "" for one in deltas) == " " + TEXT
+    last = events[-1]
+    assert last.type == "transcript.text.done"
+    assert [one.token for one in last.logprobs or ()] == [one.token for one in deltas]
 
 
 def test_text_formats(client: OpenAI) -> None:

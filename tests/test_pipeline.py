@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -16,9 +17,9 @@ from whisperd.batcher import Batcher
 from whisperd.decoding import Options
 from whisperd.engine.base import Hypothesis, Window
 from whisperd.errors import AudioError, AudioTooLong, Cancelled, EngineError, RequestError
-from whisperd.pipeline import Listener, LoadedModel, Transcription, remainder
+from whisperd.pipeline import Listener, LoadedModel, Transcription, prompt_tokens, remainder
 from whisperd.segmentation import CutOptions
-from whisperd.tokens import Vocabulary
+from whisperd.tokens import PROMPT_TOKENS_MAX, Vocabulary
 from whisperd.transcript import SAMPLE_RATE_HZ, Span, Transcript
 from whisperd.vad import SpeechDetector
 
@@ -183,6 +184,29 @@ def test_prompt(tiny: LoadedModel, clips: dict[str, Clip]) -> None:
         Transcription(tiny, Options(language="fr"), CutOptions())
 
 
+def test_token_scores(tiny: LoadedModel, clips: dict[str, Clip]) -> None:
+    """The tokens' bytes are the text, and each has a log probability; words come only when asked for."""
+    with clips["monkeys"].path.open("rb") as file:
+        found = Transcription(tiny, Options(token_scores=True), CutOptions()).run(file)
+    for segment in found.segments:
+        assert segment.words is None
+        assert segment.scores is not None
+        assert b"".join(score.data for score in segment.scores).decode() == segment.text
+        assert all(-25 < score.logprob <= 0 for score in segment.scores)
+
+
+def test_hotwords(vocabulary: Vocabulary) -> None:
+    """Hotwords stand before the prompt and leave it at least half of the room; the end of the prompt is kept."""
+    only = prompt_tokens(vocabulary, Options(hotwords=("Asterisk", "PBX")))
+    assert vocabulary.decode(only) == " Asterisk, PBX"
+    both = prompt_tokens(vocabulary, Options(hotwords=("PBX",) * 300, prompt="word " * 400 + "the end"))
+    assert len(both) == PROMPT_TOKENS_MAX
+    text = vocabulary.decode(both)
+    assert text.startswith(" PBX, PBX")
+    assert text.endswith("word the end")
+    assert prompt_tokens(vocabulary, Options()) == ()
+
+
 LOOP = " again and again" * 40
 
 
@@ -289,6 +313,47 @@ def test_cancel(
         with pytest.raises(Cancelled):
             running.result(10)
     assert model.batcher.load.waiting == 0
+
+
+def test_bulk_by_length(
+    faked: Callable[[Script], tuple[FakeEngine, LoadedModel]], vocabulary: Vocabulary, clips: dict[str, Clip]
+) -> None:
+    """Long audio is bulk, short audio is not, and a request may say otherwise; its length is told before the rest."""
+    long, short = np.concatenate([clips["instruct"].samples()] * 2), clips["monkeys"].samples()
+    for samples, asked, lanes in (
+        (long, None, {"bulk"}),
+        (short, None, {"interactive"}),
+        (long, False, {"interactive"}),
+        (short, True, {"bulk"}),
+    ):
+        lengths: list[float] = []
+        engine, model = faked(lambda window: written(vocabulary, window, " hello"))
+        listener = Listener(on_length=lengths.append)
+        Transcription(model, Options(), CutOptions(), listener=listener, bulk=asked).run(wav(samples))
+        assert {window.lane for window in engine.seen} == lanes
+        assert lengths == [pytest.approx(len(samples) / SAMPLE_RATE_HZ)]
+
+
+def test_halved_batches_are_counted(vocabulary: Vocabulary, detector: SpeechDetector, clips: dict[str, Clip]) -> None:
+    """A request whose batches did not fit succeeds and says so."""
+    batchers: list[Batcher] = []
+
+    def script(window: Window) -> Hypothesis:
+        deadline_s = time.monotonic() + 10
+        while batchers[0].load.waiting < 3 and len(engine.seen) == 1 and time.monotonic() < deadline_s:
+            pass  # until windows queue up behind the first one, so that a batch has several
+        return written(vocabulary, window, " hello")
+
+    engine = FakeEngine(vocabulary, script, room=1)
+    batchers.append(batcher := Batcher(engine, name="cramped"))
+    try:
+        model = LoadedModel(name="cramped", vocabulary=vocabulary, batcher=batcher, detector=detector)
+        long = np.concatenate([clips["instruct"].samples()] * 3)
+        found = Transcription(model, Options(), CutOptions()).run(wav(long))
+    finally:
+        batcher.close()
+    assert len(found.segments) > 4
+    assert found.windows.halved >= 1
 
 
 def test_errors(faked: Callable[[Script], tuple[FakeEngine, LoadedModel]], clips: dict[str, Clip]) -> None:

@@ -42,9 +42,8 @@ def received(listener: socket.socket) -> list[str]:
 
 
 def fetched(done_bytes: int, name: str = "org/a") -> Progress:
-    return Progress(
-        name=name, model=Amount(done_bytes=done_bytes, total_bytes=2_000_000), run=Amount(done_bytes=0, total_bytes=0)
-    )
+    amount = Amount(done_bytes=done_bytes, total_bytes=2_000_000)
+    return Progress(name=name, model=amount, run=amount)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +75,7 @@ def test_every_download_is_on_the_line(systemd: socket.socket, state: State) -> 
         supervision = Supervision(notifier, state, Registry(), engine_stall_s=300)
         supervision.fetched(fetched(0, "org/b"), stall_timeout_s=10)
         supervision.fetched(fetched(500_000), stall_timeout_s=10)
-        assert received(systemd)[0] == "STATUS=downloading org/b: 0 % of 2.0 MB, org/a: 25 % of 2.0 MB"
+        assert received(systemd)[0] == "STATUS=downloading org/b: 0 % of 2.0 MB; org/a: 25 % of 2.0 MB"
 
 
 def test_the_line(state: State, tiny: LoadedModel) -> None:
@@ -84,7 +83,9 @@ def test_the_line(state: State, tiny: LoadedModel) -> None:
     served = Served(names=("tiny",), models={"tiny": tiny})
     state.become("ready")
     assert status_line(state, served) == "serving tiny (cpu, int8_float32); idle, 0 done"
-    state.requests_active, state.requests_done = 2, 7
+    for _ in range(2):
+        state.backlog.enter(limit=2)
+    state.requests_done = 7
     assert status_line(state, served) == "serving tiny (cpu, int8_float32); 2 running, 0 windows wait, 7 done"
     state.become("reloading")
     state.note = "downloading org/a: 3 % of 9 MB"

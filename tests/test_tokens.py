@@ -102,3 +102,9 @@ def test_not_a_tokenizer(snapshot: Path, tmp_path: Path, content: str | None) ->
         (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(SourceError, match=r"tokenizer\.json"):
         Vocabulary.load(tmp_path)
+
+
+@pytest.mark.parametrize("text", [" hello", " Zoë naïve", " 日本語", " 🙂 ok", "\n\ttab"])
+def test_token_bytes(vocabulary: Vocabulary, text: str) -> None:
+    """The bytes of the tokens are those of the text, even where a token ends inside a character."""
+    assert b"".join(map(vocabulary.token_bytes, vocabulary.encode(text))) == text.encode()

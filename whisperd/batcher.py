@@ -10,15 +10,16 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from queue import SimpleQueue
 
 import numpy as np
 from numpy.typing import NDArray
 
 from whisperd.engine.base import DecodeRequest, Engine, EngineInfo, Outcome, Window, WindowFailure
-from whisperd.errors import EngineError, Error
-from whisperd.scheduler import Scheduler
+from whisperd.errors import Cancelled, EngineError, Error
+from whisperd.meter import ModelMeter
+from whisperd.scheduler import Scheduler, Turn
 
 log = logging.getLogger(__name__)
 
@@ -35,11 +36,16 @@ class Load:
 
 
 class Ticket:
-    """One request's place at a batcher; made by ``Batcher.ticket``."""
+    """One request's place at a batcher; made by ``Batcher.ticket``.
+
+    ``bulk`` says that the windows submitted from now on belong to a long file.
+    """
 
     def __init__(self, batcher: Batcher, request_id: int) -> None:
         self._batcher = batcher
         self.request_id = request_id
+        self.bulk = False
+        self.closed = False
         self._inbox: SimpleQueue[Outcome | None] = SimpleQueue()
 
     def submit(self, samples: NDArray[np.float32], request: DecodeRequest, *, again: bool = False) -> int:
@@ -59,17 +65,32 @@ class Ticket:
         self._inbox.put(outcome)
 
     def close(self) -> None:
-        """Cancels what is still waiting or running."""
+        """Cancels what is still waiting or running; from any thread, and at any moment. Nothing can be queued then."""
         self._batcher.cancel(self)
 
 
-class Batcher:
-    """Feeds an engine from many requests. All public methods may be called from any thread."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Queued:
+    window: Window
+    ticket: Ticket
+    since_s: float
 
-    def __init__(self, engine: Engine, *, name: str) -> None:
+
+class Batcher:
+    """Feeds an engine from many requests. All public methods may be called from any thread.
+
+    Args:
+        engine: closed with the batcher.
+        name: of the model, for threads and messages.
+        meter: told what happens.
+    """
+
+    def __init__(self, engine: Engine, *, name: str, meter: ModelMeter | None = None) -> None:
         self._engine = engine
-        self._scheduler = Scheduler()
-        self._windows: dict[int, tuple[Window, Ticket]] = {}
+        self._name = name
+        self.meter = meter or ModelMeter()
+        self._scheduler = Scheduler(bulk_slots=engine.info.slots // 2)
+        self._windows: dict[int, _Queued] = {}
         self._ids = itertools.count(1)
         self._wakeup = threading.Condition()
         self._dropped: set[int] = set()
@@ -101,9 +122,11 @@ class Batcher:
         with self._wakeup:
             if self.failure is not None:
                 raise self.failure
+            if ticket.closed:
+                raise Cancelled("the request was cancelled")
             window = Window(id=next(self._ids), samples=samples, request=request)
-            self._windows[window.id] = (window, ticket)
-            self._scheduler.submit(ticket.request_id, window.id, again=again)
+            self._windows[window.id] = _Queued(window=window, ticket=ticket, since_s=time.monotonic())
+            self._scheduler.submit(ticket.request_id, window.id, bulk=ticket.bulk, again=again)
             self._wakeup.notify()
         return window.id
 
@@ -117,8 +140,9 @@ class Batcher:
     def cancel(self, ticket: Ticket) -> None:
         """Forgets all windows of a ticket; see ``Ticket.close``."""
         with self._wakeup:
+            ticket.closed = True
             self._dropped |= self._scheduler.cancel(ticket.request_id)
-            self._windows = {key: pair for key, pair in self._windows.items() if pair[1] is not ticket}
+            self._windows = {key: queued for key, queued in self._windows.items() if queued.ticket is not ticket}
             self._wakeup.notify()
 
     def _run(self) -> None:
@@ -129,7 +153,8 @@ class Batcher:
             self._fail(EngineError("the engine was closed"))
         except Exception as error:
             # the outermost loop of a thread: whatever it was, nobody may wait forever for a dead engine
-            log.exception("engine %s stopped", self.info.engine)
+            log.exception("the engine of %s stopped", self._name)
+            self.meter.engine_died()
             self._fail(error if isinstance(error, Error) else EngineError(f"the engine stopped: {error!r}"))
         finally:
             self._engine.close()
@@ -142,7 +167,7 @@ class Batcher:
     def _admit(self) -> None:
         with self._wakeup:
             dropped, self._dropped = frozenset(self._dropped), set()
-            taken = [self._windows[key][0] for key in self._scheduler.take(self._engine.free_slots)]
+            taken = [self._started(turn) for turn in self._scheduler.take(self._engine.free_slots)]
             if taken and self._scheduler.running == len(taken):
                 self._moved_at_s = time.monotonic()
         if dropped:
@@ -150,19 +175,24 @@ class Batcher:
         if taken:
             self._engine.admit(taken)
 
+    def _started(self, turn: Turn) -> Window:
+        queued = self._windows[turn.window_id]
+        self.meter.waited(time.monotonic() - queued.since_s)
+        return replace(queued.window, lane=turn.lane)
+
     def _deliver(self, outcomes: Sequence[Outcome]) -> None:
         with self._wakeup:
             if outcomes:
                 self._moved_at_s = time.monotonic()
             for outcome in outcomes:
                 self._scheduler.finish(outcome.window_id)
-                _, ticket = self._windows.pop(outcome.window_id, (None, None))
-                if ticket is not None:
-                    ticket.deliver(outcome)
+                queued = self._windows.pop(outcome.window_id, None)
+                if queued is not None:
+                    queued.ticket.deliver(outcome)
 
     def _fail(self, error: Error) -> None:
         with self._wakeup:
             self.failure = error
-            for window, ticket in self._windows.values():
-                ticket.deliver(WindowFailure(window_id=window.id, error=error))
+            for key, queued in self._windows.items():
+                queued.ticket.deliver(WindowFailure(window_id=key, error=error))
             self._windows.clear()

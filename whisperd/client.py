@@ -8,7 +8,7 @@ import os
 import select
 import socket
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -37,6 +37,12 @@ class Client:
     def __init__(self, socket_path: Path, timeout_s: float | None = None) -> None:
         self._path = socket_path
         self._timeout_s = timeout_s
+        self._open: set[_Connection] = set()
+
+    def abort(self) -> None:
+        """Cuts all connections, from another thread: the daemon cancels what they asked for, and calls raise."""
+        for connection in tuple(self._open):
+            connection.cut()
 
     def status(self) -> Json:
         """Figures for people."""
@@ -94,19 +100,26 @@ class Client:
             translate: into English.
         """
         form = _Form(file, filename, {**fields, "stream": "true"})
-        with closing(_Connection(self._path, self._timeout_s)) as connection:
-            connection.connect()
+        with self._connected() as connection:
             with self._translated():
                 form.send(connection, TRANSLATIONS if translate else TRANSCRIPTIONS)
                 response = _response(connection)
             return self._listen(response, on_event, last="whisperd.transcript")
 
     def _call(self, method: str, path: str) -> Json:
+        with self._connected() as connection, self._translated():
+            connection.request(method, path)
+            return _decoded(_response(connection).read())
+
+    @contextmanager
+    def _connected(self) -> Iterator[_Connection]:
         with closing(_Connection(self._path, self._timeout_s)) as connection:
             connection.connect()
-            with self._translated():
-                connection.request(method, path)
-                return _decoded(_response(connection).read())
+            self._open.add(connection)
+            try:
+                yield connection
+            finally:
+                self._open.discard(connection)
 
     def _listen(self, response: http.client.HTTPResponse, on_event: OnEvent, *, last: str) -> Json:
         found: Json | None = None
@@ -161,6 +174,11 @@ class _Connection(http.client.HTTPConnection):
                 f"no daemon answers at {self._path} ({error.strerror or error}); "
                 "start one: systemctl start whisperd, or: whisperd serve"
             ) from error
+
+    def cut(self) -> None:
+        """Ends the connection under the hands of whoever reads from it."""
+        with suppress(OSError, AttributeError):
+            self.sock.shutdown(socket.SHUT_RDWR)
 
 
 def _who_may(path: Path) -> str:
@@ -259,7 +277,7 @@ def _quoted(text: str) -> str:
 def _response(connection: http.client.HTTPConnection) -> http.client.HTTPResponse:
     response = connection.getresponse()
     if response.status != http.client.OK:
-        raise _remote_error(response.status, response.read())
+        raise _remote_error(response.status, response.read(), response.headers.get("retry-after-ms"))
     return response
 
 
@@ -282,13 +300,16 @@ def _decoded(body: bytes) -> Json:
     return decoded
 
 
-def _remote_error(status: int, body: bytes) -> RemoteError:
+def _remote_error(status: int, body: bytes, retry_after_ms: str | None = None) -> RemoteError:
+    retry_after_s = int(retry_after_ms) / 1000 if retry_after_ms and retry_after_ms.isdecimal() else None
     try:
         error = json.loads(body)["error"]
         message, code = str(error["message"]), str(error["code"])
     except (ValueError, TypeError, KeyError):
         message, code = f"the answer was HTTP {status}: {body[:200].decode(errors='replace')}", ""
-    return RemoteError(message, status=status, code=code, exit_code=_exit_code(status, code))
+    return RemoteError(
+        message, status=status, code=code, exit_code=_exit_code(status, code), retry_after_s=retry_after_s
+    )
 
 
 def _exit_code(status: int, code: str) -> int:

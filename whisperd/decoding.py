@@ -27,16 +27,20 @@ class Options:
     """How one request is decoded.
 
     ``temperatures`` is the ladder of attempts. A threshold of None switches that test off. ``prompt`` is text that
-    every window sees as if it had been said before.
+    every window sees as if it had been said before; ``hotwords`` stand before it. A ``language`` of None is detected,
+    among ``languages`` when there are any.
     """
 
     task: Task = "transcribe"
     language: str | None = None
+    languages: tuple[str, ...] = ()
     prompt: str | None = None
+    hotwords: tuple[str, ...] = ()
     temperatures: tuple[float, ...] = TEMPERATURES
     beam_size: int = 1
     best_of: int = 5
     word_timestamps: bool = False
+    token_scores: bool = False
     compression_ratio_threshold: float | None = 2.4
     log_prob_threshold: float | None = -1.0
     no_speech_threshold: float | None = 0.6

@@ -7,7 +7,8 @@
     │   ├── UnsupportedParameter
     │   ├── ModelNotFound
     │   ├── FileTooLarge
-    │   └── PeerNotAllowed
+    │   ├── PeerNotAllowed
+    │   └── HostNotAllowed  InvalidApiKey    over TCP only
     ├── AudioError               the audio cannot be decoded
     │   └── AudioTooLong
     ├── StoreError               the cache could not be brought into the declared state
@@ -121,6 +122,22 @@ class PeerNotAllowed(RequestError):
     http_status = 403
     type = "permission_error"
     code = "peer_not_allowed"
+
+
+class HostNotAllowed(RequestError):
+    """A request over TCP came by a name, or from a web page, that is not this daemon's."""
+
+    http_status = 403
+    type = "permission_error"
+    code = "host_not_allowed"
+
+
+class InvalidApiKey(RequestError):
+    """A request over TCP came without the key."""
+
+    exit_code = 77
+    http_status = 401
+    code = "invalid_api_key"
 
 
 class AudioError(Error):
@@ -300,11 +317,15 @@ class RemoteError(Error):
         status: HTTP status of the answer.
         code: OpenAI error code of the answer.
         exit_code: what the command should exit with.
+        retry_after_s: when to ask again, if the daemon said so.
     """
 
-    def __init__(self, message: str, *, status: int, code: str, exit_code: int = 1) -> None:
+    def __init__(
+        self, message: str, *, status: int, code: str, exit_code: int = 1, retry_after_s: float | None = None
+    ) -> None:
         super().__init__(message)
         self.status = status
+        self.retry_after_s = retry_after_s
         self.remote_code = code
         self.remote_exit_code = exit_code
 

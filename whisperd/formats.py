@@ -10,6 +10,7 @@ import json as jsonlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from whisperd.subtitles import Cue, Layout, cues
 from whisperd.tokens import LANGUAGES, language_code
 from whisperd.transcript import Segment, Transcript, WindowStatistics, Word
 
@@ -21,19 +22,19 @@ def txt(transcript: Transcript) -> str:
     return "".join(f"{line}\n" for _, line in _cues(transcript))
 
 
-def srt(transcript: Transcript) -> str:
-    """SubRip; cues are numbered from 1."""
+def srt(transcript: Transcript, layout: Layout | None = None) -> str:
+    """SubRip; cues are numbered from 1. With a layout they are made to be read, else each segment is one."""
     return "".join(
-        f"{number}\n{clock(segment.start_s, ',')} --> {clock(segment.end_s, ',')}\n{line.replace('-->', '->')}\n\n"
-        for number, (segment, line) in enumerate(_cues(transcript), start=1)
+        f"{number}\n{clock(cue.start_s, ',')} --> {clock(cue.end_s, ',')}\n{_lines(cue).replace('-->', '->')}\n\n"
+        for number, cue in enumerate(_subtitles(transcript, layout), start=1)
     )
 
 
-def vtt(transcript: Transcript) -> str:
-    """WebVTT; the characters that WebVTT gives a meaning are escaped."""
+def vtt(transcript: Transcript, layout: Layout | None = None) -> str:
+    """WebVTT; the characters that WebVTT gives a meaning are escaped. The layout is as in ``srt``."""
     return "WEBVTT\n\n" + "".join(
-        f"{clock(segment.start_s, '.')} --> {clock(segment.end_s, '.')}\n{_escape(line)}\n\n"
-        for segment, line in _cues(transcript)
+        f"{clock(cue.start_s, '.')} --> {clock(cue.end_s, '.')}\n{_escape(_lines(cue))}\n\n"
+        for cue in _subtitles(transcript, layout)
     )
 
 
@@ -62,6 +63,11 @@ def clock(time_s: float, point: str) -> str:
     minutes, seconds = divmod(seconds, 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours:02d}:{minutes:02d}:{seconds:02d}{point}{ms:03d}"
+
+
+def short_clock(time_s: float) -> str:
+    """``MM:SS.mmm``, with hours only where there are any, as openai-whisper prints times on a terminal."""
+    return clock(time_s, ".").removeprefix("00:")
 
 
 def segment_dict(number: int, segment: Segment) -> dict[str, Any]:
@@ -118,9 +124,19 @@ def extension(transcript: Transcript, wall_s: float) -> dict[str, Any]:
             "retried": windows.retried,
             "dropped": windows.dropped,
             "continued": windows.continued,
+            "halved": windows.halved,
         },
         "wall_s": round(wall_s, 3),
     }
+
+
+def logprobs(segments: Iterable[Segment]) -> list[dict[str, Any]]:
+    """OpenAI's list of tokens with their log probabilities; ``bytes`` are exact where ``token`` cannot be."""
+    return [
+        {"token": score.data.decode(errors="replace"), "logprob": score.logprob, "bytes": list(score.data)}
+        for segment in segments
+        for score in segment.scores or ()
+    ]
 
 
 def from_verbose_json(whole: Mapping[str, Any]) -> Transcript:
@@ -177,6 +193,16 @@ def _cues(transcript: Transcript) -> Iterator[tuple[Segment, str]]:
         line = " ".join(segment.text.splitlines()).strip()
         if line:
             yield segment, line
+
+
+def _subtitles(transcript: Transcript, layout: Layout | None) -> list[Cue]:
+    if layout is not None:
+        return cues(transcript.segments, layout)
+    return [Cue(start_s=one.start_s, end_s=one.end_s, lines=(line,)) for one, line in _cues(transcript)]
+
+
+def _lines(cue: Cue) -> str:
+    return "\n".join(" ".join(line.splitlines()) for line in cue.lines)
 
 
 def _escape(line: str) -> str:

@@ -6,6 +6,7 @@ file is. Results come back in any order and are told in order.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -23,31 +24,40 @@ from whisperd.engine.base import DecodeRequest, Hypothesis, TokenTime, WindowFai
 from whisperd.errors import Cancelled, EngineError, Error, RequestError
 from whisperd.segmentation import Cut, CutOptions, Cutter
 from whisperd.timestamps import Piece, TimestampRule
-from whisperd.tokens import Vocabulary
-from whisperd.transcript import SAMPLE_RATE_HZ, Segment, Span, Transcript, WindowStatistics, Word
+from whisperd.tokens import PROMPT_TOKENS_MAX, Vocabulary
+from whisperd.transcript import SAMPLE_RATE_HZ, Segment, Span, TokenScore, Transcript, WindowStatistics, Word
 from whisperd.vad import SpeechDetector
 
 Samples = NDArray[np.float32]
 
+HOTWORD_TOKENS_MAX = PROMPT_TOKENS_MAX // 2
+PROBABILITY_MIN = 1e-10  # where a probability was rounded to nothing, its logarithm is still a number
 BATCHES_AHEAD = 2  # windows of one request in memory, in multiples of the engine's slots: one runs, one waits
 UNREAD_SPEECH_S = 1.0  # speech behind the last timestamp that makes the rest of a window worth a window of its own
+INTERACTIVE_S = 60.0  # longer audio is bulk: nobody sits and waits for it as for an answer
+INTERACTIVE_WINDOWS = 2  # audio whose length is not known becomes bulk behind so many windows
 MIN_PROGRESS_S = 1.0  # a continuation must move on by this much, or the model is stuck
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedModel:
-    """A model that serves: everything a request needs of it."""
+    """A model that serves: everything a request needs of it. ``memory_bytes`` is what it is counted as."""
 
     name: str
     vocabulary: Vocabulary
     batcher: Batcher
     detector: SpeechDetector
+    memory_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Listener:
-    """Who wants to know while it runs; called from the request's thread. Progress in seconds of audio."""
+    """Who wants to know while it runs; called from the request's thread. Progress in seconds of audio.
 
+    ``on_length`` hears first, when the header says how long the audio is; what it raises ends the request.
+    """
+
+    on_length: Callable[[float], None] = lambda _: None
     on_segment: Callable[[Segment], None] = lambda _: None
     on_progress: Callable[[float, float | None], None] = lambda _done, _total: None
 
@@ -69,6 +79,7 @@ class _Count:
     retried: int = 0
     dropped: int = 0
     continued: int = 0
+    halved: int = 0
 
 
 class SampleBuffer:
@@ -106,6 +117,7 @@ class Transcription:
         cutting: how the audio is cut.
         listener: told of segments in order, and of progress.
         max_audio_s: longer audio is refused.
+        bulk: whether it leaves the way to others; None decides by its length.
     """
 
     def __init__(
@@ -116,6 +128,7 @@ class Transcription:
         *,
         listener: Listener | None = None,
         max_audio_s: float | None = None,
+        bulk: bool | None = None,
     ) -> None:
         check(model, options)
         self._model = model
@@ -123,11 +136,12 @@ class Transcription:
         self._cutting = cutting
         self._listener = listener or Listener()
         self._max_audio_s = max_audio_s
+        self._bulk = bulk
         self._cancelled = threading.Event()
         self._ticket = model.batcher.ticket()
         self._vocabulary = model.vocabulary
         self._rule = TimestampRule(begin=model.vocabulary.timestamp_begin)
-        self._prompt = model.vocabulary.encode(" " + options.prompt.strip()) if options.prompt else ()
+        self._prompt = prompt_tokens(model.vocabulary, options)
         self._language = options.language if model.vocabulary.multilingual else "en"
         self._language_probability = 1.0
         self._running: dict[int, _Slice] = {}
@@ -139,8 +153,9 @@ class Transcription:
         self._count = _Count()
 
     def cancel(self) -> None:
-        """Makes ``run`` raise Cancelled as soon as it can; its windows leave the engine."""
+        """Makes ``run`` raise Cancelled as soon as it can; its windows leave the engine now."""
         self._cancelled.set()
+        self._ticket.close()
         self._ticket.poke()
 
     def run(self, file: BinaryIO, *, name: str | None = None) -> Transcript:
@@ -149,8 +164,11 @@ class Transcription:
             return self._read(file, name, audio.probe(file))
 
     def _read(self, file: BinaryIO, name: str | None, total_s: float | None) -> Transcript:
+        if total_s is not None:
+            self._listener.on_length(total_s)
         buffer = SampleBuffer()
         for index, cut in enumerate(self._cuts(file, name, buffer)):
+            self._ticket.bulk = self._is_bulk(index, total_s)
             self._pending[index] = 1
             self._ends_s[index] = cut.span.end_samples / SAMPLE_RATE_HZ
             self._submit(_Slice(index=index, span=cut.span, speech=cut.speech, samples=buffer.copy(cut.span)))
@@ -171,6 +189,11 @@ class Transcription:
         yield from cutter.feed(stream.finish())
         yield from cutter.finish(buffer.end_samples)
 
+    def _is_bulk(self, index: int, total_s: float | None) -> bool:
+        if self._bulk is not None:
+            return self._bulk
+        return index >= INTERACTIVE_WINDOWS if total_s is None else total_s > INTERACTIVE_S
+
     def _may_read_on(self) -> bool:
         limit = BATCHES_AHEAD * self._model.batcher.info.slots
         return self._language is not None and len(self._running) < limit
@@ -179,11 +202,12 @@ class Transcription:
         request = DecodeRequest(
             task=self._options.task if self._vocabulary.multilingual else "transcribe",
             language=self._language,
+            languages=self._options.languages,
             prompt_tokens=self._prompt,
             temperature=self._options.temperatures[len(piece.attempts)],
             beam_size=self._options.beam_size,
             best_of=self._options.best_of,
-            word_timestamps=self._options.word_timestamps,
+            word_timestamps=self._options.word_timestamps or self._options.token_scores,
         )
         window_id = self._ticket.submit(piece.samples, request, again=bool(piece.attempts))
         self._running[window_id] = piece
@@ -203,12 +227,14 @@ class Transcription:
         attempt = self._figures(piece, hypothesis)
         piece.attempts.append((attempt, hypothesis))
         self._count.decoded += 1
-        failed = decoding.failure(attempt, self._options) is not None
-        if failed and decoding.next_temperature(len(piece.attempts), self._options) is not None:
+        self._count.halved += hypothesis.halvings
+        reason = decoding.failure(attempt, self._options)
+        if reason and decoding.next_temperature(len(piece.attempts), self._options) is not None:
             self._count.retried += 1
+            self._model.batcher.meter.fallback(reason)
             self._submit(piece)
         else:
-            chosen = -1 if not failed else decoding.best([figures for figures, _ in piece.attempts], self._options)
+            chosen = -1 if not reason else decoding.best([figures for figures, _ in piece.attempts], self._options)
             self._accept(piece, *piece.attempts[chosen])
 
     def _figures(self, piece: _Slice, hypothesis: Hypothesis) -> Attempt:
@@ -268,9 +294,18 @@ class Transcription:
                 avg_logprob=attempt.avg_logprob,
                 compression_ratio=attempt.compression_ratio,
                 no_speech_prob=attempt.no_speech_prob,
+                scores=self._scores(times) if self._options.token_scores else None,
             )
             if text.strip():
                 yield self._with_words(segment, times, offset_s) if self._options.word_timestamps else segment
+
+    def _scores(self, times: list[TokenTime]) -> tuple[TokenScore, ...]:
+        return tuple(
+            TokenScore(
+                data=self._vocabulary.token_bytes(time.token), logprob=math.log(max(time.probability, PROBABILITY_MIN))
+            )
+            for time in times
+        )
 
     def _with_words(self, segment: Segment, times: list[TokenTime], offset_s: float) -> Segment:
         words: list[Word] = []
@@ -306,6 +341,7 @@ class Transcription:
                 retried=self._count.retried,
                 dropped=self._count.dropped,
                 continued=self._count.continued,
+                halved=self._count.halved,
             ),
         )
 
@@ -316,14 +352,27 @@ class Transcription:
 
 def check(model: LoadedModel, options: Options) -> None:
     """Raises RequestError when the model cannot do what the options ask."""
+    _check_language(model, options.language, "language")
+    for language in options.languages:
+        _check_language(model, language, "languages")
+
+
+def _check_language(model: LoadedModel, language: str | None, param: str) -> None:
     languages = model.vocabulary.languages
-    if options.language is not None and options.language not in languages:
+    if language is not None and language not in languages:
         known = "English only" if not model.vocabulary.multilingual else f"{len(languages)} languages"
         raise RequestError(
-            f"model {model.name!r} does not speak {options.language!r} (it knows {known}); "
+            f"model {model.name!r} does not speak {language!r} (it knows {known}); "
             "choose another language or a multilingual model",
-            param="language",
+            param=param,
         )
+
+
+def prompt_tokens(vocabulary: Vocabulary, options: Options) -> tuple[int, ...]:
+    """What every window sees as said before: hotwords, at most half of the room, then the end of the prompt."""
+    hotwords = vocabulary.encode(" " + ", ".join(options.hotwords))[:HOTWORD_TOKENS_MAX] if options.hotwords else ()
+    prompt = vocabulary.encode(" " + options.prompt.strip()) if options.prompt else ()
+    return (*hotwords, *prompt[-(PROMPT_TOKENS_MAX - len(hotwords)) :])
 
 
 def remainder(span: Span, speech: tuple[Span, ...], covered_s: float) -> Span | None:

@@ -4,6 +4,10 @@ Requests take turns, one window each (deficit round robin with equal costs: ever
 A request's own windows leave in the order in which they came, except that a window decoded for the second time goes
 first: its request waits for it already.
 
+Two rings of requests: interactive ones go before bulk ones, but after ``INTERACTIVE_RUN`` windows in a row one of bulk
+gets its turn, so that nobody starves. While interactive windows are about, bulk ones hold no more than ``bulk_slots``:
+the next short request finds room at once, instead of behind a whole batch of an hour-long file.
+
     submit -> waiting -> take -> running -> finish
                   └────────── cancel ──────────┘
 """
@@ -11,52 +15,131 @@ first: its request waits for it already.
 from __future__ import annotations
 
 from collections import OrderedDict, deque
+from dataclasses import dataclass
+
+from whisperd.engine.base import Lane
+
+INTERACTIVE_RUN = 4  # windows in a row while bulk waits
+CALM_WINDOWS = 16  # so many bulk windows after the last interactive one, bulk may have all slots again
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """A window whose turn it is."""
+
+    window_id: int
+    lane: Lane
+
+
+class _Ring:
+    """Requests in turn, each with its waiting windows; the first one is next."""
+
+    def __init__(self) -> None:
+        self._queues: OrderedDict[int, deque[int]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return sum(map(len, self._queues.values()))
+
+    def __bool__(self) -> bool:
+        return bool(self._queues)
+
+    def add(self, request_id: int, window_id: int, *, first: bool) -> None:
+        queue = self._queues.setdefault(request_id, deque())
+        if first:
+            queue.appendleft(window_id)
+        else:
+            queue.append(window_id)
+
+    def pop(self) -> tuple[int, int]:
+        """The next request and its window; the request goes to the end."""
+        request_id, queue = self._queues.popitem(last=False)
+        window_id = queue.popleft()
+        if queue:
+            self._queues[request_id] = queue
+        return request_id, window_id
+
+    def drop(self, request_id: int) -> None:
+        self._queues.pop(request_id, None)
 
 
 class Scheduler:
-    """Windows waiting and running, by request. Every method costs no more than the windows it touches."""
+    """Windows waiting and running, by request. Every method costs no more than the windows it touches.
 
-    def __init__(self) -> None:
-        self._waiting: OrderedDict[int, deque[int]] = OrderedDict()  # request -> windows; first request is next
-        self._running: dict[int, int] = {}  # window -> request
+    Args:
+        bulk_slots: the most that bulk windows hold while interactive ones are about; at least 1.
+    """
+
+    def __init__(self, *, bulk_slots: int) -> None:
+        self._bulk_slots = max(1, bulk_slots)
+        self._interactive = _Ring()
+        self._bulk = _Ring()
+        self._running: dict[int, tuple[int, bool]] = {}  # window -> (request, whether it is bulk)
+        self._bulk_running = 0
+        self._run = 0  # interactive windows in a row while bulk waited
+        self._bulk_since = CALM_WINDOWS  # bulk windows since the last interactive one
 
     @property
     def waiting(self) -> int:
         """Windows that wait for a slot."""
-        return sum(map(len, self._waiting.values()))
+        return len(self._interactive) + len(self._bulk)
 
     @property
     def running(self) -> int:
         """Windows inside the engine."""
         return len(self._running)
 
-    def submit(self, request_id: int, window_id: int, *, again: bool = False) -> None:
-        """A window asks for a slot; ``again`` puts it before the others of its request."""
-        queue = self._waiting.setdefault(request_id, deque())
-        if again:
-            queue.appendleft(window_id)
-        else:
-            queue.append(window_id)
+    @property
+    def ready(self) -> bool:
+        """Whether ``take`` would find a window if there was a slot."""
+        return bool(self._interactive) or self._bulk_may_run()
 
-    def take(self, slots: int) -> tuple[int, ...]:
+    def submit(self, request_id: int, window_id: int, *, bulk: bool = False, again: bool = False) -> None:
+        """A window asks for a slot; ``again`` puts it before the others of its request."""
+        (self._bulk if bulk else self._interactive).add(request_id, window_id, first=again)
+
+    def take(self, slots: int) -> tuple[Turn, ...]:
         """At most ``slots`` windows, now running; requests in turn, starting where the last call stopped."""
-        taken: list[int] = []
-        while self._waiting and len(taken) < slots:
-            request_id, queue = self._waiting.popitem(last=False)
-            taken.append(queue.popleft())
-            self._running[taken[-1]] = request_id
-            if queue:
-                self._waiting[request_id] = queue
-        return tuple(taken)
+        turns: list[Turn] = []
+        while len(turns) < slots and self.ready:
+            lane = self._next_lane()
+            request_id, window_id = (self._interactive if lane == "interactive" else self._bulk).pop()
+            self._start(request_id, window_id, bulk=lane != "interactive")
+            turns.append(Turn(window_id=window_id, lane=lane))
+        return tuple(turns)
 
     def finish(self, window_id: int) -> None:
         """The engine is done with a window; unknown ids (cancelled ones) are ignored."""
-        self._running.pop(window_id, None)
+        _, bulk = self._running.pop(window_id, (None, False))
+        self._bulk_running -= bulk
 
     def cancel(self, request_id: int) -> frozenset[int]:
         """Forgets a request; returns its windows that are still running, for the engine to drop."""
-        self._waiting.pop(request_id, None)
-        running = frozenset(window for window, owner in self._running.items() if owner == request_id)
+        self._interactive.drop(request_id)
+        self._bulk.drop(request_id)
+        running = frozenset(window for window, (owner, _) in self._running.items() if owner == request_id)
         for window_id in running:
-            del self._running[window_id]
+            self.finish(window_id)
         return running
+
+    @property
+    def _contended(self) -> bool:
+        return bool(self._interactive) or self._bulk_since < CALM_WINDOWS
+
+    def _bulk_may_run(self) -> bool:
+        return bool(self._bulk) and (not self._contended or self._bulk_running < self._bulk_slots)
+
+    def _next_lane(self) -> Lane:
+        bulks_turn = not self._interactive or (self._run >= INTERACTIVE_RUN and self._bulk_may_run())
+        if not bulks_turn:
+            return "interactive"
+        return "yielding" if self._contended else "bulk"
+
+    def _start(self, request_id: int, window_id: int, *, bulk: bool) -> None:
+        self._running[window_id] = (request_id, bulk)
+        self._bulk_running += bulk
+        if bulk:
+            self._run = 0
+            self._bulk_since = min(CALM_WINDOWS, self._bulk_since + 1)
+        else:
+            self._run = self._run + 1 if self._bulk else 0
+            self._bulk_since = 0

@@ -53,6 +53,16 @@ OTHER_NAMES: Mapping[str, str] = {
 # fmt: on
 
 
+def _byte_alphabet() -> dict[str, int]:
+    """Byte-level BPE writes each byte as a character that can be seen, as GPT-2's ``bytes_to_unicode`` does."""
+    visible = [*range(ord("!"), ord("~") + 1), *range(ord("\u00a1"), ord("\u00ac") + 1), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return {chr(byte): byte for byte in visible} | {chr(256 + number): byte for number, byte in enumerate(hidden)}
+
+
+BYTE_OF: Mapping[str, int] = _byte_alphabet()
+
+
 def language_code(name: str) -> str:
     """A code (``en``, ``en-US``) or an English name to Whisper's code; raises RequestError with the nearest names."""
     wanted = name.strip().lower()
@@ -114,6 +124,10 @@ class Vocabulary:
         """Ids to text; special tokens and timestamps are left out."""
         text: str = self._tokenizer.decode([token for token in tokens if token < self.eot])
         return text
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that one text token stands for; they may end in the middle of a character."""
+        return bytes(map(BYTE_OF.__getitem__, self._tokenizer.id_to_token(token) or ""))
 
     def prefix(self, task: Task, language: str, prompt_tokens: Sequence[int] = ()) -> list[int]:
         """What the decoder is shown before it writes: the prompt's end, start, language and task."""

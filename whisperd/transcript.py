@@ -28,10 +28,19 @@ class Word:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TokenScore:
+    """One text token: its own bytes, which may be a part of a character, and its natural log probability."""
+
+    data: bytes
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Segment:
     """One phrase as the model cut it, with the figures that Whisper's safeguards looked at.
 
-    ``tokens`` are the sampled ids including timestamps; ``text`` keeps the leading space.
+    ``tokens`` are the sampled ids including timestamps; ``text`` keeps the leading space. ``words`` and ``scores`` are
+    there when they were asked for.
     """
 
     start_s: float
@@ -43,16 +52,18 @@ class Segment:
     compression_ratio: float
     no_speech_prob: float
     words: tuple[Word, ...] | None = None
+    scores: tuple[TokenScore, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WindowStatistics:
-    """How the windows of one request fared; counts."""
+    """How the windows of one request fared; counts. ``halved``: how often memory was short and a batch was halved."""
 
     decoded: int = 0
     retried: int = 0
     dropped: int = 0
     continued: int = 0
+    halved: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

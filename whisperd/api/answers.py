@@ -3,22 +3,35 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, assert_never
 
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from whisperd import formats
 from whisperd.api.params import ResponseFormat
 from whisperd.errors import Error, Unavailable
-from whisperd.transcript import Transcript
+from whisperd.subtitles import Layout
+from whisperd.transcript import Segment, Transcript
 
 
-def transcript_response(transcript: Transcript, response_format: ResponseFormat, wall_s: float) -> Response:
-    """The whole transcript as one answer."""
-    if response_format == "verbose_json":
-        return JSONResponse(verbose(transcript, wall_s))
-    return PLAIN[response_format](transcript)
+def transcript_response(
+    transcript: Transcript, response_format: ResponseFormat, wall_s: float, layout: Layout | None = None
+) -> Response:
+    """The whole transcript as one answer; ``layout`` is for subtitles."""
+    match response_format:
+        case "json":
+            return _json(transcript)
+        case "verbose_json":
+            return JSONResponse(verbose(transcript, wall_s))
+        case "text":
+            return PlainTextResponse(transcript.text + "\n")
+        case "srt":
+            return PlainTextResponse(formats.srt(transcript, layout))
+        case "vtt":
+            return PlainTextResponse(formats.vtt(transcript, layout), media_type="text/vtt")
+        case _:
+            assert_never(response_format)
 
 
 def verbose(transcript: Transcript, wall_s: float) -> dict[str, Any]:
@@ -61,13 +74,11 @@ def retry_headers(error: Error) -> dict[str, str]:
     }
 
 
+def scores(segments: Sequence[Segment]) -> dict[str, Any]:
+    """The member ``logprobs`` when it was asked for."""
+    asked = any(segment.scores is not None for segment in segments)
+    return {"logprobs": formats.logprobs(segments)} if asked else {}
+
+
 def _json(transcript: Transcript) -> Response:
-    return JSONResponse({"text": transcript.text, "usage": usage(transcript)})
-
-
-PLAIN: Mapping[str, Callable[[Transcript], Response]] = {
-    "json": _json,
-    "text": lambda transcript: PlainTextResponse(transcript.text + "\n"),
-    "srt": lambda transcript: PlainTextResponse(formats.srt(transcript)),
-    "vtt": lambda transcript: PlainTextResponse(formats.vtt(transcript), media_type="text/vtt"),
-}
+    return JSONResponse({"text": transcript.text, "usage": usage(transcript)} | scores(transcript.segments))

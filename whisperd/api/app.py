@@ -16,36 +16,46 @@ from starlette.types import Receive, Scope, Send
 
 from whisperd.api.answers import envelope, transcript_response
 from whisperd.api.exchange import Exchange, ExchangeMiddleware
+from whisperd.api.guard import Guard
+from whisperd.api.openapi import description
 from whisperd.api.params import parse_fields
 from whisperd.api.peers import refuse_stranger
 from whisperd.api.service import ApiSettings, Job, ModelCard, Service
 from whisperd.api.spool import Spool
 from whisperd.api.store import Reconcile
 from whisperd.api.streaming import stream, while_connected
-from whisperd.api.upload import Upload, receive_upload
+from whisperd.api.upload import Pace, Upload, receive_upload
 from whisperd.errors import Draining, ModelLoading, ModelNotFound
+from whisperd.meter import HttpMeter
 from whisperd.transcript import Task
 
 EVENTS_HEADER = "x-whisperd-events"  # a client that sends "1" knows whisperd's own events
 
 
-def create_app(service: Service, settings: ApiSettings) -> Starlette:
-    """The ASGI application; ``app.state.spool`` is its spool."""
+def create_app(service: Service, settings: ApiSettings, meter: HttpMeter | None = None) -> Starlette:
+    """The ASGI application; ``app.state.spool`` is its spool, ``meter`` is told of every request."""
     spool = Spool(settings.spool_dir, upload_bytes=settings.upload_bytes, budget_bytes=settings.spool_bytes)
     routes = Routes(service)
+    table = [
+        Route("/v1/audio/transcriptions", Audio(service, settings, spool, "transcribe"), methods=["POST"]),
+        Route("/v1/audio/translations", Audio(service, settings, spool, "translate"), methods=["POST"]),
+        Route("/v1/models", routes.models),
+        Route("/v1/models/{id:path}", routes.model),
+        Route("/v1/whisperd/status", routes.status),
+        Route("/v1/whisperd/reload", routes.reload, methods=["POST"]),
+        Route("/v1/whisperd/reconcile", Reconcile(service, settings.keep_alive_s), methods=["POST"]),
+        Route("/openapi.json", routes.openapi),
+        Route("/metrics", routes.metrics),
+        Route("/livez", routes.live),
+        *(Route(path, routes.ready) for path in ("/readyz", "/healthz", "/health")),
+    ]
+    paths = frozenset(route.path for route in table)
     app = Starlette(
-        routes=[
-            Route("/v1/audio/transcriptions", Audio(service, settings, spool, "transcribe"), methods=["POST"]),
-            Route("/v1/audio/translations", Audio(service, settings, spool, "translate"), methods=["POST"]),
-            Route("/v1/models", routes.models),
-            Route("/v1/models/{id:path}", routes.model),
-            Route("/v1/whisperd/status", routes.status),
-            Route("/v1/whisperd/reload", routes.reload, methods=["POST"]),
-            Route("/v1/whisperd/reconcile", Reconcile(service, settings.keep_alive_s), methods=["POST"]),
-            Route("/livez", routes.live),
-            *(Route(path, routes.ready) for path in ("/readyz", "/healthz", "/health")),
+        routes=table,
+        middleware=[
+            Middleware(ExchangeMiddleware, meter=meter or HttpMeter(), routes=paths, send_idle_s=settings.send_idle_s),
+            Middleware(Guard, hosts=settings.tcp_hosts, key=settings.tcp_key),
         ],
-        middleware=[Middleware(ExchangeMiddleware)],
         exception_handlers={HTTPException: _router_error},
     )
     app.router.redirect_slashes = False
@@ -60,13 +70,14 @@ class Audio:
         self._service = service
         self._settings = settings
         self._spool = spool
+        self._pace = Pace(idle_s=settings.upload_idle_s, bytes_per_s=settings.upload_bytes_per_s)
         self._task = task
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI; the file is closed when the answer is out."""
         await self._service.admitted()  # before the body: nobody uploads an hour of audio to hear "later"
         request = Request(scope, receive)
-        upload = await receive_upload(request, self._spool, self._settings.upload_idle_s)
+        upload = await receive_upload(request, self._spool, self._pace)
         with upload.file:
             await self._answer(request, upload, send)
 
@@ -79,15 +90,16 @@ class Audio:
             filename=upload.filename,
             model=parameters.model,
             options=parameters.options,
-            vad_filter=parameters.vad_filter,
+            chunking=parameters.chunking,
             request_id=exchange.request_id,
+            bulk=parameters.bulk,
         )
         if parameters.stream:
             await self._stream(request, job)
             return
         transcript = await while_connected(self._service.transcribe(job), request.receive)
         exchange.audio_s = transcript.duration_s
-        response = transcript_response(transcript, parameters.response_format, exchange.wall_s)
+        response = transcript_response(transcript, parameters.response_format, exchange.wall_s, parameters.layout)
         await response(request.scope, request.receive, send)
 
     async def _stream(self, request: Request, job: Job) -> None:
@@ -134,6 +146,15 @@ class Routes:
     async def status(self, _: Request) -> Response:
         """``GET /v1/whisperd/status``"""
         return JSONResponse(self._service.status())
+
+    async def metrics(self, request: Request) -> Response:
+        """``GET /metrics`` for Prometheus."""
+        body, content_type = self._service.metrics(request.headers.get("accept", ""))
+        return Response(body, headers={"content-type": content_type})
+
+    async def openapi(self, _: Request) -> Response:
+        """``GET /openapi.json``: this interface for machines."""
+        return JSONResponse(description())
 
     async def reload(self, request: Request) -> Response:
         """``POST /v1/whisperd/reload``: root and the daemon's own user may."""

@@ -7,6 +7,7 @@ import json
 import logging
 import time
 import uuid
+from collections.abc import Collection
 from typing import Self
 from urllib.parse import quote
 
@@ -15,19 +16,22 @@ from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from whisperd.api.answers import error_body, error_response
-from whisperd.errors import Draining, Error
+from whisperd.errors import Cancelled, Draining, Error
+from whisperd.meter import HttpMeter
 
 log = logging.getLogger(__name__)
 
 REQUEST_ID_CHARACTERS_MAX = 128
 CANCELLED_RETRY_AFTER_S = 2.0
-PROBES = frozenset({"/livez", "/readyz", "/healthz", "/health"})  # asked every few seconds, for ever
+PROBES = frozenset({"/livez", "/readyz", "/healthz", "/health", "/metrics"})  # asked every few seconds, for ever
+METHODS = frozenset({"GET", "POST"})  # others are counted as one: a client may invent them
+OTHER = "other"
 
 
 class Exchange:
     """One request and its answer. Handlers fill in ``audio_s`` and ``model`` for the log."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send, send_idle_s: float) -> None:
         self.request_id = _request_id(Headers(scope=scope).get("x-request-id", ""))
         self.audio_s: float | None = None
         self.model: str | None = None
@@ -39,6 +43,9 @@ class Exchange:
         self._received_bytes = 0
         self._status = 0
         self._complete = False
+        self._error_code: str | None = None
+        self._send_idle_s = send_idle_s
+        self._stuck = False
         scope.setdefault("state", {})["exchange"] = self
 
     @classmethod
@@ -59,7 +66,7 @@ class Exchange:
         return message
 
     async def send(self, message: Message) -> None:
-        """ASGI's send; adds the headers that every answer has."""
+        """ASGI's send; adds the headers that every answer has. Raises Cancelled when the client does not read."""
         if message["type"] == "http.response.start":
             self._status = message["status"]
             headers = MutableHeaders(scope=message)
@@ -67,10 +74,18 @@ class Exchange:
             headers["openai-processing-ms"] = str(round(self.wall_s * 1000))
         else:
             self._complete = not message.get("more_body", False)
-        await self._send(message)
+        try:
+            async with asyncio.timeout(self._send_idle_s):
+                await self._send(message)
+        except TimeoutError as error:
+            self._stuck = True
+            raise Cancelled(f"the client read nothing for {self._send_idle_s:g} s") from error
 
     async def fail(self, error: Error) -> None:
         """Tells the client what went wrong, in whichever way is still possible."""
+        self._error_code = error.code
+        if self._stuck:
+            return  # nothing more can be said to who does not listen; the server closes the connection
         if not self._status:
             await error_response(error)(self._scope, self.receive, self.send)
         elif self.streaming and not self._complete:
@@ -105,23 +120,35 @@ class Exchange:
             extra={"fields": fields},
         )
 
+    def count(self, meter: HttpMeter, routes: Collection[str]) -> None:
+        """Tells how it went; the routes are those of the application, so that nobody can invent one."""
+        path, method = self._scope["path"], self._scope["method"]
+        route = path if path in routes else OTHER
+        meter.answered(route, method if method in METHODS else OTHER, self._status, self.wall_s)
+        if self._error_code is not None:
+            meter.rejected(self._error_code)
+
 
 class ExchangeMiddleware:
     """The outermost layer of the application."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, meter: HttpMeter, routes: Collection[str], send_idle_s: float) -> None:
         self._app = app
+        self._send_idle_s = send_idle_s
+        self._meter = meter
+        self._routes = routes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        exchange = Exchange(scope, receive, send)
+        exchange = Exchange(scope, receive, send, self._send_idle_s)
         try:
             await self._answer(exchange, scope)
         finally:
             exchange.report()
+            exchange.count(self._meter, self._routes)
 
     async def _answer(self, exchange: Exchange, scope: Scope) -> None:
         try:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from dataclasses import fields as dataclass_fields
 from typing import Any, Literal, get_args
 
+from whisperd.api.chunking import chunking_members
+from whisperd.api.service import Chunking
 from whisperd.decoding import Options
 from whisperd.errors import RequestError, UnsupportedParameter
+from whisperd.subtitles import Layout
 from whisperd.tokens import language_code
 from whisperd.transcript import Task
 
@@ -17,28 +20,35 @@ ResponseFormat = Literal["json", "text", "srt", "verbose_json", "vtt"]
 
 FORMATS: tuple[str, ...] = get_args(ResponseFormat)
 BOOLEANS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
+PRIORITIES = {"auto": None, "interactive": False, "bulk": True}
 CANDIDATES_MAX = 10  # beams or samples of one window: each costs its own decoder cache
 SHOWN_CHARACTERS = 80  # of a client's own words in a message
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parameters:
-    """What one request asks for. A ``model`` or ``vad_filter`` of None is left to the configuration."""
+    """What one request asks for. A ``model`` of None is the default one, a ``bulk`` of None goes by the length."""
 
     options: Options
     response_format: ResponseFormat = "json"
     model: str | None = None
-    vad_filter: bool | None = None
+    chunking: Chunking = field(default_factory=Chunking)
+    layout: Layout | None = None
+    bulk: bool | None = None
     stream: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Field:
-    """How one field is read: ``read`` raises ValueError for text that is not what ``expects`` says."""
+    """How one field is read: ``read`` raises ValueError for text that is not what ``expects`` says.
+
+    An ``array`` may be given more than once; ``choices`` are all the values there are, if they can be listed.
+    """
 
     expects: str
     read: Callable[[str], Any]
-    repeated: bool = False
+    array: bool = False
+    choices: tuple[str, ...] = ()
 
 
 def parse_fields(form: Iterable[tuple[str, str]], task: Task, defaults: Options) -> Parameters:
@@ -49,15 +59,17 @@ def parse_fields(form: Iterable[tuple[str, str]], task: Task, defaults: Options)
     given: dict[str, Any] = {}
     for name, text in form:
         base = _base_name(name)
-        field = _field(name, base)
+        known = _field(name, base)
         if not text.strip():
             continue
-        if field.repeated:
-            given[base] = (*given.get(base, ()), _value(name, field, text))
+        if base in OBJECTS:
+            given[base] = given.get(base, {}) | chunking_members(_cut(name), text)
+        elif known.array:
+            given[base] = (*given.get(base, ()), _value(name, known, text))
         elif base in given:
             raise RequestError(f"{base} is given twice", param=_cut(name))
         else:
-            given[base] = _value(name, field, text)
+            given[base] = _value(name, known, text)
     return _parameters(given, replace(defaults, task=task))
 
 
@@ -68,13 +80,34 @@ def _parameters(given: Mapping[str, Any], defaults: Options) -> Parameters:
     if "word" in given.get("timestamp_granularities", ()):
         options = replace(options, word_timestamps=True)
         _need_verbose(given.get("response_format", "json"))
+    if "logprobs" in given.get("include", ()):
+        options = replace(options, token_scores=True)
+        _need_json(given.get("response_format", "json"))
+    options = replace(options, hotwords=(*given.get("hotwords", ()), *given.get("keywords", ())))
+    if len(options.languages) == 1 and options.language is None:
+        options = replace(options, language=options.languages[0], languages=())
+    layout = _layout(given)
+    if layout is not None:
+        options = replace(options, word_timestamps=True)
     return Parameters(
         options=options,
         response_format=given.get("response_format", "json"),
         model=given.get("model"),
-        vad_filter=given.get("vad_filter", True if "chunking_strategy" in given else None),
+        chunking=_chunking(given),
+        layout=layout,
+        bulk=PRIORITIES[given.get("priority", "auto")],
         stream=given.get("stream", False),
     )
+
+
+def _layout(given: Mapping[str, Any]) -> Layout | None:
+    """Readable subtitles, when a measure of them is given."""
+    asked = {LAYOUT[name]: given[name] for name in LAYOUT if name in given}
+    if not asked:
+        return None
+    if given.get("response_format") not in {"srt", "vtt"}:
+        raise RequestError(f"{next(iter(LAYOUT))} needs response_format=srt or vtt", param=next(iter(LAYOUT)))
+    return Layout(**asked)
 
 
 def _need_verbose(response_format: str) -> None:
@@ -83,6 +116,17 @@ def _need_verbose(response_format: str) -> None:
             f"word timestamps need response_format=verbose_json, got {response_format}",
             param="timestamp_granularities[]",
         )
+
+
+def _need_json(response_format: str) -> None:
+    if response_format != "json":
+        raise RequestError(f"logprobs need response_format=json, got {response_format}", param="include[]")
+
+
+def _chunking(given: Mapping[str, Any]) -> Chunking:
+    members = given.get("chunking_strategy")
+    asked = Chunking(vad_filter=given.get("vad_filter"))
+    return asked if members is None else replace(asked, vad_filter=given.get("vad_filter", True), **members)
 
 
 def _base_name(name: str) -> str:
@@ -116,6 +160,17 @@ def _language(text: str) -> str | None:
     return None if text.strip().lower() == "auto" else language_code(_cut(text))
 
 
+def _spoken(text: str) -> str:
+    try:
+        return language_code(_cut(text))
+    except RequestError as error:
+        raise RequestError(str(error), param="languages[]") from error
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
 def _response_format(text: str) -> str:
     if text == "diarized_json":
         raise UnsupportedParameter(
@@ -124,6 +179,12 @@ def _response_format(text: str) -> str:
             param="response_format",
         )
     return _one_of(FORMATS)(text)
+
+
+def _choice(choices: Iterable[str], read: Callable[[str], Any] | None = None, **more: Any) -> Field:
+    """A field with a list of values."""
+    known = tuple(choices)
+    return Field(expects=f"one of {', '.join(known)}", read=read or _one_of(known), choices=known, **more)
 
 
 def _one_of(choices: Iterable[str]) -> Callable[[str], str]:
@@ -142,11 +203,14 @@ def _boolean(text: str) -> bool:
     return value
 
 
-def _count(text: str) -> int:
-    value = int(text)
-    if not 1 <= value <= CANDIDATES_MAX:
-        raise ValueError(text)
-    return value
+def _whole(low: int, high: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        value = int(text)
+        if not low <= value <= high:
+            raise ValueError(text)
+        return value
+
+    return read
 
 
 def _between(low: float, high: float) -> Callable[[str], float]:
@@ -164,32 +228,35 @@ def _threshold(low: float, high: float) -> Callable[[str], float | None]:
     return lambda text: None if text.strip().lower() == "none" else number(text)
 
 
-OPTION_NAMES = frozenset(field.name for field in dataclass_fields(Options))
+OPTION_NAMES = frozenset(one.name for one in dataclass_fields(Options))
+LAYOUT = {"max_line_width": "line_chars", "max_line_count": "lines"}
 OBJECTS = frozenset({"chunking_strategy"})
 FIELDS: Mapping[str, Field] = {
     "model": Field(expects="the name of a model", read=str.strip),
     "language": Field(expects="a language code, an English name or 'auto'", read=_language),
     "prompt": Field(expects="text", read=str),
-    "response_format": Field(expects=f"one of {', '.join(FORMATS)}", read=_response_format),
+    "response_format": _choice(FORMATS, _response_format),
     "temperature": Field(expects="a number from 0 to 1", read=_between(0.0, 1.0)),
-    "timestamp_granularities": Field(expects="'segment' or 'word'", read=_one_of(("segment", "word")), repeated=True),
+    "timestamp_granularities": _choice(("segment", "word"), array=True),
     "stream": Field(expects="true or false", read=_boolean),
-    "chunking_strategy": Field(expects="'auto' or an object", read=str, repeated=True),
+    "chunking_strategy": Field(expects="'auto' or an object of type server_vad", read=str),
+    "include": _choice(("logprobs",), array=True),
+    "languages": Field(expects="a language code or an English name", read=_spoken, array=True),
+    "keywords": Field(expects="a word or a name", read=str.strip, array=True),
+    "hotwords": Field(expects="words and names, with commas between them", read=_words),
     "vad_filter": Field(expects="true or false", read=_boolean),
-    "beam_size": Field(expects=f"a whole number from 1 to {CANDIDATES_MAX}", read=_count),
-    "best_of": Field(expects=f"a whole number from 1 to {CANDIDATES_MAX}", read=_count),
+    "max_line_width": Field(expects="a whole number from 10 to 200", read=_whole(10, 200)),
+    "max_line_count": Field(expects="a whole number from 1 to 4", read=_whole(1, 4)),
+    "priority": _choice(PRIORITIES),
+    "beam_size": Field(expects=f"a whole number from 1 to {CANDIDATES_MAX}", read=_whole(1, CANDIDATES_MAX)),
+    "best_of": Field(expects=f"a whole number from 1 to {CANDIDATES_MAX}", read=_whole(1, CANDIDATES_MAX)),
     "word_timestamps": Field(expects="true or false", read=_boolean),
     "no_speech_threshold": Field(expects="a number from 0 to 1, or 'none'", read=_threshold(0.0, 1.0)),
     "compression_ratio_threshold": Field(expects="a number from 0 to 100, or 'none'", read=_threshold(0.0, 100.0)),
     "log_prob_threshold": Field(expects="a number from -100 to 0, or 'none'", read=_threshold(-100.0, 0.0)),
 }
 INSTEAD: Mapping[str, str] = {
-    "include": "whisperd gives no token log probabilities; response_format=verbose_json has avg_logprob for each "
-    "segment, and timestamp_granularities[]=word a probability for each word",
     "known_speaker_names": "whisperd makes no speaker labels",
     "known_speaker_references": "whisperd makes no speaker labels",
-    "languages": "give one 'language', or leave it out to have it detected",
-    "keywords": "put the words into 'prompt'",
-    "hotwords": "put the words into 'prompt'",
     "initial_prompt": "it is called 'prompt' here",
 }

@@ -46,19 +46,30 @@ class ModelCard:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Chunking:
+    """How a request wants its audio cut; None is what the configuration says. Padding and silence around speech."""
+
+    vad_filter: bool | None = None
+    threshold: float | None = None
+    padding_ms: int | None = None
+    silence_ms: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
     """One request for a transcription.
 
     ``audio`` stands at its beginning and stays open until ``transcribe`` has ended. A ``model`` of None is the
-    default one; a ``vad_filter`` of None is what the configuration says. The callbacks may be called from any thread.
+    default one; a ``bulk`` of None goes by the length of the audio. The callbacks may be called from any thread.
     """
 
     audio: BinaryIO
     filename: str
     model: str | None
     options: Options
-    vad_filter: bool | None
+    chunking: Chunking
     request_id: str
+    bulk: bool | None = None
     on_segment: Callable[[Segment], None] = lambda _: None
     on_progress: Callable[[float, float | None], None] = lambda _done_s, _total_s: None
 
@@ -94,6 +105,10 @@ class Service(Protocol):
         """Figures for people, JSON-able."""
         ...
 
+    def metrics(self, accept: str) -> tuple[bytes, str]:
+        """Figures for Prometheus and their content type, chosen by an Accept header."""
+        ...
+
     def default_options(self) -> Options:
         """How a request without parameters is decoded."""
         ...
@@ -120,7 +135,8 @@ class ApiSettings:
 
     ``upload_bytes`` caps one file, ``spool_bytes`` all files that are held at the same time. A stream that has
     nothing to say sends a comment every ``keep_alive_s``. An upload that stands still for
-    ``upload_idle_s`` is given up.
+    ``upload_idle_s``, or is slower than ``upload_bytes_per_s`` after it, is given up, and so is a client that does not
+    read its answer for ``send_idle_s``. ``tcp_hosts`` and ``tcp_key`` are for the TCP listener, see ``Guard``.
     """
 
     spool_dir: Path
@@ -128,3 +144,7 @@ class ApiSettings:
     spool_bytes: int
     keep_alive_s: float = 15.0
     upload_idle_s: float = 60.0
+    upload_bytes_per_s: float = 512.0
+    send_idle_s: float = 60.0
+    tcp_hosts: tuple[str, ...] = ()
+    tcp_key: str | None = None

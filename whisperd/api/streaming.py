@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from starlette.types import Receive
 
 from whisperd import formats
-from whisperd.api.answers import usage, verbose
+from whisperd.api.answers import scores, usage, verbose
 from whisperd.api.exchange import Exchange
 from whisperd.api.service import Job, Service
 from whisperd.errors import Cancelled
@@ -72,7 +72,7 @@ class Teller:
 
     def _segment(self, segment: Segment) -> None:
         text = segment.text if self._n_segments else segment.text.lstrip()
-        frame = event("transcript.text.delta", delta=text)
+        frame = event("transcript.text.delta", delta=text, **scores([segment]))
         if self._extended:
             frame += event("whisperd.segment", **formats.segment_dict(self._n_segments, segment))
         self._n_segments += 1
@@ -84,7 +84,8 @@ class Teller:
     def last(self, transcript: Transcript, wall_s: float) -> bytes:
         """The frames behind the last segment."""
         whole = event("whisperd.transcript", **verbose(transcript, wall_s)) if self._extended else b""
-        return whole + event("transcript.text.done", text=transcript.text, usage=usage(transcript)) + DONE
+        told = scores(transcript.segments)
+        return whole + event("transcript.text.done", text=transcript.text, usage=usage(transcript), **told) + DONE
 
 
 async def stream(service: Service, job: Job, exchange: Exchange, *, extended: bool, keep_alive_s: float) -> Transcript:

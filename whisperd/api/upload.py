@@ -7,6 +7,7 @@ file goes to the spool while nothing else is known yet, and every limit holds wh
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -158,7 +159,22 @@ class UploadStalled(RequestError):
     code = "upload_stalled"
 
 
-async def receive_upload(request: Request, spool: Spool, idle_s: float) -> Upload:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pace:
+    """How slow an upload may be: no pause longer than ``idle_s``, and no slower than ``bytes_per_s`` in the long run.
+
+    Without the second a client could hold a place for days with a byte a minute.
+    """
+
+    idle_s: float
+    bytes_per_s: float = 0.0
+
+    def allows(self, n_bytes: int, elapsed_s: float) -> bool:
+        """Whether so many bytes after so long are enough."""
+        return elapsed_s <= self.idle_s or n_bytes >= elapsed_s * self.bytes_per_s
+
+
+async def receive_upload(request: Request, spool: Spool, pace: Pace) -> Upload:
     """Reads the whole body; raises RequestError, FileTooLarge, SpoolFull, or Cancelled when the client went away.
 
     Whatever is raised, the spool is as it was before.
@@ -167,32 +183,38 @@ async def receive_upload(request: Request, spool: Spool, idle_s: float) -> Uploa
     _refuse_long(request.headers.get("content-length", ""), spool)
     form = _Form(spool)
     try:
-        with _translated(idle_s):
-            await _feed(request.stream(), form.parser(boundary).write, idle_s)
+        with _translated(pace):
+            await _feed(request.stream(), form.parser(boundary).write, pace)
         return form.upload()
     except BaseException:
         form.close()
         raise
 
 
-async def _feed(chunks: AsyncIterator[bytes], write: Callable[[bytes], int], idle_s: float) -> None:
+async def _feed(chunks: AsyncIterator[bytes], write: Callable[[bytes], int], pace: Pace) -> None:
+    started_s, n_bytes = time.monotonic(), 0
     while True:
-        async with asyncio.timeout(idle_s):
+        async with asyncio.timeout(pace.idle_s):
             chunk = await anext(chunks, None)
         if chunk is None:
             return
+        n_bytes += len(chunk)
+        if not pace.allows(n_bytes, time.monotonic() - started_s):
+            raise UploadStalled(
+                f"the upload is slower than {pace.bytes_per_s:g} bytes a second; send the request again",
+            )
         if chunk:
             write(chunk)
 
 
 @contextmanager
-def _translated(idle_s: float) -> Iterator[None]:
+def _translated(pace: Pace) -> Iterator[None]:
     try:
         yield
     except ClientDisconnect as error:
         raise Cancelled("the client went away in the middle of its upload") from error
     except TimeoutError as error:
-        raise UploadStalled(f"no data came for {idle_s:g} s; send the request again") from error
+        raise UploadStalled(f"no data came for {pace.idle_s:g} s; send the request again") from error
     except FormParserError as error:
         raise RequestError(f"the multipart body cannot be read: {error}") from error
 

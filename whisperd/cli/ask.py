@@ -77,6 +77,8 @@ def _status_lines(found: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _model_line(model: Mapping[str, Any]) -> str:
+    if model["failure"]:
+        return f"{model['name']} DIED: {model['failure']}; the next request loads it again"
     if not model["loaded"]:
         return f"{model['name']} (not loaded)"
     return (

@@ -63,7 +63,7 @@ def _run(
     log.info("%s", loaded.header)
     for warning in loaded.warnings:
         log.warning("%s", warning)
-    sockets = inherited or [_own_socket(loaded.config)]
+    sockets = [*(inherited or [_own_socket(loaded.config)]), *_tcp_sockets(loaded.config)]
 
     async def run() -> None:
         daemon = Daemon(
@@ -85,6 +85,17 @@ def _own_socket(config: Config) -> socket.socket:
     path = socket_path(config, os.environ, uid=os.getuid())
     log.info("listening at %s", path)
     return bind_unix(path, mode=int(config.server.socket_mode, 8), group=config.server.socket_group)
+
+
+def _tcp_sockets(config: Config) -> Sequence[socket.socket]:
+    """Where it is asked for."""
+    if not config.server.tcp:
+        return ()
+    from whisperd.tcp import bind_tcp
+
+    listener = bind_tcp(config.server.tcp)
+    log.info("listening at http://%s", config.server.tcp)
+    return (listener,)
 
 
 def _say_why(error: Error, notifier: Notifier) -> None:

@@ -3,36 +3,34 @@
 from __future__ import annotations
 
 import sys
-from collections import Counter
+import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
 
 from whisperd.cli.common import client, exit_code, long_config_options, socket_option
-from whisperd.errors import DaemonUnreachable, Error, UsageError
+from whisperd.cli.deliver import FORMATS, Output, written
+from whisperd.cli.inputs import STDIN, count_stdin, expand
+from whisperd.cli.private import private_daemon
+from whisperd.cli.progress import Progress, progress
+from whisperd.errors import Cancelled, DaemonUnreachable, Error, RemoteError, UsageError
 
 if TYPE_CHECKING:
     from whisperd.client import Client
+    from whisperd.subtitles import Layout
     from whisperd.transcript import Transcript
 
-FORMATS = ("txt", "srt", "vtt", "tsv", "json")
-STDIN = Path("-")
 NO_INPUT = 66
 CANNOT_CREATE = 73
 SILENCE_S = 120.0  # the daemon sends a sign of life every few seconds
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Output:
-    """Where transcripts go: a directory, or stdout (None)."""
-
-    formats: tuple[str, ...]
-    directory: Path | None
-    names: Mapping[Path, str]
+ATTEMPTS = 20  # for a daemon that is busy and says when to come back
+PASSING = (429, 503)
 
 
 @click.command()
@@ -48,33 +46,52 @@ class Output:
 @click.option(
     "-o", "--output-dir", "directory", type=click.Path(path_type=Path, file_okay=False), help="Write files there."
 )
+@click.option("--overwrite", is_flag=True, help="Transcribe again what has its files already.")
+@click.option("-j", "--jobs", type=click.IntRange(1, 256), default=1, help="Files at the same time (1).")
+@click.option("--live", is_flag=True, help="Print each line with its times as soon as it is known.")
+@click.option("--standalone", is_flag=True, help="Start a daemon for this command alone.")
 @click.option("--word-timestamps", is_flag=True, help="Times of words (in json).")
+@click.option("--readable", is_flag=True, help="Subtitles of two lines of 42 characters, there long enough to be read.")
+@click.option("--max-line-width", type=click.IntRange(10, 200), help="The same with lines of this length.")
+@click.option("--max-line-count", type=click.IntRange(1, 4), help="The same with so many lines.")
 @click.option("--prompt", help="Text that the audio continues: names, spelling, style.")
+@click.option("--hotwords", help="Words and names that are likely, with commas between them.")
 @click.option("--temperature", type=float, help="0: Whisper's ladder of attempts.")
 @click.option("--beam-size", type=int, help="Beams at temperature 0.")
 @click.option("--vad-filter/--no-vad-filter", default=None, help="Transcribe only what sounds like speech.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress on stderr.")
 @long_config_options
 @socket_option
-def transcribe(
+def transcribe(  # click passes each option as an argument
     files: tuple[Path, ...],
     formats: tuple[str, ...],
     directory: Path | None,
     task: str,
-    quiet: bool,
     config_file: Path | None,
     overrides: Sequence[str],
     socket_file: Path | None,
+    standalone: bool,
     **given: Any,
 ) -> None:
-    """Transcribe audio files, or stdin ("-"), in any container.
+    """Transcribe audio and video files, or stdin ("-"), in any container.
 
-    Text goes to stdout. With several formats or a directory, files are written.
+    FILE may be a directory, which is searched to the bottom, or a pattern. Text goes to stdout. With several formats or
+    an output directory files are written; what has its files already is skipped, so that a batch can be resumed.
     """
-    output = plan_output(files, formats, directory)
-    daemon = client(socket_file, config_file, overrides, SILENCE_S)
-    job = Job(client=daemon, fields=_fields(given), translate=task == "translate", progress=_shows_progress(quiet))
-    codes = [_one(job, path, output, headline=len(files) > 1) for path in files]
+    output = replace(plan_output(files, formats, directory), layout=_layout(given))
+    with (
+        _daemon(standalone, socket_file, config_file, overrides, quiet=given["quiet"]) as daemon,
+        progress("transcribing", shown=_shows_progress(given["quiet"]), live=given["live"]) as shown,
+    ):
+        job = Job(
+            client=daemon,
+            fields=_fields(given),
+            translate=task == "translate",
+            output=output,
+            progress=shown,
+            live=given["live"],
+        )
+        codes = job.run(_wanted(output, overwrite=given["overwrite"]), given["jobs"])
     sys.exit(common_code(codes))
 
 
@@ -83,99 +100,151 @@ def plan_output(files: Sequence[Path], formats: Sequence[str], directory: Path |
     chosen = FORMATS if "all" in formats else tuple(dict.fromkeys(formats)) or ("txt",)
     if directory is None and len(chosen) > 1:
         directory = Path()
-    if files.count(STDIN) > 1:
+    if count_stdin(files) > 1:
         raise UsageError("stdin (-) can be read only once")
-    return Output(formats=chosen, directory=directory, names=_names(files))
+    return Output(formats=chosen, directory=directory, names=expand(files))
 
 
-def _names(files: Sequence[Path]) -> Mapping[Path, str]:
-    """Names of results without their extension; two inputs never write one file."""
-    stems = Counter(path.stem for path in set(files))
-    names = {path: path.name if stems[path.stem] > 1 else path.stem for path in files} | {STDIN: "stdin"}
-    twice = [name for name, count in Counter(names[path] for path in set(files)).items() if count > 1]
-    if twice:
-        raise UsageError(f"two inputs are called {twice[0]}; transcribe them one after the other with their own -o")
-    return names
+def _layout(given: Mapping[str, Any]) -> Layout | None:
+    from whisperd.subtitles import Layout
+
+    measures = {"line_chars": given["max_line_width"], "lines": given["max_line_count"]}
+    asked = {name: value for name, value in measures.items() if value is not None}
+    return Layout(**asked) if asked or given["readable"] else None
+
+
+def _wanted(output: Output, *, overwrite: bool) -> list[Path]:
+    """The files that have no results yet; says how many have."""
+    wanted = [path for path in output.names if overwrite or not output.is_done(path)]
+    done = len(output.names) - len(wanted)
+    if done:
+        click.echo(
+            f"{done} of {len(output.names)} files have their results already (--overwrite does them again)", err=True
+        )
+    return wanted
 
 
 def common_code(codes: Sequence[int]) -> int:
     """0 when all went well; the common code when all failed alike; else 1."""
-    kinds = set(codes)
+    kinds = set(codes) or {0}
     return kinds.pop() if len(kinds) == 1 else 1
+
+
+@contextmanager
+def _daemon(
+    standalone: bool, socket_file: Path | None, config_file: Path | None, overrides: Sequence[str], *, quiet: bool
+) -> Iterator[Client]:
+    if not standalone:
+        yield client(socket_file, config_file, overrides, SILENCE_S)
+        return
+    from whisperd.client import Client
+
+    arguments = ["-c", str(config_file)] if config_file else []
+    arguments += [part for override in overrides for part in ("-o", override)]
+
+    def say(text: str) -> None:
+        if _shows_progress(quiet):
+            click.echo(text, err=True)
+
+    with tempfile.TemporaryDirectory(prefix="whisperd-") as name, private_daemon(Path(name), arguments, say) as path:
+        yield Client(path, SILENCE_S)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """What is the same for every file."""
+    """What is the same for every file of a batch."""
 
     client: Client
     fields: Mapping[str, str]
     translate: bool
-    progress: bool
+    output: Output
+    progress: Progress
+    live: bool
+    stop: threading.Event = field(default_factory=threading.Event)
 
+    def run(self, files: Sequence[Path], n_parallel: int) -> list[int]:
+        """Transcribes all, some at the same time; delivers in order. Returns the exit code of each."""
+        pool = ThreadPoolExecutor(n_parallel)
+        futures = {path: pool.submit(self._ask, path) for path in files}
+        try:
+            return [self._deliver(path, future) for path, future in futures.items()]
+        except BaseException:  # Ctrl-C above all: the daemon cancels what nobody listens to any more
+            self.stop.set()
+            self.client.abort()
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
 
-def _one(job: Job, path: Path, output: Output, *, headline: bool) -> int:
-    """Transcribes one file and delivers it; its failure is told, and the others go on."""
-    try:
+    def _ask(self, path: Path) -> Transcript | None:
+        """The transcript, when it goes to stdout; files are written here, so that an interrupted batch has them."""
         with _opened(path) as file:
-            transcript = _ask(job, path, file)
-    except DaemonUnreachable:
-        raise  # the other files would meet the same
-    except Error as error:
-        click.echo(f"whisperd: {path}: {error}", err=True)
-        return exit_code(error)
-    except OSError as error:
+            transcript = self._answer(path, file)
+        if self.output.directory is None:
+            return transcript
+        for target in self.output.write(path, transcript):
+            click.echo(f"{path} -> {target}", err=True)
+        return None
+
+    def _answer(self, path: Path, file: BinaryIO) -> Transcript:
+        from whisperd.formats import from_verbose_json
+
+        label = f"{path}: " if len(self.output.names) > 1 else ""
+        on_event = self.progress.listener(str(path), label)
+
+        def once() -> dict[str, Any]:
+            if self.stop.is_set():
+                raise Cancelled("the batch was interrupted")
+            return self.client.transcribe(
+                file, filename=path.name, fields=self.fields, on_event=on_event, translate=self.translate
+            )
+
+        return from_verbose_json(_patiently(once, file, self.stop))
+
+    def _deliver(self, path: Path, future: Future[Transcript | None]) -> int:
+        """Waits for one file; its failure is told, and the others go on."""
+        try:
+            transcript = future.result()
+        except DaemonUnreachable:
+            raise  # the other files would meet the same
+        except Error as error:
+            click.echo(f"whisperd: {path}: {error}", err=True)
+            return exit_code(error)
+        except OSError as error:
+            return _tell(path, error, self.output)
+        if transcript is not None and not self.live:
+            if len(self.output.names) > 1:
+                click.echo(f"==> {path} <==")
+            click.echo(written(transcript, self.output.formats[0], self.output.layout), nl=False)
+        return 0
+
+
+def _tell(path: Path, error: OSError, output: Output) -> int:
+    """Says which file could not be read or written."""
+    if error.filename is None or Path(error.filename) == path:
         click.echo(f"whisperd: {path}: {error.strerror}", err=True)
         return NO_INPUT
-    return _deliver(transcript, path, output, headline=headline)
+    click.echo(f"whisperd: cannot write {output.targets(path)[0].parent}: {error.strerror}", err=True)
+    return CANNOT_CREATE
 
 
-def _ask(job: Job, path: Path, file: BinaryIO) -> Transcript:
-    from whisperd.formats import from_verbose_json
-
-    with _progress(path, shown=job.progress) as on_event:
-        answer = job.client.transcribe(
-            file, filename=path.name, fields=job.fields, on_event=on_event, translate=job.translate
-        )
-    return from_verbose_json(answer)
-
-
-def _deliver(transcript: Transcript, path: Path, output: Output, *, headline: bool) -> int:
-    if output.directory is None:
-        if headline:
-            click.echo(f"==> {path} <==")
-        click.echo(written(transcript, output.formats[0]), nl=False)
-        return 0
-    try:
-        output.directory.mkdir(parents=True, exist_ok=True)
-        for name in output.formats:
-            target = output.directory / f"{output.names[path]}.{name}"
-            target.write_text(written(transcript, name), encoding="utf-8")
-            click.echo(f"{path} -> {target}", err=True)
-    except OSError as error:
-        click.echo(f"whisperd: cannot write {error.filename}: {error.strerror}", err=True)
-        return CANNOT_CREATE
-    return 0
-
-
-def written(transcript: Transcript, name: str) -> str:
-    """A transcript in one of the file formats."""
-    from whisperd import formats
-
-    writers: Mapping[str, Callable[[Transcript], str]] = {
-        "txt": formats.txt,
-        "srt": formats.srt,
-        "vtt": formats.vtt,
-        "tsv": formats.tsv,
-        "json": formats.json,
-    }
-    return writers[name](transcript)
+def _patiently(ask: Callable[[], dict[str, Any]], file: BinaryIO, stop: threading.Event) -> dict[str, Any]:
+    """Comes back when a busy daemon says so, with a file that can be sent again."""
+    for _ in range(ATTEMPTS - 1):
+        try:
+            return ask()
+        except RemoteError as error:
+            if error.status not in PASSING or error.retry_after_s is None or not file.seekable():
+                raise
+            stop.wait(error.retry_after_s)
+            file.seek(0)
+    return ask()
 
 
 def _fields(given: Mapping[str, Any]) -> dict[str, str]:
     """Options that were given, as fields of the HTTP interface."""
-    fields = {name: str(value) for name, value in given.items() if value is not None and not isinstance(value, bool)}
-    if given["word_timestamps"]:
+    names = ("model", "language", "prompt", "hotwords", "temperature", "beam_size")
+    fields = {name: str(given[name]) for name in names if given[name] is not None}
+    if given["word_timestamps"] or _layout(given) is not None:
         fields["word_timestamps"] = "true"
     if given["vad_filter"] is not None:
         fields["vad_filter"] = str(given["vad_filter"]).lower()
@@ -193,23 +262,3 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
 
 def _shows_progress(quiet: bool) -> bool:
     return not quiet and sys.stderr.isatty()
-
-
-@contextmanager
-def _progress(path: Path, *, shown: bool) -> Iterator[Callable[[str, dict[str, Any]], None]]:
-    """A bar in seconds of audio, on a terminal."""
-    if not shown:
-        yield lambda _kind, _data: None
-        return
-    from tqdm import tqdm
-
-    with tqdm(
-        desc=path.name, unit="s", leave=False, bar_format="{desc}: {percentage:3.0f}% {bar} {n:.0f}/{total:.0f} s"
-    ) as bar:
-
-        def on_event(kind: str, data: dict[str, Any]) -> None:
-            if kind == "whisperd.progress":
-                bar.total = data["total_s"] or bar.total or data["done_s"]
-                bar.update(data["done_s"] - bar.n)
-
-        yield on_event

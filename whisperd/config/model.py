@@ -41,6 +41,9 @@ class ModelTable(Table):
     )
     aliases: tuple[Name, ...] = Field(default=(), description='Further names, such as ["whisper-1"].')
     preload: bool = Field(default=True, description="Load at boot; false: at the first request.")
+    keep_loaded: bool = Field(
+        default=False, description="Never unload it, neither when idle nor to make room for another."
+    )
 
     @model_validator(mode="before")
     @classmethod

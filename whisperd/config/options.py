@@ -72,6 +72,21 @@ class ServerTable(Table):
     idle_timeout_s: float = option(
         75.0, reload="restart", ge=0.1, le=3600, help="How long a connection without a request stays open."
     )
+    tcp: Text = option(
+        None, reload="restart", help='Listen here as well, as in "127.0.0.1:9000"; anything but loopback needs a key.'
+    )
+    tcp_key_file: PathText = option(
+        None, reload="restart", help="File with the key that clients must send over TCP (Authorization: Bearer ...)."
+    )
+    tcp_hosts: tuple[str, ...] = option(
+        (), reload="restart", help="Further names by which clients reach the TCP listener; others are refused."
+    )
+
+    @model_validator(mode="after")
+    def _loopback_or_key(self) -> ServerTable:
+        if self.tcp and not self.tcp_key_file and not self.tcp.startswith(("127.", "[::1]:")):
+            raise ValueError(f"tcp at {self.tcp!r} is no loopback address; set tcp_key_file, or use 127.0.0.1")
+        return self
 
 
 class EngineTable(Table):
@@ -155,7 +170,21 @@ class LimitsTable(Table):
     requests: int = option(
         64, reload="live", ge=1, le=100_000, help="Requests at the same time, waiting ones included."
     )
+    queue_audio_s: float = option(
+        172_800.0, reload="live", ge=1, help="Audio of all requests together that is not transcribed yet (2 days)."
+    )
     spool_bytes: int = option(8 * GIB, reload="live", ge=1024, help="All uploads together on disk (8 GiB).")
+
+    model_bytes: int = option(
+        0,
+        reload="live",
+        ge=0,
+        help="Most that the weights of loaded models may have together, as on disk; the least recently used one makes "
+        "room. 0: no limit.",
+    )
+    model_idle_s: float = option(
+        0.0, reload="live", ge=0, help="Models that nobody used for so long leave the memory until asked for. 0: never."
+    )
 
     @model_validator(mode="after")
     def _spool_holds_an_upload(self) -> LimitsTable:

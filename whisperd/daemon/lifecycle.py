@@ -23,6 +23,7 @@ from whisperd.daemon.registry import Registry
 from whisperd.daemon.service import DaemonService, State
 from whisperd.daemon.supervision import Supervision, serving_text
 from whisperd.errors import CacheBusy, Draining, Error
+from whisperd.metrics import Metrics
 from whisperd.notify import Notifier
 from whisperd.reconcile import Progress, Report, hold, reconcile, snapshots_without_network
 from whisperd.reconcile import Settings as StoreSettings
@@ -34,6 +35,7 @@ log = logging.getLogger(__name__)
 Waiter = asyncio.Future[Mapping[str, object]]
 
 DRAIN_MARGIN_S = 5.0  # beyond server.shutdown_timeout_s: closing the engines
+TEND_EVERY_S = 10.0
 SIGNALS_TO_STOP = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -68,17 +70,21 @@ class Daemon:
         self._supervision = Supervision(
             notifier, self._state, self._registry, engine_stall_s=config.engine.stall_timeout_s
         )
+        self._metrics = Metrics()
         self._loader = Loader(
-            self._registry, settings.engine_settings(config), settings.conversions_dir(config, environ)
+            self._registry, settings.engine_settings(config), settings.conversions_dir(config, environ), self._metrics
         )
         self._service = DaemonService(
             self._state,
             self._registry,
+            self._metrics,
             load_one=self._load_one,
             reload=self._reload_and_wait,
             reconcile=self._reconcile,
         )
-        self._app = create_app(self._service, settings.api_settings(config, environ))
+        self._app = create_app(self._service, settings.api_settings(config, environ), self._metrics)
+        spool = self._app.state.spool
+        self._service.spool_usage = lambda: (spool.used_bytes, spool.open_files)
         self._server = Server(settings.server_settings(config))
         self._reloads: asyncio.Queue[Waiter | None] = asyncio.Queue()
         self._at_the_cache = asyncio.Lock()
@@ -93,14 +99,15 @@ class Daemon:
         serving = asyncio.create_task(self._server.serve(self._app, self._sockets))
         working = asyncio.create_task(self._work())
         watching = asyncio.create_task(self._supervision.watch())
+        tending = asyncio.create_task(self._tend())
         stopping = asyncio.create_task(self._stop.wait())
         try:
             await asyncio.wait({serving, working, stopping}, return_when=asyncio.FIRST_COMPLETED)
             await self._drain(serving, _failure(working))
         finally:
-            for task in (stopping, watching, working):
+            for task in (stopping, watching, tending, working):
                 task.cancel()
-            outcomes = await asyncio.gather(working, stopping, watching, return_exceptions=True)
+            outcomes = await asyncio.gather(working, stopping, watching, tending, return_exceptions=True)
             await asyncio.to_thread(self._registry.close)
             self._service.close()
         _raise_failure(outcomes[0])
@@ -234,6 +241,7 @@ class Daemon:
             self._state.last_reload = result = _reload_result(outcome, failure)
             self._state.become("ready")
             self._supervision.serving()
+        self._metrics.reloaded(ok=failure is None)
         for waiter in waiters:
             _settle(waiter, result, failure)
 
@@ -264,6 +272,14 @@ class Daemon:
     async def _load_one(self, name: str) -> None:
         await asyncio.to_thread(self._loader.load_one, name)
 
+    async def _tend(self) -> None:
+        """Unloads models that nobody needs."""
+        while True:
+            idle_s = self._state.loaded.config.limits.model_idle_s
+            if idle_s:
+                await asyncio.to_thread(self._loader.unload_idle, idle_s)
+            await asyncio.sleep(min(TEND_EVERY_S, idle_s / 4) if idle_s else TEND_EVERY_S)
+
     async def _drain(self, serving: asyncio.Task[None], failure: Error | None) -> None:
         """Accepts no more and finishes what runs, within ``server.shutdown_timeout_s``."""
         self._stop.set()
@@ -272,7 +288,7 @@ class Daemon:
         self._state.become("stopping")
         self._notifier.stopping()
         self._notifier.extend_timeout(self._state.loaded.config.server.shutdown_timeout_s + DRAIN_MARGIN_S)
-        self._supervision.note(f"stopping, {self._state.requests_active} requests to finish")
+        self._supervision.note(f"stopping, {self._state.backlog.n_requests} requests to finish")
         log.info("%s", self._state.note)
         while not self._reloads.empty():
             waiter = self._reloads.get_nowait()

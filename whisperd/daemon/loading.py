@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from whisperd.batcher import Batcher
 from whisperd.engine import EngineSettings, open_engine
-from whisperd.engine.base import DecodeRequest, WindowFailure
-from whisperd.errors import EngineError
+from whisperd.engine.base import DecodeRequest, Engine, WindowFailure
+from whisperd.errors import EngineError, OutOfMemory
+from whisperd.meter import ModelMeter
 from whisperd.pipeline import LoadedModel
 from whisperd.tokens import Vocabulary
 from whisperd.transcript import SAMPLE_RATE_HZ
@@ -19,16 +22,61 @@ from whisperd.vad import SpeechDetector
 
 log = logging.getLogger(__name__)
 
+Opener = Callable[[Path, Vocabulary, EngineSettings, Path, ModelMeter], Engine]
 
-def load(name: str, snapshot: Path, settings: EngineSettings, work_dir: Path, detector: SpeechDetector) -> LoadedModel:
-    """Loads a model and runs one real inference; raises SourceError or EngineError.
 
-    ``work_dir`` is where conversions of this cache are kept.
+def load(
+    name: str,
+    snapshot: Path,
+    settings: EngineSettings,
+    work_dir: Path,
+    detector: SpeechDetector,
+    meter: ModelMeter | None = None,
+    opener: Opener = open_engine,
+) -> LoadedModel:
+    """Loads a model and runs one real inference.
+
+    Where the memory is not enough, half the batch is tried, down to one window and one worker.
+
+    Args:
+        name: of the model, for messages.
+        snapshot: its files.
+        settings: how the engine is opened.
+        work_dir: where conversions of this cache are kept.
+        detector: finds speech for it.
+        meter: told what happens.
+        opener: makes the engine.
+
+    Raises:
+        SourceError: the files are no model.
+        EngineError: the device cannot run it.
     """
-    started_s = time.monotonic()
+    meter = meter or ModelMeter()
     vocabulary = Vocabulary.load(snapshot)
-    engine = open_engine(snapshot, vocabulary, settings, work_dir)
-    model = LoadedModel(name=name, vocabulary=vocabulary, batcher=Batcher(engine, name=name), detector=detector)
+    while True:
+        try:
+            return _loaded(name, vocabulary, opener(snapshot, vocabulary, settings, work_dir, meter), detector, meter)
+        except OutOfMemory as error:
+            if settings.batch_size == 1 and settings.workers == 1:
+                raise
+            settings = smaller(settings)
+            log.warning("model %s: %s; trying with batches of %d", name, error, settings.batch_size)
+            meter.halved("load")
+
+
+def smaller(settings: EngineSettings) -> EngineSettings:
+    """Half the batch; when that is one window already, one worker."""
+    if settings.batch_size > 1:
+        return replace(settings, batch_size=settings.batch_size // 2)
+    return replace(settings, workers=1)
+
+
+def _loaded(
+    name: str, vocabulary: Vocabulary, engine: Engine, detector: SpeechDetector, meter: ModelMeter
+) -> LoadedModel:
+    started_s = time.monotonic()
+    batcher = Batcher(engine, name=name, meter=meter)
+    model = LoadedModel(name=name, vocabulary=vocabulary, batcher=batcher, detector=detector)
     try:
         warm_up(model)
     except EngineError:
@@ -49,4 +97,5 @@ def warm_up(model: LoadedModel) -> None:
     finally:
         ticket.close()
     if isinstance(outcome, WindowFailure):
-        raise EngineError(f"model {model.name} failed its first inference: {outcome.error}") from outcome.error
+        kind = OutOfMemory if isinstance(outcome.error, OutOfMemory) else EngineError
+        raise kind(f"model {model.name} failed its first inference: {outcome.error}") from outcome.error

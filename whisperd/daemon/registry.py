@@ -7,8 +7,9 @@ request that holds it is done.
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -49,11 +50,21 @@ class Served:
         """The same set with one more model loaded."""
         return replace(self, models=MappingProxyType({**self.models, model.name: model}))
 
+    def without_model(self, name: str) -> Served:
+        """The same set with one model less in memory."""
+        return replace(self, models=MappingProxyType({key: model for key, model in self.models.items() if key != name}))
+
 
 class Registry:
-    """Hands out models and closes those that are no longer wanted. Safe to use from any thread."""
+    """Hands out models and closes those that are no longer wanted. Safe to use from any thread.
 
-    def __init__(self) -> None:
+    Args:
+        clock: seconds that never go back.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._used_at_s: dict[str, float] = {}
         self._lock = threading.Lock()
         self._served = Served()
         self._holders: Counter[int] = Counter()
@@ -73,6 +84,7 @@ class Registry:
             if model is None:
                 raise ModelLoading(f"model {name!r} is not loaded yet", retry_after_s=2.0)
             self._holders[id(model)] += 1
+            self._used_at_s[name] = self._clock()
         try:
             yield model
         finally:
@@ -82,12 +94,37 @@ class Registry:
         """From now on new requests see this set; models that left close as soon as nobody holds them."""
         with self._lock:
             kept = {id(model) for model in served.models.values()}
+            present = {id(model) for model in self._served.models.values()}
             old = [model for model in self._served.models.values() if id(model) not in kept]
+            self._used_at_s |= {
+                model.name: self._clock() for model in served.models.values() if id(model) not in present
+            }
             self._served = served
             idle = [model for model in old if not self._holders[id(model)]]
             self._leaving.update({id(model): model for model in old if self._holders[id(model)]})
         for model in idle:
             self._close(model)
+
+    def idle(self) -> list[tuple[str, float]]:
+        """Loaded models that nobody holds and for how many seconds nobody did, the longest first."""
+        with self._lock:
+            now_s = self._clock()
+            free = [name for name, model in self._served.models.items() if not self._holders[id(model)]]
+            return sorted(
+                ((name, now_s - self._used_at_s.setdefault(name, now_s)) for name in free),
+                key=lambda pair: pair[1],
+                reverse=True,
+            )
+
+    def unload(self, name: str) -> bool:
+        """Takes a model out of memory unless somebody holds it; it stays declared. Blocks until it is closed."""
+        with self._lock:
+            model = self._served.models.get(name)
+            if model is None or self._holders[id(model)]:
+                return False
+            self._served = self._served.without_model(name)
+        model.batcher.close()
+        return True
 
     def close(self) -> None:
         """Forgets all models and waits until they are closed. Blocks."""
@@ -98,6 +135,7 @@ class Registry:
     def _release(self, model: LoadedModel) -> None:
         with self._lock:
             self._holders[id(model)] -= 1
+            self._used_at_s[model.name] = self._clock()
             last = not self._holders[id(model)]
             leaving = self._leaving.pop(id(model), None) if last else None
         if leaving is not None:

@@ -13,12 +13,14 @@ from typing import Any, Literal
 
 from whisperd.api import Job, ModelCard, Readiness, ReconcileOrder, Tell
 from whisperd.config import Loaded, effective
+from whisperd.daemon.backlog import Backlog, Place
 from whisperd.daemon.registry import Registry
 from whisperd.daemon.settings import cut_options, decode_options
 from whisperd.decoding import Options
-from whisperd.errors import Draining, ModelLoading, QueueFull
+from whisperd.errors import Draining, ModelLoading
+from whisperd.metrics import Figures, Metrics, ModelFigures
 from whisperd.pipeline import Listener, Transcription
-from whisperd.transcript import Transcript
+from whisperd.transcript import Segment, Transcript
 from whisperd.version import VERSION
 
 log = logging.getLogger(__name__)
@@ -50,7 +52,7 @@ class State:
     last_reload: Mapping[str, object] | None = None
     problems: tuple[str, ...] = ()
     revisions: Mapping[str, str | None] = field(default_factory=dict)
-    requests_active: int = 0
+    backlog: Backlog = field(default_factory=Backlog)
     requests_done: int = 0
     requests_failed: int = 0
     audio_s: float = 0.0
@@ -77,6 +79,7 @@ class DaemonService:
     Args:
         state: shared with the lifecycle, which changes it.
         registry: the loaded models.
+        metrics: counts what is done.
         load_one: loads a declared model that was not loaded at boot.
         reload: reads the configuration again.
         reconcile: works on the cache.
@@ -86,6 +89,7 @@ class DaemonService:
         self,
         state: State,
         registry: Registry,
+        metrics: Metrics,
         *,
         load_one: Callable[[str], Awaitable[None]],
         reload: Callable[[], Awaitable[Mapping[str, object]]],
@@ -93,9 +97,11 @@ class DaemonService:
     ) -> None:
         self._state = state
         self._registry = registry
+        self._metrics = metrics
         self._load_one = load_one
         self._reload = reload
         self._reconcile = reconcile
+        self.spool_usage: Callable[[], tuple[int, int]] = lambda: (0, 0)  # bytes and files; the application knows
         self._threads = ThreadPoolExecutor(THREADS_MAX, thread_name_prefix="request")
 
     def readiness(self) -> Readiness:
@@ -131,10 +137,40 @@ class DaemonService:
                 aliases=model.aliases,
                 source=model.reference,
                 revision=self._state.revisions.get(model.served_name) or model.revision,
-                loaded=model.served_name in loaded,
+                loaded=model.served_name in loaded and loaded[model.served_name].batcher.failure is None,
             )
             for model in self._state.loaded.config.models
         ]
+
+    def metrics(self, accept: str) -> tuple[bytes, str]:
+        """Figures for Prometheus and their content type, chosen by an Accept header."""
+        state, readiness = self._state, self.readiness()
+        used_bytes, n_files = self.spool_usage()
+        figures = Figures(
+            ready=readiness.ready,
+            draining=readiness.draining,
+            requests=state.backlog.n_requests,
+            queue_audio_s=state.backlog.audio_s,
+            spool_bytes=used_bytes,
+            spool_files=n_files,
+            models=[self._model_figures(card.id) for card in self.models()],
+        )
+        return self._metrics.render(accept, figures)
+
+    def _model_figures(self, name: str) -> ModelFigures:
+        model = self._registry.served.models.get(name)
+        if model is None:
+            return ModelFigures(name=name)
+        info, load = model.batcher.info, model.batcher.load
+        return ModelFigures(
+            name=name,
+            device=info.device,
+            compute_type=info.compute_type,
+            loaded=model.batcher.failure is None,
+            waiting=load.waiting,
+            running=load.running,
+            memory_bytes=model.memory_bytes,
+        )
 
     def default_options(self) -> Options:
         """How a request without parameters is decoded."""
@@ -150,14 +186,14 @@ class DaemonService:
 
     async def transcribe(self, job: Job) -> Transcript:
         """Does the job; cancelling the task cancels the work, and ends when the audio is no longer read."""
-        self._admit()
+        place = self._state.backlog.enter(self._state.loaded.config.limits.requests)
         try:
-            transcript = await self._transcribe(job)
+            transcript = await self._transcribe(job, place)
         except BaseException:
             self._state.requests_failed += 1
             raise
         finally:
-            self._state.requests_active -= 1
+            place.leave()
         self._state.requests_done += 1
         self._state.audio_s += transcript.duration_s
         return transcript
@@ -185,7 +221,8 @@ class DaemonService:
             "problems": list(state.problems),
             "models": [self._model_status(card) for card in self.models()],
             "requests": {
-                "active": state.requests_active,
+                "active": state.backlog.n_requests,
+                "waiting_audio_s": round(state.backlog.audio_s, 1),
                 "done": state.requests_done,
                 "failed": state.requests_failed,
                 "audio_s": round(state.audio_s, 1),
@@ -196,10 +233,12 @@ class DaemonService:
         common: dict[str, object] = {"name": card.id, "source": card.source, "revision": card.revision}
         model = self._registry.served.models.get(card.id)
         if model is None:
-            return common | {"loaded": False}
-        info, load = model.batcher.info, model.batcher.load
+            return common | {"loaded": False, "failure": None}
+        info, load, failure = model.batcher.info, model.batcher.load, model.batcher.failure
         return common | {
-            "loaded": True,
+            "loaded": failure is None,
+            "failure": str(failure) if failure else None,
+            "memory_bytes": model.memory_bytes,
             "engine": info.engine,
             "device": info.device,
             "compute_type": info.compute_type,
@@ -208,29 +247,25 @@ class DaemonService:
             "windows_running": load.running,
         }
 
-    def _admit(self) -> None:
-        limit = self._state.loaded.config.limits.requests
-        if self._state.requests_active >= limit:
-            raise QueueFull(
-                f"{limit} requests are being served, which is the limit (requests in [limits]); try again later",
-                retry_after_s=RETRY_AFTER_S,
-            )
-        self._state.requests_active += 1
-
-    async def _transcribe(self, job: Job) -> Transcript:
+    async def _transcribe(self, job: Job, place: Place) -> Transcript:
         name = self._registry.served.resolve(job.model)
-        if name not in self._registry.served.models:
+        found = self._registry.served.models.get(name)
+        if found is None or found.batcher.failure is not None:
             await self._load_one(name)
         config = self._state.loaded.config
         with self._registry.lease(name) as model:
+            hearer = _Hearer(job, place, config.limits.queue_audio_s, self._metrics, name)
             transcription = Transcription(
                 model,
                 job.options,
-                cut_options(config, job.vad_filter),
-                listener=Listener(on_segment=job.on_segment, on_progress=job.on_progress),
+                cut_options(config, job.chunking),
+                listener=hearer.listener(),
                 max_audio_s=config.limits.audio_s,
+                bulk=job.bulk,
             )
-            return await self._in_thread(transcription, job)
+            transcript = await self._in_thread(transcription, job)
+        self._metrics.transcribed(name, transcript, hearer.wall_s)
+        return transcript
 
     async def _in_thread(self, transcription: Transcription, job: Job) -> Transcript:
         """Runs it beside the event loop; a cancelled task waits until the thread has let go of the file."""
@@ -244,3 +279,38 @@ class DaemonService:
             if not running.cancelled():
                 running.exception()  # looked at, so that asyncio does not report it: the client is gone
             raise
+
+
+class _Hearer:
+    """Tells the client of a job, the backlog and the metrics; on the job's thread."""
+
+    def __init__(self, job: Job, place: Place, queue_audio_s: float, metrics: Metrics, model: str) -> None:
+        self._job = job
+        self._place = place
+        self._queue_audio_s = queue_audio_s
+        self._metrics = metrics
+        self._model = model
+        self._started_s = time.monotonic()
+        self._silent = True
+
+    @property
+    def wall_s(self) -> float:
+        """Time since the upload was complete."""
+        return time.monotonic() - self._started_s
+
+    def listener(self) -> Listener:
+        """What the pipeline calls."""
+        return Listener(on_length=self._length, on_segment=self._segment, on_progress=self._progress)
+
+    def _length(self, total_s: float) -> None:
+        self._place.announce(total_s, self._queue_audio_s)
+
+    def _segment(self, segment: Segment) -> None:
+        if self._silent:
+            self._silent = False
+            self._metrics.first_segment(self._model, self.wall_s)
+        self._job.on_segment(segment)
+
+    def _progress(self, done_s: float, total_s: float | None) -> None:
+        self._place.progress(done_s)
+        self._job.on_progress(done_s, total_s)

@@ -7,10 +7,11 @@ from pathlib import Path
 from types import MappingProxyType
 
 from whisperd import config as declared
-from whisperd.api import ApiSettings
+from whisperd.api import ApiSettings, Chunking
 from whisperd.config import Config, ModelTable
 from whisperd.decoding import Options
 from whisperd.engine import EngineSettings
+from whisperd.errors import ConfigError, Problem
 from whisperd.reconcile import Settings as StoreSettings
 from whisperd.segmentation import CutOptions
 from whisperd.server import ServerSettings
@@ -82,14 +83,14 @@ def decode_options(config: Config) -> Options:
     )
 
 
-def cut_options(config: Config, vad_filter: bool | None) -> CutOptions:
-    """How audio is cut; a request may switch the filter."""
+def cut_options(config: Config, chunking: Chunking) -> CutOptions:
+    """How audio is cut; a request may say otherwise."""
     vad = config.vad
     return CutOptions(
-        skip_silence=vad.filter if vad_filter is None else vad_filter,
-        threshold=vad.threshold,
-        min_silence_ms=vad.min_silence_ms,
-        speech_pad_ms=vad.speech_pad_ms,
+        skip_silence=vad.filter if chunking.vad_filter is None else chunking.vad_filter,
+        threshold=vad.threshold if chunking.threshold is None else chunking.threshold,
+        min_silence_ms=vad.min_silence_ms if chunking.silence_ms is None else chunking.silence_ms,
+        speech_pad_ms=vad.speech_pad_ms if chunking.padding_ms is None else chunking.padding_ms,
     )
 
 
@@ -99,7 +100,23 @@ def api_settings(config: Config, environ: Mapping[str, str]) -> ApiSettings:
         spool_dir=declared.spool_dir(config, environ),
         upload_bytes=config.limits.upload_bytes,
         spool_bytes=config.limits.spool_bytes,
+        tcp_hosts=config.server.tcp_hosts,
+        tcp_key=_tcp_key(config.server.tcp_key_file),
     )
+
+
+def _tcp_key(path: str | None) -> str | None:
+    if path is None:
+        return None
+    try:
+        key = Path(path).expanduser().read_text(encoding="utf-8").strip()
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            Problem(where="", key="server.tcp_key_file", message=f"cannot read {path}: {error}")
+        ) from error
+    if not key:
+        raise ConfigError(Problem(where="", key="server.tcp_key_file", message=f"{path} is empty"))
+    return key
 
 
 def server_settings(config: Config) -> ServerSettings:

@@ -114,10 +114,10 @@ def serving_text(served: Served) -> str:
 def queue_text(state: State, served: Served) -> str:
     """Requests and windows that wait or run."""
     done = f"{state.requests_done} done"
-    if not state.requests_active:
+    if not state.backlog.n_requests:
         return f"idle, {done}"
     waiting = sum(model.batcher.load.waiting for model in served.models.values())
-    return f"{state.requests_active} running, {waiting} windows wait, {done}"
+    return f"{state.backlog.n_requests} running, {waiting} windows wait, {done}"
 
 
 def _news(state: State) -> Iterator[str]:

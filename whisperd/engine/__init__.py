@@ -10,6 +10,7 @@ from typing import Literal
 from whisperd.convert import converted, is_ctranslate2, is_huggingface
 from whisperd.engine.base import Engine
 from whisperd.errors import EngineError, SourceError
+from whisperd.meter import ModelMeter
 from whisperd.tokens import Vocabulary
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -41,7 +42,13 @@ class EngineSettings:
         return self.workers or max(min(2, n_cores), n_cores // threads), threads
 
 
-def open_engine(snapshot: Path, vocabulary: Vocabulary, settings: EngineSettings, work_dir: Path) -> Engine:
+def open_engine(
+    snapshot: Path,
+    vocabulary: Vocabulary,
+    settings: EngineSettings,
+    work_dir: Path,
+    meter: ModelMeter | None = None,
+) -> Engine:
     """Loads a snapshot in either format; ``work_dir`` keeps conversions. Raises SourceError or EngineError."""
     from whisperd.engine.ct2 import Ct2Engine
 
@@ -56,6 +63,7 @@ def open_engine(snapshot: Path, vocabulary: Vocabulary, settings: EngineSettings
         batch_size=settings.batch_size,
         workers=workers,
         threads_per_worker=threads,
+        meter=meter,
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,9 @@ from whisperd.transcript import SAMPLE_RATE_HZ, Task
 WINDOW_S = 30
 WINDOW_SAMPLES = WINDOW_S * SAMPLE_RATE_HZ
 STEP_S = 0.05  # new windows wait no longer than this to be looked at
+# Whose window it is: that of a short request, of a long one, or of a long one that leaves room for short ones
+Lane = Literal["interactive", "bulk", "yielding"]
+
 MAX_NEW_TOKENS = 224  # half of the decoder's 448 positions, as in openai-whisper's sample_len
 
 
@@ -25,12 +28,14 @@ MAX_NEW_TOKENS = 224  # half of the decoder's 448 positions, as in openai-whispe
 class DecodeRequest:
     """How one window is to be decoded; windows with equal requests may share a batch.
 
-    ``language`` None asks a multilingual model to detect it. ``prompt_tokens`` are previous-text tokens without
-    ``<|startofprev|>``. ``temperature`` 0 is greedy (or ``beam_size`` beams), above 0 samples ``best_of`` times.
+    ``language`` None asks a multilingual model to detect it, among ``languages`` when there are any. ``prompt_tokens``
+    are previous-text tokens without ``<|startofprev|>``. ``temperature`` 0 is greedy (or ``beam_size`` beams), above 0
+    samples ``best_of`` times.
     """
 
     task: Task = "transcribe"
     language: str | None = None
+    languages: tuple[str, ...] = ()
     prompt_tokens: tuple[int, ...] = ()
     temperature: float = 0.0
     beam_size: int = 1
@@ -42,12 +47,15 @@ class DecodeRequest:
 class Window:
     """One piece of audio to decode.
 
-    ``samples``: float32 [n], mono 16 kHz, 0 < n <= WINDOW_SAMPLES; the engine pads with silence to 30 s.
+    ``samples``: float32 [n], mono 16 kHz, 0 < n <= WINDOW_SAMPLES; the engine pads with silence to 30 s. An engine
+    whose batches run to their end decodes interactive windows first and apart, and keeps a worker free for them
+    beside yielding ones.
     """
 
     id: int
     samples: NDArray[np.float32]
     request: DecodeRequest
+    lane: Lane = "interactive"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +74,8 @@ class Hypothesis:
 
     ``tokens``: sampled ids with timestamp tokens, without the prefix and the end token. ``avg_logprob``: sum of the
     tokens' natural log probabilities over ``len(tokens) + 1``, as in openai-whisper. ``alignment``: one entry per
-    text token (id below the end token), in order, when word times were asked for.
+    text token (id below the end token), in order, when word times were asked for. ``halvings``: how often its batch
+    was halved because the memory was not enough.
     """
 
     window_id: int
@@ -77,6 +86,7 @@ class Hypothesis:
     no_speech_prob: float
     temperature: float
     alignment: tuple[TokenTime, ...] | None = None
+    halvings: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

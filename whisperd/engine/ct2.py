@@ -1,12 +1,14 @@
 """Whisper on CTranslate2. A batch runs to its end in one call; several workers keep all cores busy.
 
 Workers pull: whoever is free takes the windows that wait and may share a batch, so that a window never waits for a
-batch to fill, and batches grow by themselves under load.
+batch to fill, and batches grow by themselves under load. Interactive windows are taken first and share batches with
+their like only; beside windows that yield to them, one worker stays free.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,8 +28,10 @@ from whisperd.engine.base import (
     Window,
     WindowFailure,
 )
+from whisperd.engine.halving import BatchLimit
 from whisperd.errors import EngineError, OutOfMemory, SourceError
 from whisperd.features import HOP_SAMPLES, LogMel
+from whisperd.meter import ModelMeter
 from whisperd.tokens import Vocabulary
 
 if TYPE_CHECKING:
@@ -37,6 +41,7 @@ DECODER_POSITIONS = 448  # CTranslate2 stops a text at half of it, as openai-whi
 ENCODER_STATES_PER_S = 50
 MEDIAN_FILTER_WIDTH = 7  # openai-whisper's timing.py
 CLOSE_TIMEOUT_S = 30.0
+EXHAUSTED = ("out of memory", "bad_alloc", "bad alloc", "alloc_failed", "allocation failed", "cannot allocate memory")
 
 
 class Ct2Engine:
@@ -47,14 +52,23 @@ class Ct2Engine:
         vocabulary: the model's tokens.
         batch_size: windows that one worker decodes together.
         workers: batches in flight at the same time.
+        meter: told of each batch.
     """
 
     def __init__(
-        self, model: ctranslate2.models.Whisper, vocabulary: Vocabulary, *, batch_size: int, workers: int
+        self,
+        model: ctranslate2.models.Whisper,
+        vocabulary: Vocabulary,
+        *,
+        batch_size: int,
+        workers: int,
+        meter: ModelMeter | None = None,
     ) -> None:
         self._decode = _Decoder(model, vocabulary)
         self._model = model
-        self._batch_size = batch_size
+        self._meter = meter or ModelMeter()
+        self._limit = BatchLimit(batch_size, self._meter)
+        self._n_workers = workers
         self._waiting: list[Window] = []
         self._inside: set[int] = set()
         self._idle_workers = 0
@@ -85,8 +99,14 @@ class Ct2Engine:
         batch_size: int,
         workers: int,
         threads_per_worker: int,
+        meter: ModelMeter | None = None,
     ) -> Ct2Engine:
-        """Opens a CTranslate2 directory on the CPU; raises SourceError when it is damaged or no Whisper."""
+        """Opens a CTranslate2 directory on the CPU.
+
+        Raises:
+            OutOfMemory: there is no room for it.
+            SourceError: it is damaged or no Whisper.
+        """
         import ctranslate2
 
         try:
@@ -97,9 +117,11 @@ class Ct2Engine:
                 inter_threads=workers,
                 intra_threads=threads_per_worker,
             )
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, MemoryError) as error:
+            if _is_exhaustion(error):
+                raise OutOfMemory(f"no memory for the model in {path}: {error}") from error
             raise SourceError(f"the model in {path} cannot be loaded: {error}") from error
-        return cls(model, vocabulary, batch_size=batch_size, workers=workers)
+        return cls(model, vocabulary, batch_size=batch_size, workers=workers, meter=meter)
 
     @property
     def info(self) -> EngineInfo:
@@ -157,27 +179,42 @@ class Ct2Engine:
         """Waits for windows; an empty batch means that the engine closes."""
         with self._changed:
             self._idle_workers += 1
-            self._changed.wait_for(lambda: self._closing or self._waiting)
+            self._changed.wait_for(lambda: self._closing or self._open())
             batch = [] if self._closing else self._take()
             self._idle_workers -= 1
             return batch
 
+    def _open(self) -> list[Window]:
+        """The windows that a free worker may take: the interactive ones if there are any.
+
+        Yielding ones leave the last free worker alone.
+        """
+        interactive = [window for window in self._waiting if window.lane == "interactive"]
+        if interactive:
+            return interactive
+        if self._idle_workers > 1 or self._n_workers == 1:
+            return self._waiting
+        return [window for window in self._waiting if window.lane != "yielding"]
+
     def _take(self) -> list[Window]:
         """The first window and those that may run beside it; a fair share, so that no worker stays idle."""
-        key = _batch_key(self._waiting[0].request)
-        fitting = [window for window in self._waiting if _batch_key(window.request) == key]
-        share = min(self._batch_size, -(-len(fitting) // self._idle_workers))
-        taken = fitting[:share]
+        open_now = self._open()
+        key = _batch_key(open_now[0].request)
+        fitting = [window for window in open_now if _batch_key(window.request) == key]
+        takers = self._idle_workers - (fitting[0].lane == "yielding" and self._n_workers > 1)
+        taken = fitting[: min(self._limit.now, -(-len(fitting) // takers))]
         ids = {window.id for window in taken}
         self._waiting = [window for window in self._waiting if window.id not in ids]
         return taken
 
     def _outcomes(self, batch: list[Window]) -> Sequence[Outcome]:
+        started_s = time.monotonic()
         try:
-            return self._decode(batch)
-        except (RuntimeError, ValueError, MemoryError) as error:
-            failure = _translated(error)
-            return [WindowFailure(window_id=window.id, error=failure) for window in batch]
+            outcomes = self._limit.decoded(batch, self._decode)
+        except EngineError as error:
+            return [WindowFailure(window_id=window.id, error=error) for window in batch]
+        self._meter.batch(len(batch), time.monotonic() - started_s)
+        return outcomes
 
 
 class _Decoder:
@@ -190,6 +227,13 @@ class _Decoder:
         self._language_of = {f"<|{code}|>": code for code in vocabulary.languages}
 
     def __call__(self, batch: Sequence[Window]) -> list[Hypothesis]:
+        """Raises OutOfMemory or EngineError."""
+        try:
+            return self._decoded(batch)
+        except (RuntimeError, ValueError, MemoryError) as error:
+            raise _translated(error) from error
+
+    def _decoded(self, batch: Sequence[Window]) -> list[Hypothesis]:
         import ctranslate2
 
         features = np.stack([self._log_mel(window.samples) for window in batch])
@@ -215,13 +259,18 @@ class _Decoder:
             return [(language, 1.0) for language in asked if language is not None]
         detected = self._model.detect_language(encoded)
         return [
-            (language, 1.0) if language is not None else self._most_probable(ranking)
-            for language, ranking in zip(asked, detected, strict=True)
+            (window.request.language, 1.0)
+            if window.request.language is not None
+            else self._most_probable(ranking, window.request.languages)
+            for window, ranking in zip(batch, detected, strict=True)
         ]
 
-    def _most_probable(self, ranking: Sequence[tuple[str, float]]) -> tuple[str, float]:
+    def _most_probable(self, ranking: Sequence[tuple[str, float]], among: Sequence[str]) -> tuple[str, float]:
         known = ((self._language_of.get(token), probability) for token, probability in ranking)
-        return next(((code, probability) for code, probability in known if code is not None), ("en", 0.0))
+        return next(
+            ((code, probability) for code, probability in known if code is not None and (not among or code in among)),
+            ("en", 0.0),
+        )
 
     def _with_alignments(
         self, batch: Sequence[Window], found: list[Hypothesis], encoded: ctranslate2.StorageView
@@ -301,6 +350,10 @@ def _token_times(tokens: Sequence[int], result: Any) -> tuple[TokenTime, ...]:
 
 
 def _translated(error: Exception) -> EngineError:
-    exhausted = isinstance(error, MemoryError) or "out of memory" in str(error).lower()
     message = f"CTranslate2 failed: {error or type(error).__name__}"
-    return OutOfMemory(message) if exhausted else EngineError(message)
+    return OutOfMemory(message) if _is_exhaustion(error) else EngineError(message)
+
+
+def _is_exhaustion(error: Exception) -> bool:
+    """CTranslate2 says it with std::bad_alloc, which arrives as MemoryError, or in the words of a device's library."""
+    return isinstance(error, MemoryError) or any(words in str(error).lower() for words in EXHAUSTED)

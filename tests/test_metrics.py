@@ -1,0 +1,158 @@
+"""What Prometheus reads, and what is made of it: exposition, alert rules, dashboard."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.service_fake import TRANSCRIPT
+from whisperd.metrics import Figures, Metrics, ModelFigures
+
+PACKAGING = Path(__file__).parent.parent / "packaging"
+PROMTOOL = shutil.which("promtool")
+needs_promtool = pytest.mark.skipif(PROMTOOL is None, reason="promtool is not installed (Debian: prometheus)")
+FIGURES = Figures(
+    ready=True,
+    draining=False,
+    requests=2,
+    queue_audio_s=90.5,
+    spool_bytes=1000,
+    spool_files=1,
+    models=(
+        ModelFigures(name="a/b", device="cpu", compute_type="int8", loaded=True, waiting=3, running=4),
+        ModelFigures(name="c"),
+    ),
+)
+
+
+@pytest.fixture
+def metrics() -> Metrics:
+    """Metrics after a bit of everything."""
+    metrics = Metrics()
+    model = metrics.model("a/b")
+    model.waited(0.02)
+    model.batch(4, 1.5)
+    model.batch(1, 0.5)
+    model.fallback("compression_ratio")
+    model.halved("decode")
+    model.engine_died()
+    metrics.answered("/v1/audio/transcriptions", "POST", 200, 2.0)
+    metrics.rejected("queue_full")
+    metrics.rejected("cancelled")
+    metrics.first_segment("a/b", 0.4)
+    metrics.transcribed("a/b", TRANSCRIPT, 0.5)
+    metrics.loaded("a/b", 1.5, again=True)
+    metrics.reloaded(ok=False)
+    return metrics
+
+
+def values(metrics: Metrics) -> dict[tuple[str, ...], float]:
+    """Every sample by its name and the values of its labels, sorted."""
+    text = metrics.render("", FIGURES)[0].decode()
+    families = text_string_to_metric_families(text)
+    return {
+        (sample.name, *sorted(sample.labels.values())): sample.value for family in families for sample in family.samples
+    }
+
+
+def test_everything_is_counted(metrics: Metrics) -> None:
+    """Each event is where a dashboard looks for it."""
+    found = values(metrics)
+    expected = {
+        ("whisperd_http_requests_total", "/v1/audio/transcriptions", "POST", "200"): 1,
+        ("whisperd_http_request_duration_seconds_sum", "/v1/audio/transcriptions"): 2.0,
+        ("whisperd_requests_rejected_total", "queue_full"): 1,
+        ("whisperd_requests_rejected_total", "draining"): 0,
+        ("whisperd_requests_cancelled_total",): 1,
+        ("whisperd_batch_size_bucket", "a/b", "1.0"): 1,
+        ("whisperd_batch_size_bucket", "a/b", "4.0"): 2,
+        ("whisperd_batch_size_sum", "a/b"): 5,
+        ("whisperd_batch_duration_seconds_sum", "a/b"): 2.0,
+        ("whisperd_queue_wait_seconds_count", "a/b"): 1,
+        ("whisperd_fallback_total", "a/b", "compression_ratio"): 1,
+        ("whisperd_fallback_total", "a/b", "avg_logprob"): 0,
+        ("whisperd_oom_total", "a/b", "decode"): 1,
+        ("whisperd_engine_failures_total", "a/b"): 1,
+        ("whisperd_engine_restarts_total", "a/b"): 1,
+        ("whisperd_audio_seconds_total", "a/b", "transcribe"): 4.5,
+        ("whisperd_segments_total", "a/b"): 2,
+        ("whisperd_windows_total", "a/b", "decoded"): 1,
+        ("whisperd_realtime_factor_bucket", "a/b", "10.0"): 1,
+        ("whisperd_realtime_factor_bucket", "a/b", "5.0"): 0,
+        ("whisperd_ready",): 1,
+        ("whisperd_queue_audio_seconds",): 90.5,
+        ("whisperd_windows_waiting", "a/b"): 3,
+        ("whisperd_model_loaded", "a/b", "cpu", "int8"): 1,
+        ("whisperd_config_last_reload_successful",): 0,
+        ("whisperd_config_reloads_total", "failed"): 1,
+    }
+    assert {key: found.get((key[0], *sorted(key[1:]))) for key in expected} == expected
+    assert found["process_resident_memory_bytes",] > 1e6
+
+
+def test_models_that_went_away_are_gone(metrics: Metrics) -> None:
+    """The gauges show what is declared now."""
+    values(metrics)
+    text = metrics.render("", Figures(ready=True, draining=False, requests=0, queue_audio_s=0, spool_bytes=0,
+                                      spool_files=0))[0].decode()  # fmt: skip
+    assert "whisperd_windows_waiting{" not in text
+    assert "whisperd_model_loaded{" not in text
+
+
+def test_openmetrics(metrics: Metrics) -> None:
+    """A scraper that asks for OpenMetrics gets it, whole and parsable."""
+    body, content_type = metrics.render("application/openmetrics-text; version=1.0.0", FIGURES)
+    assert content_type.startswith("application/openmetrics-text")
+    assert body.endswith(b"# EOF\n")
+    families = parse_openmetrics(body.decode())  # type: ignore[no-untyped-call]
+    assert {family.name for family in families} >= {"whisperd_ready", "whisperd_windows"}
+
+
+def test_packaging_asks_for_what_there_is(metrics: Metrics) -> None:
+    """Every metric that the dashboard, the rules and their tests name is exposed."""
+    exposed = {name for name, *_ in values(metrics)} | {"up"}
+    for path in ("grafana/whisperd.json", "prometheus/whisperd.rules.yml", "prometheus/whisperd.test.yml"):
+        text = (PACKAGING / path).read_text()
+        named = set(re.findall(r"\b(?:whisperd|process)_[a-z_]+(?=[\[{) \\=\"]|$)", text))
+        assert len(named) > 1
+        assert named - exposed == set()
+
+
+def test_dashboard() -> None:
+    """Panels have queries and do not lie on each other."""
+    panels = json.loads((PACKAGING / "grafana/whisperd.json").read_text())["panels"]
+    assert all(target["expr"] for panel in panels for target in panel["targets"])
+    cells = [
+        (x, y)
+        for panel in panels
+        for x in range(panel["gridPos"]["x"], panel["gridPos"]["x"] + panel["gridPos"]["w"])
+        for y in range(panel["gridPos"]["y"], panel["gridPos"]["y"] + panel["gridPos"]["h"])
+    ]
+    assert len(cells) == len(set(cells))
+    assert max(x for x, _ in cells) < 24
+
+
+def promtool(arguments: Sequence[str], stdin: bytes = b"") -> None:
+    done = subprocess.run([PROMTOOL or "", *arguments], input=stdin, capture_output=True, check=False, timeout=60)
+    assert done.returncode == 0, (done.stdout + done.stderr).decode()
+
+
+@needs_promtool
+def test_promtool_likes_the_exposition(metrics: Metrics) -> None:
+    """Names, types and help texts are as Prometheus wants them."""
+    promtool(["check", "metrics"], metrics.render("", FIGURES)[0])
+
+
+@needs_promtool
+def test_promtool_likes_the_rules() -> None:
+    """The rules are valid, and alerts fire when they should."""
+    promtool(["check", "config", str(PACKAGING / "prometheus/prometheus.yml")])
+    promtool(["test", "rules", str(PACKAGING / "prometheus/whisperd.test.yml")])

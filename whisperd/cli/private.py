@@ -1,0 +1,72 @@
+"""A daemon of one's own: another process and the same program as in production, for as long as a command needs it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from whisperd.errors import Error
+
+STOP_TIMEOUT_S = 60.0
+POLL_S = 0.2
+MESSAGE_BYTES = 8192
+NOT_INHERITED = ("LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "WATCHDOG_USEC", "WATCHDOG_PID")
+
+
+@contextmanager
+def private_daemon(directory: Path, arguments: Sequence[str], on_status: Callable[[str], None]) -> Iterator[Path]:
+    """A ready daemon; stopped with SIGTERM, as systemd does it. Yields its socket, which is in ``directory``.
+
+    Args:
+        directory: empty, and removed by the caller.
+        arguments: of ``whisperd serve``.
+        on_status: hears what the daemon says about itself until it is ready.
+    """
+    socket_path, notify_path = directory / "whisperd.sock", directory / "notify.sock"
+    own = ["-o", f"server.socket='{socket_path}'", "-o", 'server.tcp=""', "-o", 'log_level="warning"']
+    environ = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+        notify.bind(str(notify_path))
+        process = subprocess.Popen(
+            [sys.executable, "-m", "whisperd", "serve", *arguments, *own],
+            env={**environ, "NOTIFY_SOCKET": str(notify_path)},
+        )
+        try:
+            _wait_until_ready(notify, process, on_status)
+            yield socket_path
+        finally:
+            process.send_signal(signal.SIGTERM)
+            code = process.wait(STOP_TIMEOUT_S)
+    if code:
+        raise Error(f"the daemon ended with exit code {code}")
+
+
+def _wait_until_ready(
+    notify: socket.socket, process: subprocess.Popen[bytes], on_status: Callable[[str], None]
+) -> None:
+    """Listens as systemd would. There is no deadline: a first start may fetch a model, and says so."""
+    notify.settimeout(POLL_S)
+    while process.poll() is None:
+        try:
+            message = notify.recv(MESSAGE_BYTES).decode()
+        except TimeoutError:
+            continue
+        if message.startswith("STATUS="):
+            on_status(message.removeprefix("STATUS="))
+        if message == "READY=1":
+            return
+    raise NotStarted(process.returncode)
+
+
+class NotStarted(Error):
+    """The daemon ended before it was ready; it has said why on stderr."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__("the daemon did not start")
+        self.remote_exit_code = code if code > 0 else 1
