@@ -82,12 +82,16 @@ def test_a_failing_window_fails_alone(opened: Opener, vocabulary: Vocabulary) ->
 def test_a_dead_engine(opened: Opener) -> None:
     """When the engine itself breaks, all that wait get an error, and so do those who come later."""
 
+    queued = threading.Event()
+
     def script(_: Window) -> Hypothesis:
+        assert queued.wait(30)
         raise MemoryError("the device is gone")
 
     engine, batcher = opened(script, slots=1)
     ticket = batcher.ticket()
     submit(ticket, 3)
+    queued.set()
     outcomes = [ticket.collect() for _ in range(3)]
     assert all(isinstance(outcome, WindowFailure) for outcome in outcomes)
     with pytest.raises(EngineError, match="the device is gone"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from whisperd.api.params import FIELDS, Field
+from whisperd.api.store import OrderBody
 from whisperd.version import VERSION
 
 Json = dict[str, Any]
@@ -38,6 +39,7 @@ def description() -> Json:
             "/v1/whisperd/reload": {
                 "post": _operation("Reload", "Reads the configuration again.", "What changed.", "403", "500")
             },
+            "/v1/whisperd/reconcile": {"post": _reconcile()},
             "/openapi.json": {"get": _get("OpenApi", "This document.")},
             "/metrics": {"get": _text("Metrics", "Figures for Prometheus.")},
             "/livez": {"get": _get("Live", "200 while the daemon answers.")},
@@ -62,6 +64,13 @@ def _audio(name: str, summary: str) -> Json:
         "text/vtt": {"schema": {"type": "string"}},
         "text/event-stream": {"schema": {"type": "string"}},
     }
+    return operation
+
+
+def _reconcile() -> Json:
+    operation = _operation("Reconcile", "Brings the cache into the declared state.", "Events.", "400", "403", "500")
+    operation["requestBody"] = {"content": {"application/json": {"schema": OrderBody.model_json_schema()}}}
+    operation["responses"]["200"]["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
     return operation
 
 
