@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import grp
 import io
 import os
 import socket
@@ -218,14 +219,16 @@ def test_no_daemon(tmp_path: Path) -> None:
 
 
 def test_no_permission(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A socket of another group says which group to look for."""
+    """A socket of another group says which group to join."""
     path = tmp_path / "whisperd.sock"
+    path.touch()
+    group = grp.getgrgid(path.stat().st_gid).gr_name
 
     def refuse(_self: object, _address: object) -> None:
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("socket.socket.connect", refuse)
-    with pytest.raises(SocketPermissionError, match="its group may") as caught:
+    with pytest.raises(SocketPermissionError, match=f"permission denied.*join the group {group} ") as caught:
         Client(path).status()
     assert caught.value.exit_code == 77
 

@@ -159,3 +159,15 @@ def test_the_watchdog_is_ours_or_nobodys(
     """Pings are due at half the limit, and only where the limit is meant for this process."""
     with closing(Notifier(environ | {"NOTIFY_SOCKET": systemd.getsockname()})) as notifier:
         assert notifier.watchdog_s == expected_s
+
+
+def test_a_manager_that_does_not_read_holds_nobody_up(
+    systemd: socket.socket, notifier: Notifier, caplog: pytest.LogCaptureFixture
+) -> None:
+    """When the socket is full, a message is given up after a moment, with one warning."""
+    full = 0
+    while not caplog.records and full < 5000:
+        notifier.watchdog()
+        full += 1
+    assert "timed out" in caplog.text
+    assert len(received(systemd)) == full - 1

@@ -29,7 +29,7 @@ def systemd(tmp_path: Path) -> Iterator[socket.socket]:
 
 @pytest.fixture
 def state(tmp_path: Path) -> State:
-    return State(cache_dir=str(tmp_path), loaded=load(Path("/dev/null"), environ={}, cwd=tmp_path))
+    return State(loaded=load(Path("/dev/null"), environ={}, cwd=tmp_path), cache_dir=str(tmp_path))
 
 
 def received(listener: socket.socket) -> list[str]:
@@ -46,36 +46,42 @@ def fetched(done_bytes: int, name: str = "org/a") -> Progress:
     return Progress(name=name, model=amount, run=amount)
 
 
+HALF = ["STATUS=downloading org/a: 50 % of 2.0 MB", "EXTEND_TIMEOUT_USEC=150000000"]
+
+
 @pytest.mark.parametrize(
     ("told", "expected"),
     [
-        ([fetched(500_000)], ["STATUS=downloading org/a: 25 % of 2.0 MB", "EXTEND_TIMEOUT_USEC=50000000"]),
-        ([fetched(0)], []),
-        ([fetched(0), fetched(0)], []),
-        (
-            [fetched(0), fetched(1_000_000)],
-            ["STATUS=downloading org/a: 50 % of 2.0 MB", "EXTEND_TIMEOUT_USEC=50000000"],
-        ),
+        ([0], []),
+        ([500_000], []),  # an earlier run has left it
+        ([500_000, 500_000], []),
+        ([500_000, 1_000_000], HALF),
+        ([1_000_000, 1_100_000, 1_000_000], ["STATUS=downloading org/a: 55 % of 2.0 MB", HALF[1]]),  # within a second
     ],
 )
 def test_more_time_only_while_bytes_arrive(
-    systemd: socket.socket, state: State, told: list[Progress], expected: list[str]
+    systemd: socket.socket, state: State, told: list[int], expected: list[str]
 ) -> None:
     """A download that moves extends the time to start by two stalls and a margin; one that does not is silent."""
     with closing(Notifier({"NOTIFY_SOCKET": systemd.getsockname()})) as notifier:
         supervision = Supervision(notifier, state, Registry(), engine_stall_s=300)
-        for progress in told:
-            supervision.fetched(progress, stall_timeout_s=10)
-    assert received(systemd) == expected
+        supervision.tell()
+        for done_bytes in told:
+            supervision.fetched(fetched(done_bytes))
+    assert received(systemd) == ["STATUS=starting", *expected]
 
 
 def test_every_download_is_on_the_line(systemd: socket.socket, state: State) -> None:
     """Downloads that go on beside each other are told together, and forgotten together."""
     with closing(Notifier({"NOTIFY_SOCKET": systemd.getsockname()})) as notifier:
         supervision = Supervision(notifier, state, Registry(), engine_stall_s=300)
-        supervision.fetched(fetched(0, "org/b"), stall_timeout_s=10)
-        supervision.fetched(fetched(500_000), stall_timeout_s=10)
-        assert received(systemd)[0] == "STATUS=downloading org/b: 0 % of 2.0 MB; org/a: 25 % of 2.0 MB"
+        supervision.fetched(fetched(0, "org/b"))
+        supervision.fetched(fetched(0))
+        supervision.fetched(fetched(500_000))
+        assert received(systemd)[0] == "STATUS=downloading org/b: 0 % of 2.0 MB, org/a: 25 % of 2.0 MB"
+        supervision.fetching_ended()
+        supervision.tell()
+        assert received(systemd)[-1] == "STATUS=starting"
 
 
 def test_the_line(state: State, tiny: LoadedModel) -> None:
@@ -88,9 +94,11 @@ def test_the_line(state: State, tiny: LoadedModel) -> None:
     state.requests_done = 7
     assert status_line(state, served) == "serving tiny (cpu, int8_float32); 2 running, 0 windows wait, 7 done"
     state.become("reloading")
-    state.note = "downloading org/a: 3 % of 9 MB"
+    state.downloads = "downloading org/a: 3 % of 9 MB"
     assert status_line(state, served).startswith("reloading: downloading org/a: 3 % of 9 MB; serving tiny (cpu, ")
     state.become("ready")
+    assert status_line(state, served).startswith("downloading org/a: 3 % of 9 MB; serving tiny (cpu, ")
+    state.downloads = ""
     state.last_reload = {"ok": False, "error": "x" * 1000}
     line = status_line(state, served)
     assert line.startswith("last reload failed: xxx")

@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 
 STATUS_CHARS = 256
 USEC_PER_S = 1_000_000
+SEND_TIMEOUT_S = 1.0  # a service manager that does not read must not hold the daemon up
 
 
 class Notifier:
@@ -85,10 +86,14 @@ class Notifier:
 
         os.environ["NOTIFY_SOCKET"] = address  # sdnotify reads it there and nowhere else
         try:
-            return sdnotify.SystemdNotifier(debug=True)  # without debug it swallows every error, KeyboardInterrupt too
+            # without debug it swallows every error, KeyboardInterrupt too
+            channel = sdnotify.SystemdNotifier(debug=True)
+            channel.socket.settimeout(SEND_TIMEOUT_S)
         except OSError as error:
             self._log_failure(error)
             return None
+        else:
+            return channel
         finally:
             del os.environ["NOTIFY_SOCKET"]
 

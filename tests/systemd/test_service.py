@@ -215,7 +215,7 @@ def test_a_download_longer_than_the_time_to_start(service: Service, clips: dict[
     service.drop_in("TimeoutStartSec=3s")
     service.configure(service.hub_start(faults=[{"match": "GET /cdn/", "pace_s": 0.008}]))
     service.systemctl("--no-block", "start")
-    service.machine.until(lambda: " % of 78 MB" in service.status_text, "the progress is shown")
+    service.machine.until(lambda: " % of 78.1 MB" in service.status_text, "the progress is shown")
     assert service.status_text.startswith("downloading org/tiny: ")
     with pytest.raises(RemoteError, match="downloading org/tiny: ") as caught:
         service.transcribe(clips["monkeys"])

@@ -7,8 +7,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from whisperd.errors import Error
@@ -39,6 +40,7 @@ def private_daemon(directory: Path, arguments: Sequence[str], on_status: Callabl
         )
         try:
             _wait_until_ready(notify, process, on_status)
+            threading.Thread(target=_ignore, args=(notify,), daemon=True).start()
             yield socket_path
         finally:
             process.send_signal(signal.SIGTERM)
@@ -62,6 +64,13 @@ def _wait_until_ready(
         if message == "READY=1":
             return
     raise NotStarted(process.returncode)
+
+
+def _ignore(notify: socket.socket) -> None:
+    """Reads what the daemon goes on to say, since a full socket would make it wait."""
+    while notify.fileno() >= 0:
+        with suppress(OSError):
+            notify.recv(MESSAGE_BYTES)
 
 
 class NotStarted(Error):

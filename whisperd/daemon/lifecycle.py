@@ -21,7 +21,7 @@ from whisperd.daemon.models import Loader
 from whisperd.daemon.orders import carry_out, report_members
 from whisperd.daemon.registry import Registry
 from whisperd.daemon.service import DaemonService, State
-from whisperd.daemon.supervision import Supervision, serving_text
+from whisperd.daemon.supervision import Supervision
 from whisperd.errors import CacheBusy, Draining, Error
 from whisperd.metrics import Metrics
 from whisperd.notify import Notifier
@@ -133,7 +133,7 @@ class Daemon:
             await self._switch(config, snapshots)
         await self._catch_up()
         self._state.become("ready")
-        self._supervision.serving()
+        self._supervision.ready()
         log.info("ready: %s", self._state.note)
 
     async def _catch_up(self) -> None:
@@ -168,11 +168,16 @@ class Daemon:
             raise CacheBusy(f"the daemon itself works on the cache: {self._state.note}; try again when it is done")
         async with self._at_the_cache:
             config = self._state.loaded.config
-            report = await carry_out(order, config, self._environ, tell)
+            try:
+                report = await carry_out(order, config, self._environ, tell, self._supervision.fetched)
+            finally:
+                self._supervision.fetching_ended()
             moved = {name: path for name, path in report.snapshots.items() if self._paths.get(name) not in (None, path)}
             if moved and not order.check:
-                await self._switch(config, {**self._paths, **moved})
-                self._supervision.note(serving_text(self._registry.served))
+                try:
+                    await self._switch(config, {**self._paths, **moved})
+                finally:
+                    self._supervision.serving()
         return report_members(report)
 
     async def _snapshots(self, config: Config, *, all_or_nothing: bool) -> Mapping[str, Path]:
@@ -201,7 +206,7 @@ class Daemon:
 
         def on_progress(progress: Progress) -> None:
             loop.call_soon_threadsafe(self._state.wait_no_more)
-            self._supervision.fetched(progress, store.stall_timeout_s)
+            self._supervision.fetched(progress)
 
         try:
             return await asyncio.to_thread(
@@ -240,7 +245,7 @@ class Daemon:
         finally:
             self._state.last_reload = result = _reload_result(outcome, failure)
             self._state.become("ready")
-            self._supervision.serving()
+            self._supervision.ready()
         self._metrics.reloaded(ok=failure is None)
         for waiter in waiters:
             _settle(waiter, result, failure)

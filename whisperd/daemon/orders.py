@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 
 from whisperd.api import ReconcileOrder, Tell
@@ -16,7 +16,13 @@ from whisperd.reconcile import Progress, Report, reconcile
 from whisperd.sources import Wanted, parse
 
 
-async def carry_out(order: ReconcileOrder, config: Config, environ: Mapping[str, str], tell: Tell) -> Report:
+async def carry_out(
+    order: ReconcileOrder,
+    config: Config,
+    environ: Mapping[str, str],
+    tell: Tell,
+    on_progress: Callable[[Progress], None],
+) -> Report:
     """Does it in a thread; a cancelled task waits until the cache is left alone.
 
     Raises:
@@ -33,13 +39,18 @@ async def carry_out(order: ReconcileOrder, config: Config, environ: Mapping[str,
         prune=(order.prune or store.prune) and order.models is None,
     )
     cancel = threading.Event()
+
+    def fetched(progress: Progress) -> None:
+        on_progress(progress)
+        tell("whisperd.progress", _progress(progress))
+
     running = asyncio.create_task(
         asyncio.to_thread(
             reconcile,
             _wanted(order, config),
             chosen,
             on_plan=lambda plan: tell("whisperd.plan", _plan(plan)),
-            on_progress=lambda progress: tell("whisperd.progress", _progress(progress)),
+            on_progress=fetched,
             cancel=cancel,
         )
     )

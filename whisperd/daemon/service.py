@@ -34,7 +34,7 @@ THREADS_MAX = 10_000  # threads are made when needed; ``limits.requests`` is wha
 
 @dataclass(slots=True, kw_only=True)
 class State:
-    """What the daemon is doing, for everybody who asks. Changed on the event loop only, ``note`` apart.
+    """What the daemon is doing, for everybody who asks. Changed on the event loop only, ``downloads`` apart.
 
     ``failure`` is what ended the boot. ``decided`` is set when a request need not wait for the boot any more: it is
     over, or it will take long.
@@ -47,6 +47,7 @@ class State:
     failure: str | None = None
     decided: asyncio.Event = field(default_factory=asyncio.Event)
     note: str = "starting"
+    downloads: str = ""
     started_s: float = field(default_factory=time.time)
     needs_restart: tuple[str, ...] = ()
     last_reload: Mapping[str, object] | None = None
@@ -56,6 +57,11 @@ class State:
     requests_done: int = 0
     requests_failed: int = 0
     audio_s: float = 0.0
+
+    @property
+    def doing(self) -> str:
+        """What goes on at this moment, in words."""
+        return self.downloads or self.note
 
     def become(self, phase: Phase) -> None:
         """Enters a phase after the start."""
@@ -110,7 +116,7 @@ class DaemonService:
         if state.phase == "stopping":
             return Readiness(ready=False, reason="the daemon is stopping", retry_after_s=RETRY_AFTER_S, draining=True)
         if state.phase == "starting":
-            return Readiness(ready=False, reason=state.note, retry_after_s=RETRY_AFTER_S)
+            return Readiness(ready=False, reason=state.doing, retry_after_s=RETRY_AFTER_S)
         return Readiness(ready=True)
 
     async def admitted(self) -> None:
@@ -126,7 +132,7 @@ class DaemonService:
         if state.phase == "stopping":
             reason = f"the daemon could not start: {state.failure}" if state.failure else "the daemon is stopping"
             raise Draining(reason, retry_after_s=BOOT_RETRY_AFTER_S)
-        raise ModelLoading(state.note, retry_after_s=BOOT_RETRY_AFTER_S)
+        raise ModelLoading(state.doing, retry_after_s=BOOT_RETRY_AFTER_S)
 
     def models(self) -> Sequence[ModelCard]:
         """The declared models, the default one first."""
@@ -209,7 +215,7 @@ class DaemonService:
             "version": VERSION,
             "pid": os.getpid(),
             "phase": state.phase,
-            "note": state.note,
+            "note": state.doing,
             "uptime_s": round(time.time() - state.started_s, 1),
             "config": {
                 "file": str(state.loaded.path) if state.loaded.path else None,

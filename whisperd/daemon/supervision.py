@@ -52,35 +52,40 @@ class Supervision:
             self._told = line
             self._notifier.status(line)
 
-    def serving(self) -> None:
+    def ready(self) -> None:
         """READY=1, the end of a boot and of every reload."""
-        self._state.note = serving_text(self._registry.served)
         self._notifier.ready()
-        self.tell()
+        self.serving()
+
+    def serving(self) -> None:
+        """Nothing is going on but requests."""
+        self.note(serving_text(self._registry.served))
 
     def loading(self, names: Mapping[str, object]) -> None:
         """A model is read from disk; how far that is nobody can tell, so the time for it is asked for at once."""
         self.note("loading " + ", ".join(names))
         self._notifier.extend_timeout(LOAD_TIMEOUT_S)
 
-    def fetched(self, progress: Progress, stall_timeout_s: float) -> None:
+    def fetched(self, progress: Progress) -> None:
         """Called by the threads that download. More time is asked for only when bytes have arrived."""
         with self._lock:
-            before = self._downloads.get(progress.name)
+            before = self._downloads.get(progress.name, progress)  # what an earlier run has left has not arrived now
             self._downloads[progress.name] = progress
-            self._moved = self._moved or progress.model.done_bytes != (before.model.done_bytes if before else 0)
+            self._moved = self._moved or progress.model.done_bytes != before.model.done_bytes
             now_s = time.monotonic()
             if not self._moved or now_s - self._told_progress_at_s < TELL_EVERY_S:
                 return
             self._told_progress_at_s, self._moved = now_s, False
-            text = "downloading " + "; ".join(f"{one.name}: {one.model.text()}" for one in self._downloads.values())
-        self.note(text)
+            self._state.downloads = "downloading " + ", ".join(map(progress_text, self._downloads.values()))
+        self.tell()
+        stall_timeout_s = self._state.loaded.config.reconcile.stall_timeout_s
         self._notifier.extend_timeout(STALLS * stall_timeout_s + STALL_MARGIN_S)
 
     def fetching_ended(self) -> None:
         """No download runs any more."""
         with self._lock:
             self._downloads.clear()
+            self._state.downloads = ""
 
     async def watch(self) -> None:
         """Tells systemd every second how things are, and that the daemon lives, as long as it does."""
@@ -88,7 +93,7 @@ class Supervision:
             return
         while True:
             self.tell()
-            if self._alive():
+            if self._notifier.watchdog_s is not None and self._alive():
                 self._notifier.watchdog()
             await asyncio.sleep(min(TELL_EVERY_S, self._notifier.watchdog_s or TELL_EVERY_S))
 
@@ -101,7 +106,7 @@ class Supervision:
 def status_line(state: State, served: Served) -> str:
     """What ``systemctl status`` shows: what is going on, the models with their devices, the queue."""
     if state.phase in {"starting", "stopping"}:
-        return state.note
+        return state.doing
     return "; ".join([*_news(state), serving_text(served), queue_text(state, served)])
 
 
@@ -120,8 +125,15 @@ def queue_text(state: State, served: Served) -> str:
     return f"{state.backlog.n_requests} running, {waiting} windows wait, {done}"
 
 
+def progress_text(progress: Progress) -> str:
+    """``name: 56 % of 1.6 GB, 34.5 MB/s, 0:20 left``"""
+    return f"{progress.name}: {progress.model.text()}"
+
+
 def _news(state: State) -> Iterator[str]:
     if state.phase == "reloading":
-        yield f"reloading: {state.note}"
+        yield f"reloading: {state.doing}"
+    elif state.downloads:
+        yield state.downloads
     elif state.last_reload is not None and not state.last_reload["ok"]:
         yield f"last reload failed: {str(state.last_reload['error'])[:ERROR_CHARS]}"
