@@ -155,11 +155,13 @@ def main() -> None:
         make_long(arguments.long, long, arguments.hours * 3600)
         print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the start")
         for _ in range(arguments.rounds):
-            runs["clips alone"].append(run(client, arguments.clip, None, arguments.idle_s))
-            runs["file alone"].append(run(client, None, long, 0))
-            runs["both"].append(run(client, arguments.clip, long, 0))
-            for kind, done in runs.items():
-                show(kind, done[-1])
+            for kind, clip, file in (
+                ("clips alone", arguments.clip, None),
+                ("file alone", None, long),
+                ("both", arguments.clip, long),
+            ):
+                runs[kind].append(run(client, clip, file, arguments.idle_s))
+                show(kind, runs[kind][-1])
     report(runs)
 
 

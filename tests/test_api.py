@@ -343,6 +343,17 @@ def test_an_upload_that_stands_still(tmp_path: Path) -> None:
         whisperd.finished()
 
 
+@pytest.mark.parametrize("stream", ["true", "false"])
+def test_a_deadline(client: httpx2.Client, whisperd: Daemon, stream: str) -> None:
+    """Work that is not done in the time that its request gave it is cancelled."""
+    whisperd.service.waits_first = True
+    response = client.post(URL, files=[AUDIO], data={"timeout": "0.1", "stream": stream})
+    assert (response.status_code, error_of(response)["code"]) == (499, "cancelled")
+    assert "in the 0.1 s" in error_of(response)["message"]
+    assert whisperd.service.cancelled.is_set()
+    whisperd.finished()
+
+
 def test_an_upload_that_drips(tmp_path: Path) -> None:
     """A client that always sends a little, but never enough, gives its place back too."""
     with daemon(tmp_path, upload_idle_s=0.1, upload_bytes_per_s=1e6) as whisperd, connected(whisperd) as raw:

@@ -113,6 +113,28 @@ def test_cancel(opened: Opener) -> None:
     assert batcher.load.waiting == 0
 
 
+def test_a_vanished_client_frees_its_slots(opened: Opener, vocabulary: Vocabulary) -> None:
+    """Windows that run when their client leaves count no more at once, and the next step takes others in."""
+    gate, started = threading.Event(), threading.Event()
+
+    def script(window: Window) -> Hypothesis:
+        started.set()
+        gate.wait(5)
+        return written(vocabulary, window, " hello")
+
+    engine, batcher = opened(script, slots=2)
+    gone, stays = batcher.ticket(), batcher.ticket()
+    submit(gone, 10)
+    assert started.wait(5)
+    gone.close()
+    assert (batcher.load.waiting, batcher.load.running) == (0, 0)
+    before = len(engine.seen)
+    expected = submit(stays, 2)
+    gate.set()
+    assert {stays.collect().window_id for _ in expected} == expected  # type: ignore[union-attr]
+    assert [window.id for window in engine.seen[before:]] == sorted(expected), "the very next windows are theirs"
+
+
 def test_nothing_is_queued_behind_a_cancellation(opened: Opener) -> None:
     """A request that goes on for a moment after its client left cannot bring windows back in."""
     _, batcher = opened()

@@ -102,5 +102,7 @@ def test_the_world_needs_a_key() -> None:
     """An address that others can reach is refused without a key."""
     with pytest.raises(ValidationError, match="set tcp_key_file"):
         ServerTable(tcp="0.0.0.0:9000")
+    with pytest.raises(ValidationError, match="expects an address and a port"):
+        ServerTable(tcp="localhost:9000")
     assert ServerTable(tcp="0.0.0.0:9000", tcp_key_file="/etc/whisperd.key").tcp
     assert ServerTable(tcp="127.0.0.1:9000").tcp

@@ -74,8 +74,7 @@ class Client:
             order: ``check``, ``force``, ``verify``, ``update``, ``prune``, ``models``.
             on_event: hears ``whisperd.plan`` and ``whisperd.progress``.
         """
-        with closing(_Connection(self._path, self._timeout_s)) as connection:
-            connection.connect()
+        with self._connected() as connection:
             with self._translated():
                 connection.request("POST", "/v1/whisperd/reconcile", json.dumps(order))
                 response = _response(connection)

@@ -182,7 +182,7 @@ def test_standalone(tmp_path: Path, clips: dict[str, Clip]) -> None:
     heads = [line for line in done.stdout.splitlines() if line.startswith("==> ")]
     assert heads == [f"==> {clips[name].path} <==" for name in ("monkeys", "agent")]
     assert plain(clips["monkeys"].text) in plain(done.stdout)
-    assert [path.name for path in tmp_path.iterdir()] == ["whisperd.toml"]
+    assert {path.name for path in tmp_path.iterdir()} <= {"whisperd.toml", "cache"}
     (tmp_path / "whisperd.toml").write_text("models = 3")
     failed = whisperd(tmp_path, "transcribe", "--standalone", clips["monkeys"].path)
     assert failed.returncode == 78

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
@@ -18,14 +19,14 @@ from whisperd.api.answers import envelope, transcript_response
 from whisperd.api.exchange import Exchange, ExchangeMiddleware
 from whisperd.api.guard import Guard
 from whisperd.api.openapi import description
-from whisperd.api.params import parse_fields
+from whisperd.api.params import Parameters, parse_fields
 from whisperd.api.peers import refuse_stranger
 from whisperd.api.service import ApiSettings, Job, ModelCard, Service
 from whisperd.api.spool import Spool
 from whisperd.api.store import Reconcile
 from whisperd.api.streaming import stream, while_connected
 from whisperd.api.upload import Pace, Upload, receive_upload
-from whisperd.errors import Draining, ModelLoading, ModelNotFound
+from whisperd.errors import Cancelled, Draining, ModelLoading, ModelNotFound
 from whisperd.meter import HttpMeter
 from whisperd.transcript import Task
 
@@ -94,6 +95,16 @@ class Audio:
             request_id=exchange.request_id,
             bulk=parameters.bulk,
         )
+        try:
+            async with asyncio.timeout(parameters.timeout_s):
+                await self._work(request, job, parameters, send)
+        except TimeoutError as error:
+            if parameters.timeout_s is None:
+                raise
+            raise Cancelled(f"it was not done in the {parameters.timeout_s:g} s that the request gave it") from error
+
+    async def _work(self, request: Request, job: Job, parameters: Parameters, send: Send) -> None:
+        exchange = Exchange.of(request)
         if parameters.stream:
             await self._stream(request, job)
             return

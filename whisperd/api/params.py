@@ -22,6 +22,7 @@ FORMATS: tuple[str, ...] = get_args(ResponseFormat)
 BOOLEANS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 PRIORITIES = {"auto": None, "interactive": False, "bulk": True}
 CANDIDATES_MAX = 10  # beams or samples of one window: each costs its own decoder cache
+TIMEOUT_MAX_S = 86_400
 SHOWN_CHARACTERS = 80  # of a client's own words in a message
 
 
@@ -35,6 +36,7 @@ class Parameters:
     chunking: Chunking = field(default_factory=Chunking)
     layout: Layout | None = None
     bulk: bool | None = None
+    timeout_s: float | None = None
     stream: bool = False
 
 
@@ -96,6 +98,7 @@ def _parameters(given: Mapping[str, Any], defaults: Options) -> Parameters:
         chunking=_chunking(given),
         layout=layout,
         bulk=PRIORITIES[given.get("priority", "auto")],
+        timeout_s=given.get("timeout"),
         stream=given.get("stream", False),
     )
 
@@ -248,6 +251,7 @@ FIELDS: Mapping[str, Field] = {
     "max_line_width": Field(expects="a whole number from 10 to 200", read=_whole(10, 200)),
     "max_line_count": Field(expects="a whole number from 1 to 4", read=_whole(1, 4)),
     "priority": _choice(PRIORITIES),
+    "timeout": Field(expects=f"seconds from 0.1 to {TIMEOUT_MAX_S}", read=_between(0.1, TIMEOUT_MAX_S)),
     "beam_size": Field(expects=f"a whole number from 1 to {CANDIDATES_MAX}", read=_whole(1, CANDIDATES_MAX)),
     "best_of": Field(expects=f"a whole number from 1 to {CANDIDATES_MAX}", read=_whole(1, CANDIDATES_MAX)),
     "word_timestamps": Field(expects="true or false", read=_boolean),

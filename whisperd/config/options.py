@@ -47,8 +47,15 @@ def _url(text: str | None) -> str | None:
     return text
 
 
+def _tcp_address(text: str | None) -> str | None:
+    if text is not None and not re.fullmatch(r"([0-9.]+|\[[0-9a-fA-F:.]+\]):[0-9]{1,5}", text):
+        raise ValueError(f'expects an address and a port as in "127.0.0.1:9000" or "[::1]:9000", got {text!r}')
+    return text
+
+
 Text = Annotated[str | None, BeforeValidator(_empty_is_unset)]
 PathText = Annotated[Text, AfterValidator(_absolute)]
+TcpAddress = Annotated[Text, AfterValidator(_tcp_address)]
 Url = Annotated[Text, AfterValidator(_url)]
 Mode = Annotated[str, AfterValidator(_octal_mode)]
 Temperature = Annotated[float, Field(ge=0, le=1)]
@@ -72,7 +79,7 @@ class ServerTable(Table):
     idle_timeout_s: float = option(
         75.0, reload="restart", ge=0.1, le=3600, help="How long a connection without a request stays open."
     )
-    tcp: Text = option(
+    tcp: TcpAddress = option(
         None, reload="restart", help='Listen here as well, as in "127.0.0.1:9000"; anything but loopback needs a key.'
     )
     tcp_key_file: PathText = option(

@@ -17,7 +17,7 @@ from whisperd.daemon.backlog import Backlog, Place
 from whisperd.daemon.registry import Registry
 from whisperd.daemon.settings import cut_options, decode_options
 from whisperd.decoding import Options
-from whisperd.errors import Draining, ModelLoading
+from whisperd.errors import Draining, EngineError, ModelLoading
 from whisperd.metrics import Figures, Metrics, ModelFigures
 from whisperd.pipeline import Listener, Transcription
 from whisperd.transcript import Segment, Transcript
@@ -254,13 +254,25 @@ class DaemonService:
         }
 
     async def _transcribe(self, job: Job, place: Place) -> Transcript:
+        """Where the engine dies before the client has heard anything, the request survives it once."""
         name = self._registry.served.resolve(job.model)
-        found = self._registry.served.models.get(name)
-        if found is None or found.batcher.failure is not None:
+        hearer = _Hearer(job, place, self._state.loaded.config.limits.queue_audio_s, self._metrics, name)
+        try:
+            transcript = await self._attempt(name, job, hearer)
+        except EngineError as error:
+            if not (hearer.silent and self._is_dead(name)):
+                raise
+            log.warning("%s: %s; it is begun again", job.request_id, error)
+            job.audio.seek(0)
+            transcript = await self._attempt(name, job, hearer)
+        self._metrics.transcribed(name, transcript, hearer.wall_s)
+        return transcript
+
+    async def _attempt(self, name: str, job: Job, hearer: _Hearer) -> Transcript:
+        if name not in self._registry.served.models or self._is_dead(name):
             await self._load_one(name)
         config = self._state.loaded.config
         with self._registry.lease(name) as model:
-            hearer = _Hearer(job, place, config.limits.queue_audio_s, self._metrics, name)
             transcription = Transcription(
                 model,
                 job.options,
@@ -269,9 +281,11 @@ class DaemonService:
                 max_audio_s=config.limits.audio_s,
                 bulk=job.bulk,
             )
-            transcript = await self._in_thread(transcription, job)
-        self._metrics.transcribed(name, transcript, hearer.wall_s)
-        return transcript
+            return await self._in_thread(transcription, job)
+
+    def _is_dead(self, name: str) -> bool:
+        model = self._registry.served.models.get(name)
+        return model is not None and model.batcher.failure is not None
 
     async def _in_thread(self, transcription: Transcription, job: Job) -> Transcript:
         """Runs it beside the event loop; a cancelled task waits until the thread has let go of the file."""
@@ -288,7 +302,10 @@ class DaemonService:
 
 
 class _Hearer:
-    """Tells the client of a job, the backlog and the metrics; on the job's thread."""
+    """Tells the client of a job, the backlog and the metrics; on the job's thread.
+
+    ``silent`` until the client has heard of a segment.
+    """
 
     def __init__(self, job: Job, place: Place, queue_audio_s: float, metrics: Metrics, model: str) -> None:
         self._job = job
@@ -297,7 +314,7 @@ class _Hearer:
         self._metrics = metrics
         self._model = model
         self._started_s = time.monotonic()
-        self._silent = True
+        self.silent = True
 
     @property
     def wall_s(self) -> float:
@@ -312,8 +329,8 @@ class _Hearer:
         self._place.announce(total_s, self._queue_audio_s)
 
     def _segment(self, segment: Segment) -> None:
-        if self._silent:
-            self._silent = False
+        if self.silent:
+            self.silent = False
             self._metrics.first_segment(self._model, self.wall_s)
         self._job.on_segment(segment)
 
