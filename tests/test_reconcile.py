@@ -15,65 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.loopback_hub import BAD_TOKEN, HubRepo, LoopbackHub, git_sha1, serving, whisper_files
+from tests.loopback_hub import BAD_TOKEN, HubRepo, LoopbackHub, whisper_files
+from tests.store import NAME, error, model_bytes, ref, run, tree, wanted
 from whisperd import errors
 from whisperd.plan import CachePlan
 from whisperd.reconcile import Progress, Report, Settings, reconcile, snapshots_without_network
 from whisperd.reconcile.disk import one_writer, preflight
-from whisperd.sources import Wanted, parse
-
-NAME = "org/model"
-
-
-@pytest.fixture
-def hub() -> Iterator[LoopbackHub]:
-    with serving() as hub:
-        yield hub
-
-
-@pytest.fixture
-def repo(hub: LoopbackHub) -> HubRepo:
-    return hub.add(NAME, whisper_files(1))
-
-
-@pytest.fixture
-def settings(hub: LoopbackHub, tmp_path: Path) -> Settings:
-    return Settings(cache_dir=tmp_path / "cache", endpoint=hub.endpoint, metadata_timeout_s=5.0)
-
-
-def wanted(*references: str) -> list[Wanted]:
-    return [Wanted(name=reference.partition("@")[0], source=parse(reference)) for reference in references]
-
-
-def run(settings: Settings, *references: str) -> Report:
-    return reconcile(wanted(*references or (NAME,)), settings)
-
-
-def tree(directory: Path) -> dict[str, str]:
-    """Every file and link below a directory with what it holds."""
-    return {
-        str(path.relative_to(directory)): os.fspath(path.readlink())
-        if path.is_symlink()
-        else git_sha1(path.read_bytes())
-        for path in sorted(directory.rglob("*"))
-        if path.is_symlink() or path.is_file()
-    }
-
-
-def model_bytes(report: Report) -> bytes:
-    path = report.results[0].path
-    assert path is not None
-    return (path / "model.bin").read_bytes()
-
-
-def ref(settings: Settings, branch: str = "main") -> str:
-    return (settings.cache_dir / "models--org--model/refs" / branch).read_text()
-
-
-def error(report: Report) -> errors.Error:
-    found = report.results[0].error
-    assert found is not None, report
-    return found
 
 
 def test_cold(hub: LoopbackHub, repo: HubRepo, settings: Settings) -> None:

@@ -65,6 +65,7 @@ def _fetch(job: FetchJob, connection: Connection, on_bytes: OnBytes, cancel: thr
         "directory": str(job.directory),
         "endpoint": connection.endpoint,
         "token": connection.token,
+        "retry_wait_s": connection.retry_wait_s,
         "environment": environment(connection),
     }
 

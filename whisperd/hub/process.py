@@ -56,6 +56,7 @@ class Connection:
         state_dir: a writable directory for what the library keeps besides the cache.
         metadata_timeout_s: how long one answer may take.
         stall_timeout_s: how long a download may make no progress.
+        retry_wait_s: how long to wait before the second try; each further wait is twice as long.
     """
 
     endpoint: str
@@ -63,6 +64,7 @@ class Connection:
     state_dir: Path
     metadata_timeout_s: float = 10.0
     stall_timeout_s: float = 60.0
+    retry_wait_s: float = 1.0
 
 
 def environment(connection: Connection) -> dict[str, str]:
