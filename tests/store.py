@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,12 +131,19 @@ def plain_environ(cache_dir: Path, **changes: str) -> dict[str, str]:
     return {**os.environ, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1", **changes}
 
 
-def plain(cache_dir: Path, endpoint: str, *, timeout_s: float = 120.0, **options: Any) -> Plain:
+def plain(
+    cache_dir: Path,
+    endpoint: str,
+    *,
+    timeout_s: float = 120.0,
+    environ: Mapping[str, str] | None = None,
+    **options: Any,
+) -> Plain:
     """Plain ``snapshot_download`` in a process of its own; raises TimeoutError, and the process is gone."""
     try:
         done = subprocess.run(
             plain_command(cache_dir, endpoint=endpoint, **options),
-            env=plain_environ(cache_dir),
+            env=plain_environ(cache_dir, **environ or {}),
             capture_output=True,
             text=True,
             timeout=timeout_s,

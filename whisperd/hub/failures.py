@@ -27,6 +27,7 @@ from whisperd.errors import (
     SourceError,
     StoreError,
 )
+from whisperd.plan import MAKE_ROOM
 
 CAUSE_CHARS = 300
 RETRIED = (HubUnreachable, HubRateLimited, HubServerError)
@@ -127,9 +128,12 @@ CURES: Mapping[type[StoreError], str] = {
     HubUnreachable: "check the network, the proxy and the endpoint",
     HubRateLimited: "try again later, or set HF_TOKEN for a higher limit",
     HubServerError: "try again later",
-    DiskFull: "free some space, or choose another cache_dir",
+    DiskFull: MAKE_ROOM,
     CachePermissionError: "give this user write access to the cache, or choose another cache_dir",
+    IntegrityError: "look for a proxy or a mirror that changes files",
 }
+IN_THE_WAY = frozenset({errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOTEMPTY})
+MOVE_AWAY = "something is in the way there: move it, or choose another cache_dir"
 WORDS: Mapping[type[StoreError], str] = {
     GatedError: "the repository asks for its conditions to be accepted",
     HubAuthError: "the Hub refused the token",
@@ -207,8 +211,9 @@ def is_nonsense(error: BaseException) -> bool:
 def disk_error(error: OSError, path: Path) -> StoreError:
     """An error of the local file system as one of whisperd's, with its path."""
     kind = BY_ERRNO.get(error.errno or 0, StoreError)
-    cure = CURES.get(kind, "")
-    return kind(f"{error.filename or path}: {error.strerror or error}{f'; {cure}' if cure else ''}")
+    cure = MOVE_AWAY if error.errno in IN_THE_WAY else CURES.get(kind, "")
+    place = error.filename2 or error.filename or path
+    return kind(f"{place}: {error.strerror or error}{f'; {cure}' if cure else ''}")
 
 
 def _is_redirected(error: BaseException) -> bool:
