@@ -1,7 +1,7 @@
 """A Hugging Face Hub on the loopback interface, with faults on demand; the real huggingface_hub client accepts it.
 
-Two ports: the Hub and its CDN, since the client drops its token where the origin changes. Large files ("LFS") are
-redirected to the CDN, small ones ("git") come from the Hub itself, as at huggingface.co.
+Two hosts: the Hub and its CDN, since the client drops its token there and reads metadata only on the way. Large files
+("LFS") are redirected to the CDN, small ones ("git") come from the Hub itself, as at huggingface.co.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 LFS_SUFFIXES = (".bin", ".safetensors")
 CHUNK_BYTES = 65536
+HUB_HOST, CDN_HOST = "127.0.0.1", "127.0.0.2"
 BAD_TOKEN = "hf_bad"
 
 
@@ -147,11 +148,11 @@ class LoopbackHub:
         self.closing = threading.Event()
         self.stalled = threading.Event()
         self.lock = threading.Lock()
-        self.hub, self.cdn = _Server(self), _Server(self)
+        self.hub, self.cdn = _Server(self, HUB_HOST), _Server(self, CDN_HOST)
 
     @property
     def endpoint(self) -> str:
-        return f"http://127.0.0.1:{self.hub.server_port}"
+        return f"http://{HUB_HOST}:{self.hub.server_port}"
 
     def add(self, repo_id: str, files: Mapping[str, bytes], **options: Any) -> HubRepo:
         """A new repository with one commit on main."""
@@ -210,8 +211,8 @@ def serving() -> Iterator[LoopbackHub]:
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
-    def __init__(self, app: LoopbackHub) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+    def __init__(self, app: LoopbackHub, host: str) -> None:
+        super().__init__((host, 0), _Handler)
         self.app = app
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -308,7 +309,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         headers = {"X-Repo-Commit": commit, "ETag": f'"{file.oid}"', "Accept-Ranges": "bytes"}
         if file.is_lfs:
-            location = f"http://127.0.0.1:{self.server.app.cdn.server_port}/cdn/{file.sha256}"
+            location = f"http://{CDN_HOST}:{self.server.app.cdn.server_port}/cdn/{file.sha256}"
             linked = {"X-Linked-Etag": f'"{file.sha256}"', "X-Linked-Size": str(len(file.data)), "Location": location}
             self._send(302, b"", headers | linked | self._xet(repo_id, file))
         elif self.server.app.resolve_cache and not self.path.startswith("/api/"):

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -168,7 +168,14 @@ def _listen(child: subprocess.Popen[str], patience: _Patience) -> Iterator[Messa
         if message["event"] == "done":
             return
     readers[1].join()
-    raise HubError(f"the process that talks to the Hub died: {''.join(last_words) or 'it left no message'}")
+    raise HubError(f"the process that talks to the Hub {_end(child.wait(), last_words)}")
+
+
+def _end(code: int, last_words: Sequence[str]) -> str:
+    """How a child has ended that did not say so itself; for lack of memory, often."""
+    if code < 0:
+        return f"was killed ({signal.Signals(-code).name}); run it again"
+    return f"died: {''.join(last_words) or 'it left no message'}"
 
 
 def _pipe(stream: IO[str] | None) -> IO[str]:
