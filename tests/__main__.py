@@ -16,6 +16,7 @@ CHECKS: tuple[tuple[str, list[str | Path]], ...] = (
     ("types", [SCRIPTS / "mypy"]),
     ("imports", [SCRIPTS / "lint-imports"]),
     ("tests", [sys.executable, "-m", "pytest"]),
+    ("tests under the oldest huggingface_hub", [sys.executable, "-m", "tests.oldest_hub"]),
 )
 
 

@@ -7,21 +7,25 @@ from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 
+import hypothesis
 import pytest
-from hypothesis import HealthCheck, settings
 
+from tests.loopback_hub import HubRepo, LoopbackHub, serving, whisper_files
 from tests.speech import Clip
+from tests.store import FOLDER, NAME, copy_cache, plain, run
 from whisperd.batcher import Batcher
 from whisperd.engine.ct2 import Ct2Engine
 from whisperd.pipeline import LoadedModel
+from whisperd.reconcile import Settings
 from whisperd.tokens import Vocabulary
 from whisperd.vad import SpeechDetector
 
 DATA = Path(__file__).parent / "data"
+QUICK_RETRY_S = 0.02
 
 # how fast examples come is a matter of the machine and of what else runs on it
-settings.register_profile("whisperd", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("whisperd")
+hypothesis.settings.register_profile("whisperd", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("whisperd")
 
 
 @pytest.fixture(scope="session")
@@ -54,3 +58,47 @@ def tiny(snapshot: Path, vocabulary: Vocabulary, detector: SpeechDetector) -> It
     model = LoadedModel(name="tiny.en", vocabulary=vocabulary, batcher=Batcher(engine, name="tiny"), detector=detector)
     yield model
     model.batcher.close()
+
+
+@pytest.fixture
+def hub() -> Iterator[LoopbackHub]:
+    with serving() as hub:
+        yield hub
+
+
+@pytest.fixture
+def repo(hub: LoopbackHub) -> HubRepo:
+    return hub.add(NAME, whisper_files(1))
+
+
+@pytest.fixture
+def settings(hub: LoopbackHub, tmp_path: Path) -> Settings:
+    """A cache that does not exist yet, and little patience between two tries."""
+    return Settings(
+        cache_dir=tmp_path / "cache", endpoint=hub.endpoint, metadata_timeout_s=5.0, retry_wait_s=QUICK_RETRY_S
+    )
+
+
+@pytest.fixture(scope="session")
+def caches(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two caches that hold the first commit of ``repo``: one that whisperd has filled, and a plain one."""
+    root = tmp_path_factory.mktemp("caches")
+    with serving() as hub:
+        hub.add(NAME, whisper_files(1))
+        assert run(Settings(cache_dir=root / "whisperd", endpoint=hub.endpoint)).exit_code == 0
+        assert plain(root / "plain", hub.endpoint).error is None
+    return root
+
+
+@pytest.fixture
+def filled(caches: Path, settings: Settings, repo: HubRepo) -> Path:
+    """The cache of ``settings`` holds the first commit of ``repo``; its snapshot."""
+    copy_cache(caches / "whisperd", settings.cache_dir)
+    return settings.cache_dir / FOLDER / "snapshots" / repo.refs["main"]
+
+
+@pytest.fixture
+def plain_cache(caches: Path, tmp_path: Path) -> Path:
+    """A copy of the cache that plain huggingface_hub has filled with the first commit of ``repo``."""
+    copy_cache(caches / "plain", tmp_path / "plain")
+    return tmp_path / "plain"

@@ -1,16 +1,19 @@
 """A Hugging Face Hub on the loopback interface, with faults on demand; the real huggingface_hub client accepts it.
 
-Two ports: the Hub and its CDN, since the client drops its token where the origin changes. Large files ("LFS") are
-redirected to the CDN, small ones ("git") come from the Hub itself, as at huggingface.co.
+Two hosts: the Hub and its CDN, since the client drops its token there and reads metadata only on the way. Large files
+("LFS") are redirected to the CDN, small ones ("git") come from the Hub itself, as at huggingface.co.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import socket
+import struct
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,6 +23,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 LFS_SUFFIXES = (".bin", ".safetensors")
 CHUNK_BYTES = 65536
+HUB_HOST, CDN_HOST = "127.0.0.1", "127.0.0.2"
 BAD_TOKEN = "hf_bad"
 
 
@@ -82,20 +86,39 @@ class HubRepo:
 
 @dataclass(slots=True, kw_only=True)
 class Fault:
-    """What goes wrong with requests whose ``METHOD /path`` matches; ``times`` None means always.
+    """What goes wrong with requests whose ``METHOD /path`` matches.
 
-    ``pace_s`` is the time between two chunks of ``CHUNK_BYTES``: a slow line.
+    Args:
+        match: a regular expression.
+        times: how often; None means always.
+        status: answered instead, with ``headers`` and ``body``.
+        close: the connection ends without an answer.
+        reset: the connection is torn down (RST) where ``cut_at`` says, else in place of an answer.
+        silent: the request is taken, and no answer ever comes.
+        corrupt: wrong bytes, as many as there should be.
+        replace: another body, whose length is told as it is.
+        more_bytes: Content-Length promises more than comes.
+        cut_at: the connection ends after so many bytes.
+        stall_at: nothing comes after so many bytes.
+        rate_bytes_per_s: how fast the body comes.
+        ignore_range: the whole body, whatever part was asked for.
     """
 
     match: str
     times: int | None = None
     status: int | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
+    body: bytes = b"the Hub is not well"
     close: bool = False
+    reset: bool = False
+    silent: bool = False
     corrupt: bool = False
+    replace: bytes | None = None
+    more_bytes: int = 0
     cut_at: int | None = None
     stall_at: int | None = None
-    pace_s: float | None = None
+    rate_bytes_per_s: float | None = None
+    ignore_range: bool = False
 
     def takes(self, line: str) -> bool:
         if not re.search(self.match, line) or self.times == 0:
@@ -106,21 +129,30 @@ class Fault:
 
 
 class LoopbackHub:
-    """The Hub: repositories, faults, and a log of requests as ``METHOD /path``."""
+    """The Hub: repositories, faults, and a log of requests as ``METHOD /path``.
+
+    ``sent_bytes`` counts what has left as bodies of files. ``nowhere`` is an address that never answers.
+    ``resolve_cache`` redirects small files inside the Hub, as huggingface.co does; ``xet_port`` says that large files
+    are at a xet store on that port.
+    """
 
     def __init__(self) -> None:
         self.repos: dict[str, HubRepo] = {}
         self.faults: list[Fault] = []
         self.requests: list[str] = []
         self.tokens_seen: set[str] = set()
+        self.sent_bytes = 0
+        self.nowhere = ""
+        self.resolve_cache = False
+        self.xet_port: int | None = None
         self.closing = threading.Event()
         self.stalled = threading.Event()
         self.lock = threading.Lock()
-        self.hub, self.cdn = _Server(self), _Server(self)
+        self.hub, self.cdn = _Server(self, HUB_HOST), _Server(self, CDN_HOST)
 
     @property
     def endpoint(self) -> str:
-        return f"http://127.0.0.1:{self.hub.server_port}"
+        return f"http://{HUB_HOST}:{self.hub.server_port}"
 
     def add(self, repo_id: str, files: Mapping[str, bytes], **options: Any) -> HubRepo:
         """A new repository with one commit on main."""
@@ -137,9 +169,25 @@ class LoopbackHub:
             self.requests.append(line)
             return next((fault for fault in self.faults if fault.takes(line)), None)
 
+    def count(self, n_bytes: int) -> None:
+        with self.lock:
+            self.sent_bytes += n_bytes
+
     def blob(self, sha256: str) -> HubFile | None:
         files = (file for repo in self.repos.values() for tree in repo.commits.values() for file in tree.values())
         return next((file for file in files if file.sha256 == sha256), None)
+
+
+@contextmanager
+def black_hole() -> Iterator[str]:
+    """An address that takes no connection and refuses none: the queue of the socket is full, and SYNs are dropped."""
+    with socket.socket() as listener, socket.socket() as first, socket.socket() as second:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        for one in (first, second):
+            one.setblocking(False)
+            one.connect_ex(listener.getsockname())
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
 
 
 @contextmanager
@@ -150,7 +198,8 @@ def serving() -> Iterator[LoopbackHub]:
     for thread in threads:
         thread.start()
     try:
-        yield hub
+        with black_hole() as hub.nowhere:
+            yield hub
     finally:
         hub.closing.set()
         for server, thread in zip((hub.hub, hub.cdn), threads, strict=True):
@@ -162,8 +211,8 @@ def serving() -> Iterator[LoopbackHub]:
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
-    def __init__(self, app: LoopbackHub) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+    def __init__(self, app: LoopbackHub, host: str) -> None:
+        super().__init__((host, 0), _Handler)
         self.app = app
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -182,10 +231,13 @@ class _Handler(BaseHTTPRequestHandler):
         self.fault = fault = self.server.app.take_fault(f"{self.command} {self.path}")
         if self.token:
             self.server.app.tokens_seen.add(self.token)
-        if fault and fault.close:
+        if fault and fault.silent:
+            self._fall_silent()
+            self._hang_up()
+        elif fault and (fault.close or (fault.reset and fault.cut_at is None)):
             self._hang_up()
         elif fault and fault.status:
-            self._send(fault.status, b"the Hub is not well", fault.headers)
+            self._send(fault.status, fault.body, fault.headers)
         else:
             self._route()
 
@@ -203,7 +255,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._body(file.data, {}) if file else self._send(404)
         elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/(revision|tree)/([^/]+)", url.path):
             self._api(found[1], found[2], unquote(found[3]), with_sizes="blobs" in parse_qs(url.query))
-        elif found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", url.path):
+        elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/xet-read-token/(.+)", url.path):
+            self._xet_token()
+        elif found := re.fullmatch(r"(?:/api/resolve-cache/models)?/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", url.path):
             self._resolve(found[1], unquote(found[2]), unquote(found[3]))
         else:
             self._send(404)
@@ -255,11 +309,24 @@ class _Handler(BaseHTTPRequestHandler):
             return
         headers = {"X-Repo-Commit": commit, "ETag": f'"{file.oid}"', "Accept-Ranges": "bytes"}
         if file.is_lfs:
-            location = f"http://127.0.0.1:{self.server.app.cdn.server_port}/cdn/{file.sha256}"
+            location = f"http://{CDN_HOST}:{self.server.app.cdn.server_port}/cdn/{file.sha256}"
             linked = {"X-Linked-Etag": f'"{file.sha256}"', "X-Linked-Size": str(len(file.data)), "Location": location}
-            self._send(302, b"", headers | linked)
+            self._send(302, b"", headers | linked | self._xet(repo_id, file))
+        elif self.server.app.resolve_cache and not self.path.startswith("/api/"):
+            self._send(307, b"", headers | {"Location": f"/api/resolve-cache/models{self.path}"})
         else:
             self._body(file.data, headers)
+
+    def _xet(self, repo_id: str, file: HubFile) -> dict[str, str]:
+        if self.server.app.xet_port is None:
+            return {}
+        route = f"{self.server.app.endpoint}/api/models/{repo_id}/xet-read-token/main"
+        return {"X-Xet-Hash": file.sha256, "Link": f'<{route}>; rel="xet-auth"'}
+
+    def _xet_token(self) -> None:
+        address = f"http://127.0.0.1:{self.server.app.xet_port}"
+        headers = {"X-Xet-Cas-Url": address, "X-Xet-Access-Token": "a-token", "X-Xet-Token-Expiration": "9999999999"}
+        self._send(200, b"{}", headers)
 
     def _refuse(self, status: int, code: str | None, message: str) -> None:
         headers = {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {})
@@ -277,37 +344,50 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def _body(self, data: bytes, headers: Mapping[str, str]) -> None:
-        fault = self.fault
-        if fault and fault.corrupt:
+        fault = self.fault or Fault(match="")
+        if fault.corrupt:
             data = bytes(byte ^ 0xFF for byte in data[:16]) + data[16:]
+        data = data if fault.replace is None else fault.replace
         start = 0
-        if found := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")):
+        if not fault.ignore_range and (found := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))):
             start = int(found[1])
+        if start >= len(data) > 0:
+            self._send(416)
+            return
         self.send_response(206 if start else 200)
         extra = {"Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"} if start else {}
-        for name, value in {"Content-Length": str(len(data) - start), **extra, **headers}.items():
+        for name, value in {"Content-Length": str(len(data) - start + fault.more_bytes), **extra, **headers}.items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command == "HEAD":
-            return
-        end = len(data)
-        if fault and (fault.cut_at is not None or fault.stall_at is not None):
-            end = start + (fault.cut_at or fault.stall_at or 0)
-        for at in range(start, end, CHUNK_BYTES):
-            self.wfile.write(data[at : min(at + CHUNK_BYTES, end)])
-            if fault and fault.pace_s:
-                self.server.app.closing.wait(fault.pace_s)
-        if fault and fault.stall_at is not None:
-            self.wfile.flush()
-            self.server.app.stalled.set()
-            self.server.app.closing.wait(60)
-        if end < len(data):
+        if self.command != "HEAD":
+            self._stream(data[start:], fault)
+
+    def _stream(self, data: bytes, fault: Fault) -> None:
+        stop_at = next((at for at in (fault.cut_at, fault.stall_at) if at is not None), len(data))
+        started_s = time.monotonic()
+        for at in range(0, min(stop_at, len(data)), CHUNK_BYTES):
+            sent = self.wfile.write(data[at : min(at + CHUNK_BYTES, stop_at)])
+            self.server.app.count(sent)
+            if fault.rate_bytes_per_s:
+                time.sleep(max(0.0, started_s + at / fault.rate_bytes_per_s - time.monotonic()))
+        if fault.stall_at is not None:
+            self._fall_silent()
+        if stop_at < len(data) or fault.more_bytes:
             self._hang_up()
+
+    def _fall_silent(self) -> None:
+        self.wfile.flush()
+        self.server.app.stalled.set()
+        self.server.app.closing.wait(60)
 
     def _hang_up(self) -> None:
         self.close_connection = True
         self.wfile.flush()
-        self.connection.shutdown(socket.SHUT_RDWR)
+        if self.fault and self.fault.reset:  # closing at once with no time to linger is an RST
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            os.close(self.connection.detach())
+        else:
+            self.connection.shutdown(socket.SHUT_RDWR)
 
 
 def whisper_files(seed: int = 0, *, size_bytes: int = 300_000) -> dict[str, bytes]:

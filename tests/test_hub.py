@@ -22,8 +22,10 @@ def raised_by_the_library() -> set[str]:
 
 
 def test_the_table_is_complete() -> None:
-    """Every exception class of the installed library has a class of whisperd, and none is only a memory."""
-    assert raised_by_the_library() == set(BY_NAME)
+    """Every exception class of the installed library has a class of whisperd; an older one has fewer of them."""
+    known = raised_by_the_library()
+    assert known <= set(BY_NAME)
+    assert {"HfHubHTTPError", "GatedRepoError", "RepositoryNotFoundError", "RevisionNotFoundError"} <= known
 
 
 @pytest.mark.parametrize(

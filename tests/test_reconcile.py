@@ -15,65 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.loopback_hub import BAD_TOKEN, HubRepo, LoopbackHub, git_sha1, serving, whisper_files
+from tests.loopback_hub import BAD_TOKEN, HubRepo, LoopbackHub, whisper_files
+from tests.store import NAME, error, ref, run, tree, wanted
 from whisperd import errors
 from whisperd.plan import CachePlan
 from whisperd.reconcile import Progress, Report, Settings, reconcile, snapshots_without_network
 from whisperd.reconcile.disk import one_writer, preflight
-from whisperd.sources import Wanted, parse
-
-NAME = "org/model"
-
-
-@pytest.fixture
-def hub() -> Iterator[LoopbackHub]:
-    with serving() as hub:
-        yield hub
-
-
-@pytest.fixture
-def repo(hub: LoopbackHub) -> HubRepo:
-    return hub.add(NAME, whisper_files(1))
-
-
-@pytest.fixture
-def settings(hub: LoopbackHub, tmp_path: Path) -> Settings:
-    return Settings(cache_dir=tmp_path / "cache", endpoint=hub.endpoint, metadata_timeout_s=5.0)
-
-
-def wanted(*references: str) -> list[Wanted]:
-    return [Wanted(name=reference.partition("@")[0], source=parse(reference)) for reference in references]
-
-
-def run(settings: Settings, *references: str) -> Report:
-    return reconcile(wanted(*references or (NAME,)), settings)
-
-
-def tree(directory: Path) -> dict[str, str]:
-    """Every file and link below a directory with what it holds."""
-    return {
-        str(path.relative_to(directory)): os.fspath(path.readlink())
-        if path.is_symlink()
-        else git_sha1(path.read_bytes())
-        for path in sorted(directory.rglob("*"))
-        if path.is_symlink() or path.is_file()
-    }
-
-
-def model_bytes(report: Report) -> bytes:
-    path = report.results[0].path
-    assert path is not None
-    return (path / "model.bin").read_bytes()
-
-
-def ref(settings: Settings, branch: str = "main") -> str:
-    return (settings.cache_dir / "models--org--model/refs" / branch).read_text()
-
-
-def error(report: Report) -> errors.Error:
-    found = report.results[0].error
-    assert found is not None, report
-    return found
 
 
 def test_cold(hub: LoopbackHub, repo: HubRepo, settings: Settings) -> None:
@@ -241,107 +188,6 @@ def test_not_whisper(hub: LoopbackHub, settings: Settings) -> None:
     assert not any("/resolve/" in request for request in hub.requests)
 
 
-@pytest.mark.parametrize(
-    ("match", "fault"),
-    [
-        ("/revision/", {"status": 500}),
-        ("/revision/", {"status": 429, "headers": {"Retry-After": "1"}}),
-        ("/revision/", {"close": True}),
-        ("GET /cdn/", {"status": 500}),
-        ("GET /cdn/", {"cut_at": 100_000}),
-        ("GET /cdn/", {"corrupt": True}),
-        ("resolve/.*/config.json", {"status": 503}),
-        ("GET .*resolve/.*/vocabulary.txt", {"corrupt": True}),
-    ],
-)
-@pytest.mark.usefixtures("repo")
-def test_one_bad_moment(hub: LoopbackHub, settings: Settings, match: str, fault: dict[str, object]) -> None:
-    """What goes wrong once is tried again, and the bytes are right in the end."""
-    injected = hub.fault(match, times=1, **fault)
-    report = run(settings)
-    assert injected.times == 0
-    assert (report.exit_code, report.results[0].outcome) == (0, "downloaded"), report
-    assert model_bytes(report) == whisper_files(1)["model.bin"]
-    assert (report.snapshots[NAME] / "vocabulary.txt").read_bytes() == whisper_files(1)["vocabulary.txt"]
-
-
-@pytest.mark.parametrize(
-    ("match", "fault", "kind"),
-    [
-        ("GET /cdn/", {"status": 500}, errors.HubServerError),
-        ("GET /cdn/", {"cut_at": 1000}, errors.HubUnreachable),
-        ("GET /cdn/", {"corrupt": True}, errors.IntegrityError),
-        ("GET .*/resolve/.*/config.json", {"corrupt": True}, errors.IntegrityError),
-        ("/revision/", {"status": 404}, errors.RepoNotFound),
-    ],
-)
-def test_always_bad(
-    hub: LoopbackHub, repo: HubRepo, settings: Settings, match: str, fault: dict[str, object], kind: type[errors.Error]
-) -> None:
-    """A fault that stays is a loud failure; the branch still names the old commit, which still serves."""
-    old = run(settings).snapshots[NAME]
-    before = tree(settings.cache_dir / "models--org--model")
-    repo.commit(whisper_files(2))
-    hub.fault(match, **fault)
-    report = run(replace(settings, update=True))
-    if match == "/revision/":  # what is there is complete: not to be able to look for more is a warning
-        assert (report.exit_code, report.results[0].outcome) == (0, "ok")
-        assert "could not check" in str(report.results[0].warning)
-    else:
-        assert type(error(report)) is kind, error(report)
-        assert report.exit_code == 1
-    assert tree(settings.cache_dir / "models--org--model") == before
-    assert snapshots_without_network(wanted(NAME), settings) == {NAME: old}
-    hub.faults.clear()
-    assert run(replace(settings, update=True)).results[0].outcome == "updated"
-
-
-@pytest.mark.usefixtures("repo")
-def test_a_flipped_bit(settings: Settings) -> None:
-    """Bytes that rot are found as soon as the file looks touched, and with --verify in any case, and are healed."""
-    path = run(settings).snapshots[NAME] / "model.bin"
-    blob = path.resolve()
-    found = blob.stat()
-    data = bytearray(blob.read_bytes())
-    data[5] ^= 1
-    blob.write_bytes(bytes(data))
-    os.utime(blob, ns=(found.st_atime_ns, found.st_mtime_ns))
-    assert run(settings).results[0].outcome == "ok"  # it looks as it did; only hashing can know
-    blob.touch()
-    assert snapshots_without_network(wanted(NAME), settings) == {}
-    report = run(replace(settings, verify=True))
-    assert report.results[0].outcome == "repaired"
-    assert "wrong hash" in report.plan.lines()[0]
-    assert model_bytes(report) == whisper_files(1)["model.bin"]
-
-
-@pytest.mark.parametrize("damage", ["missing blob", "missing link", "regular file", "short", "no ref", "no record"])
-@pytest.mark.usefixtures("repo")
-def test_damage_is_healed(settings: Settings, damage: str) -> None:
-    """Whatever is broken in a cache is seen without the network and repaired with as few bytes as possible."""
-    snapshot = run(settings).snapshots[NAME]
-    entry = snapshot / "config.json"
-    if damage == "missing blob":
-        entry.resolve().unlink()
-    elif damage == "missing link":
-        entry.unlink()
-    elif damage == "regular file":
-        entry.unlink()
-        entry.write_text("somebody's own")
-    elif damage == "short":
-        entry.resolve().write_bytes(b"{")
-    elif damage == "no ref":
-        (settings.cache_dir / "models--org--model/refs/main").unlink()
-    else:
-        (settings.cache_dir / "whisperd.lock").write_text("{ nonsense")
-    report = run(settings)
-    assert report.exit_code == 0
-    assert report.results[0].fetched_bytes <= len(whisper_files(1)["config.json"])
-    assert entry.read_bytes() == whisper_files(1)["config.json"]
-    assert ref(settings) == snapshot.name
-    assert run(settings).results[0].outcome == "ok"
-
-
 def test_check_changes_nothing(hub: LoopbackHub, repo: HubRepo, settings: Settings, tmp_path: Path) -> None:
     """Checking says what would be done and leaves no trace, on an empty cache and on a stale one."""
     report = run(replace(settings, check=True))
@@ -396,15 +242,6 @@ def test_cancel(hub: LoopbackHub, settings: Settings) -> None:
     assert not (settings.cache_dir / ".whisperd/staging").exists()
 
 
-@pytest.mark.usefixtures("repo")
-def test_a_stalled_download(hub: LoopbackHub, settings: Settings) -> None:
-    """A download without progress is given up after the limit, twice, with a clear word."""
-    hub.fault("GET /cdn/", stall_at=1000)
-    report = run(replace(settings, stall_timeout_s=1.5))
-    assert isinstance(error(report), errors.HubUnreachable)
-    assert "no progress" in str(error(report))
-
-
 def test_the_token_stays_secret(
     hub: LoopbackHub, settings: Settings, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -434,13 +271,6 @@ def ignored() -> Iterator[None]:
         yield
     except OSError:
         return
-
-
-def test_a_cache_that_cannot_be(tmp_path: Path, settings: Settings) -> None:
-    """A cache directory that is a file is refused with its path."""
-    (tmp_path / "file").touch()
-    with pytest.raises(errors.StoreError, match=str(tmp_path / "file")):
-        run(replace(settings, cache_dir=tmp_path / "file"))
 
 
 @pytest.mark.usefixtures("repo")

@@ -20,6 +20,7 @@ SIGNS: Mapping[Kind, str] = {"ok": "=", "download": "+", "update": "~", "repair"
 SHORT_COMMIT_CHARS = 7
 INODES_PER_FILE = 3  # a blob, the link to it, and now and then a directory
 FORCED = "forced"
+MAKE_ROOM = "free some space, or choose another cache_dir"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,9 +55,9 @@ class Room:
         """Why the files of an action do not fit; empty if they do. Old and new files are there together for a while."""
         n_inodes = INODES_PER_FILE * len(action.files)
         if self.free_bytes is not None and action.bytes > self.free_bytes:
-            return f"disk full: {size(action.bytes)} to fetch, room for {size(max(0, self.free_bytes))}"
+            return f"disk full: {size(action.bytes)} to fetch, room for {size(max(0, self.free_bytes))}; {MAKE_ROOM}"
         if self.free_inodes is not None and n_inodes > self.free_inodes:
-            return f"disk full: {count(n_inodes, 'inode')} needed, {max(0, self.free_inodes)} free"
+            return f"disk full: {count(n_inodes, 'inode')} needed, {max(0, self.free_inodes)} free; {MAKE_ROOM}"
         if self.quota_bytes is not None and action.bytes > self.quota_bytes:
             left = size(max(0, self.quota_bytes))
             return f"over max_cache_bytes: {size(action.bytes)} to fetch, {left} left; raise it, or --prune"
@@ -328,7 +329,7 @@ def _verdict(state: ModelState, target: Resolved, force: bool) -> tuple[Kind, st
         return ("ok", "complete, verified") if done else ("download", "not in the cache")
     flaws = [f"{path} {found.replace('_', ' ')}" for path, found in states.items() if found != "ok"]
     if not state.ref_ok:
-        flaws.append("no ref names the commit")
+        flaws.append("the ref does not name the commit")
     return ("repair", ", ".join(flaws)) if flaws else ("ok", "complete, verified")
 
 

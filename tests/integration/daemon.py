@@ -107,13 +107,18 @@ def running(
     ready: bool = True,
     arguments: Sequence[str] = (),
     environ: dict[str, str] | None = None,
+    prefix: Sequence[str] = (),
 ) -> Iterator[DaemonProcess]:
-    """Starts a daemon, waits until it is ready, and makes sure that it is gone at the end."""
+    """Starts a daemon, waits until it is ready, and makes sure that it is gone at the end.
+
+    ``prefix`` is a command that becomes the daemon, such as ``unshare --net``.
+    """
     directory.mkdir(exist_ok=True)
     write_config(directory, config)
     notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     notify.bind(str(directory / "notify"))
-    command = [sys.executable, "-m", "whisperd", "serve", "-c", str(directory / "whisperd.toml"), *arguments]
+    serve = [sys.executable, "-m", "whisperd", "serve", "-c", str(directory / "whisperd.toml")]
+    command = [*prefix, *serve, *arguments]
     with (directory / "log").open("wb") as log:
         process = subprocess.Popen(command, stderr=log, env=clean_environ(directory, environ or {}))
     daemon = DaemonProcess(directory=directory, process=process, notify=notify)

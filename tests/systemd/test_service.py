@@ -213,7 +213,7 @@ def test_a_download_longer_than_the_time_to_start(service: Service, clips: dict[
     service.systemctl("stop")
     service.empty_cache()
     service.drop_in("TimeoutStartSec=3s")
-    service.configure(service.hub_start(faults=[{"match": "GET /cdn/", "pace_s": 0.008}]))
+    service.configure(service.hub_start(faults=[{"match": "GET /cdn/", "rate_bytes_per_s": 8e6}]))
     service.systemctl("--no-block", "start")
     service.machine.until(lambda: " % of 78.1 MB" in service.status_text, "the progress is shown")
     assert service.status_text.startswith("downloading org/tiny: ")
@@ -257,7 +257,7 @@ def test_the_token(service: Service) -> None:
     """The credential opens a private repository, and is in no environment, command line or journal."""
     service.systemctl("stop")
     service.empty_cache()
-    text = service.hub_start(token=TOKEN, faults=[{"match": "GET /cdn/", "pace_s": 0.002}])
+    text = service.hub_start(token=TOKEN, faults=[{"match": "GET /cdn/", "rate_bytes_per_s": 33e6}])
     service.configure(text)
     assert service.systemctl("start", check=False) == 1
     assert "org/tiny" in service.status_text

@@ -19,7 +19,6 @@ from whisperd.hub.failures import RETRIED, Subject, classify, describe, is_nonse
 from whisperd.version import VERSION
 
 TRIES = {"resolve": 4, "fetch": 3}  # without any progress between them
-WAITS_S = (1.0, 2.0, 4.0)
 WAIT_MAX_S = 30.0  # whatever a server asks for
 FILES_AT_ONCE = 4
 CHUNK_BYTES = 1 << 20  # what a dying link loses: the library's own 10 MiB never get through one that dies earlier
@@ -59,8 +58,8 @@ def main() -> None:
         reporter.tell("done", **done)
 
 
-def _persistently(do: Callable[[], Done], reporter: Reporter, tries: int, size_bytes: Callable[[], int]) -> Done:
-    """Does it until it works, or fails ``tries`` times in a row without any byte more, or in a way that stays."""
+def _persistently(job: Job, do: Callable[[], Done], reporter: Reporter, size_bytes: Callable[[], int]) -> Done:
+    """Does it until it works, or fails too often in a row without any byte more, or in a way that stays."""
     failures = 0
     while True:
         before_bytes = size_bytes()
@@ -68,9 +67,9 @@ def _persistently(do: Callable[[], Done], reporter: Reporter, tries: int, size_b
             return do()
         except Exception as error:
             failures = 1 if size_bytes() > before_bytes else failures + 1
-            if failures >= tries or not issubclass(classify(error), RETRIED):
+            if failures >= TRIES[job["do"]] or not issubclass(classify(error), RETRIED):
                 raise
-            wait_s = min(max(retry_after_s(error) or 0.0, WAITS_S[failures - 1]), WAIT_MAX_S)
+            wait_s = min(max(retry_after_s(error) or 0.0, job["retry_wait_s"] * 2 ** (failures - 1)), WAIT_MAX_S)
             reporter.tell("retry", wait_s=wait_s)
             time.sleep(wait_s)
 
@@ -91,9 +90,11 @@ def _resolve(job: Job, reporter: Reporter) -> dict[str, object]:
             }
             for file in info.siblings or ()
         ]
+        if info.sha is None or not all(file["hash"] and file["size_bytes"] is not None for file in files):
+            raise ConnectionError("the answer names no commit, or files without size and hash: this is no Hub")
         return {"commit": info.sha, "files": files}
 
-    return _persistently(ask, reporter, TRIES["resolve"], lambda: 0)
+    return _persistently(job, ask, reporter, lambda: 0)
 
 
 def _fetch(job: Job, reporter: Reporter) -> dict[str, object]:
@@ -122,7 +123,7 @@ def _fetch_file(job: Job, file: Mapping[str, Any], reporter: Reporter) -> None:
                 os.truncate(part, 0)  # more of the same would not make it whole
             raise
 
-    _persistently(get, reporter, TRIES["fetch"], lambda: part.stat().st_size)
+    _persistently(job, get, reporter, lambda: part.stat().st_size)
 
 
 def _get(job: Job, file: Mapping[str, Any], part: Path) -> None:

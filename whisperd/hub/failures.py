@@ -7,7 +7,7 @@ a test holds it complete.
 from __future__ import annotations
 
 import errno
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
@@ -27,6 +27,7 @@ from whisperd.errors import (
     SourceError,
     StoreError,
 )
+from whisperd.plan import MAKE_ROOM
 
 CAUSE_CHARS = 300
 RETRIED = (HubUnreachable, HubRateLimited, HubServerError)
@@ -96,6 +97,8 @@ BY_STATUS: Mapping[int, type[StoreError]] = {
     416: HubUnreachable,
     429: HubRateLimited,
 }
+# What storage says of an address that has run out: about a token or a repository it knows nothing.
+GONE = frozenset({401, 403, 404, 410})
 BY_ERRNO: Mapping[int, type[StoreError]] = {
     errno.ENOSPC: DiskFull,
     errno.EDQUOT: DiskFull,
@@ -125,9 +128,12 @@ CURES: Mapping[type[StoreError], str] = {
     HubUnreachable: "check the network, the proxy and the endpoint",
     HubRateLimited: "try again later, or set HF_TOKEN for a higher limit",
     HubServerError: "try again later",
-    DiskFull: "free some space, or choose another cache_dir",
+    DiskFull: MAKE_ROOM,
     CachePermissionError: "give this user write access to the cache, or choose another cache_dir",
+    IntegrityError: "look for a proxy or a mirror that changes files",
 }
+IN_THE_WAY = frozenset({errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOTEMPTY})
+MOVE_AWAY = "something is in the way there: move it, or choose another cache_dir"
 WORDS: Mapping[type[StoreError], str] = {
     GatedError: "the repository asks for its conditions to be accepted",
     HubAuthError: "the Hub refused the token",
@@ -168,6 +174,8 @@ def classify(error: BaseException) -> type[StoreError]:
     if kind is not None and not opaque:
         return kind
     if (status := _status(error)) is not None:
+        if _is_redirected(error) and status in GONE:
+            return HubServerError
         return BY_STATUS.get(status, HubServerError if status >= 500 else HubError)
     if isinstance(error, OSError) and (error.errno or 0) in BY_ERRNO:
         return BY_ERRNO[error.errno or 0]
@@ -178,12 +186,12 @@ def classify(error: BaseException) -> type[StoreError]:
 
 
 def describe(error: BaseException, secret: str | None) -> str:
-    """The innermost cause in one line, without the token."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    text = " ".join(str(getattr(error, "server_message", None) or error).split())
-    status = _status(error)
-    words = f"HTTP {status}: {text}" if status else f"{type(error).__name__}: {text}"
+    """The server's own words, else those of the innermost cause, in one line, without the token."""
+    chain = list(_causes(error))
+    told = next((one for one in chain if getattr(one, "server_message", None)), chain[-1])
+    text = " ".join(str(getattr(told, "server_message", None) or told).split())
+    status = _status(told)
+    words = f"HTTP {status}: {text}" if status else f"{type(told).__name__}: {text}"
     return (words.replace(secret, "***") if secret else words)[:CAUSE_CHARS]
 
 
@@ -203,8 +211,20 @@ def is_nonsense(error: BaseException) -> bool:
 def disk_error(error: OSError, path: Path) -> StoreError:
     """An error of the local file system as one of whisperd's, with its path."""
     kind = BY_ERRNO.get(error.errno or 0, StoreError)
-    cure = CURES.get(kind, "")
-    return kind(f"{error.filename or path}: {error.strerror or error}{f'; {cure}' if cure else ''}")
+    cure = MOVE_AWAY if error.errno in IN_THE_WAY else CURES.get(kind, "")
+    place = error.filename2 or error.filename or path
+    return kind(f"{place}: {error.strerror or error}{f'; {cure}' if cure else ''}")
+
+
+def _is_redirected(error: BaseException) -> bool:
+    """Whether it is not the Hub that answered but the storage to which it has sent the client."""
+    return bool(getattr(getattr(error, "response", None), "history", None))
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
 
 
 def _status(error: BaseException) -> int | None:

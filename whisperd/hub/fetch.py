@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from whisperd.errors import HubUnreachable
+from whisperd.hub.failures import CURES
 from whisperd.hub.process import Connection, Stalled, environment, run
 from whisperd.plan import RemoteFile
 
@@ -51,7 +52,7 @@ def fetch(job: FetchJob, connection: Connection, on_bytes: OnBytes, cancel: thre
             return
     raise HubUnreachable(
         f"{job.repo} on {connection.endpoint}: the download made no progress for {connection.stall_timeout_s:g} s, "
-        f"{TRIES} times; check the network and the proxy; what has arrived is kept"
+        f"{TRIES} times; {CURES[HubUnreachable]}; what has arrived is kept"
     )
 
 
@@ -65,6 +66,7 @@ def _fetch(job: FetchJob, connection: Connection, on_bytes: OnBytes, cancel: thr
         "directory": str(job.directory),
         "endpoint": connection.endpoint,
         "token": connection.token,
+        "retry_wait_s": connection.retry_wait_s,
         "environment": environment(connection),
     }
 

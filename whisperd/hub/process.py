@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,6 +56,7 @@ class Connection:
         state_dir: a writable directory for what the library keeps besides the cache.
         metadata_timeout_s: how long one answer may take.
         stall_timeout_s: how long a download may make no progress.
+        retry_wait_s: how long to wait before the second try; each further wait is twice as long.
     """
 
     endpoint: str
@@ -63,6 +64,7 @@ class Connection:
     state_dir: Path
     metadata_timeout_s: float = 10.0
     stall_timeout_s: float = 60.0
+    retry_wait_s: float = 1.0
 
 
 def environment(connection: Connection) -> dict[str, str]:
@@ -166,7 +168,14 @@ def _listen(child: subprocess.Popen[str], patience: _Patience) -> Iterator[Messa
         if message["event"] == "done":
             return
     readers[1].join()
-    raise HubError(f"the process that talks to the Hub died: {''.join(last_words) or 'it left no message'}")
+    raise HubError(f"the process that talks to the Hub {_end(child.wait(), last_words)}")
+
+
+def _end(code: int, last_words: Sequence[str]) -> str:
+    """How a child has ended that did not say so itself; for lack of memory, often."""
+    if code < 0:
+        return f"was killed ({signal.Signals(-code).name}); run it again"
+    return f"died: {''.join(last_words) or 'it left no message'}"
 
 
 def _pipe(stream: IO[str] | None) -> IO[str]:

@@ -27,6 +27,7 @@ def resolve(source: HubSource, connection: Connection, cancel: threading.Event) 
         "revision": source.revision,
         "endpoint": connection.endpoint,
         "token": connection.token,
+        "retry_wait_s": connection.retry_wait_s,
         "timeout_s": connection.metadata_timeout_s,
         "environment": environment(connection),
     }

@@ -123,5 +123,6 @@ def _origin(settings: Settings, state_dir: Path, cancel: threading.Event) -> Ori
         state_dir=state_dir,
         metadata_timeout_s=settings.metadata_timeout_s,
         stall_timeout_s=settings.stall_timeout_s,
+        retry_wait_s=settings.retry_wait_s,
     )
     return HubOrigin(connection=connection, cancel=cancel)

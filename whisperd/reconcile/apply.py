@@ -10,6 +10,7 @@ from pathlib import Path
 
 from whisperd.errors import IntegrityError
 from whisperd.hub import FetchJob, disk_error
+from whisperd.hub.failures import CURES
 from whisperd.plan import Action, RemoteFile, Resolved, short
 from whisperd.reconcile.cache import Repo, git_or_sha256, install
 from whisperd.reconcile.origin import Origin
@@ -71,7 +72,7 @@ class Applier:
         file, found = next(iter(wrong.items()))
         raise IntegrityError(
             f"{source}: {file.path} came with wrong bytes {FETCHES} times: expected {file.hash}, got {found}; "
-            "look for a proxy or a mirror that changes files"
+            f"{CURES[IntegrityError]}"
         )
 
     def _tell(self, name: str, whole_bytes: int, part_bytes: int) -> None:

@@ -83,7 +83,10 @@ class Repo:
         return RepoContents(
             repo=self.id,
             snapshots={commit: frozenset(_links(self.snapshot(commit))) for commit in commits},
-            refs={str(path.relative_to(self.path / "refs")): path.read_text(encoding="utf-8") for path in refs},
+            refs={
+                str(path.relative_to(self.path / "refs")): path.read_text(encoding="utf-8", errors="replace")
+                for path in refs
+            },
             blob_bytes={entry.name: entry.stat().st_size for entry in _entries(self.path / "blobs") if entry.is_file()},
             owned=owned,
             in_use=frozenset(commit for commit in owned if is_held(self.snapshot(commit))),

@@ -21,6 +21,7 @@ from whisperd.reconcile.cache import OWN_DIR, used_bytes
 MARGIN_BYTES = 64 << 20  # left free: the lock file, stamps, and whoever else writes there
 MARGIN_INODES = 100
 HOLDER_BYTES = 4096
+NO_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ELOOP})  # ELOOP: mounted with nosymfollow
 
 
 def room(cache_dir: Path, max_cache_bytes: int | None) -> Room:
@@ -43,10 +44,14 @@ def preflight(cache_dir: Path) -> None:
     try:
         own.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=own, prefix="probe-") as probe:
-            (Path(probe) / "link").symlink_to("nowhere")
+            (Path(probe) / "file").touch()
+            (Path(probe) / "link").symlink_to("file")
+            (Path(probe) / "link").stat()
     except OSError as error:
-        if error.errno in {errno.EPERM, errno.EOPNOTSUPP} and own.is_dir() and os.access(own, os.W_OK):
-            raise StoreError(f"{cache_dir}: this file system has no symbolic links, which the cache needs") from error
+        if error.errno in NO_LINKS and own.is_dir() and os.access(own, os.W_OK):
+            raise StoreError(
+                f"{cache_dir}: this file system has no symbolic links, which the cache needs; choose another cache_dir"
+            ) from error
         raise disk_error(error, cache_dir) from error
 
 

@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from whisperd.errors import Error, SourceError, StoreError
+from whisperd.errors import Cancelled, Error, SourceError, StoreError
 from whisperd.plan import ModelState, Resolved, select_files
 from whisperd.reconcile.cache import Inspector, Repo
 from whisperd.reconcile.local import check
@@ -61,6 +61,7 @@ class Observer:
         """The same, with the Hub's word where nothing is known, or where ``update`` asks for what is new.
 
         With ``force`` a commit that is known is asked for again: whoever cannot be asked cannot be fetched from.
+        Raises Cancelled.
         """
         source = wanted.source
         if not isinstance(source, HubSource):
@@ -72,6 +73,8 @@ class Observer:
         try:
             asked = replace(source, revision=entry.commit) if entry is not None and stays else source
             return self._found(wanted, source, entry, resolve(asked))
+        except Cancelled:
+            raise  # whoever stops the asking does not want the answer "could not be asked"
         except Error as error:
             found = self.known(wanted)
             problem = str(error) if force or entry is None else ""

@@ -40,6 +40,7 @@ class Settings:
     max_cache_bytes: int | None = None
     metadata_timeout_s: float = 10.0
     stall_timeout_s: float = 60.0
+    retry_wait_s: float = 1.0
     parallel: int = 2
 
 
