@@ -44,8 +44,11 @@ def run(origin: FakeOrigin, settings: Settings, *references: str) -> Report:
 @pytest.mark.parametrize(
     ("room", "reason"),
     [
-        (Room(free_bytes=399), "disk full: 400 B to fetch, room for 399 B"),
-        (Room(free_inodes=11), "disk full: 12 inodes needed, 11 free"),
+        (
+            Room(free_bytes=399),
+            "disk full: 400 B to fetch, room for 399 B; free some space, or choose another cache_dir",
+        ),
+        (Room(free_inodes=11), "disk full: 12 inodes needed, 11 free; free some space, or choose another cache_dir"),
         (Room(quota_bytes=399), "over max_cache_bytes: 400 B to fetch, 399 B left; raise it, or --prune"),
         (Room(free_bytes=400, free_inodes=12, quota_bytes=400), ""),
         (Room(), ""),
