@@ -9,7 +9,7 @@ import pytest
 
 from tests.speech import Clip, plain
 from tests.systemd.machine import SOCKET, UNIT
-from tests.systemd.service import CLIENTS, MODEL, Service
+from tests.systemd.service import CLIENTS, MODEL, PATIENCE_S, Service
 from whisperd.errors import RemoteError
 
 pytestmark = [pytest.mark.systemd, pytest.mark.timeout(900)]
@@ -133,7 +133,7 @@ def test_stop_drains(service: Service, clips: dict[str, Clip]) -> None:
         running = pool.submit(request)
         assert begun.wait(30)
         service.systemctl("stop")
-        assert "disconnect from the pbx" in plain(running.result(60))
+        assert "disconnect from the pbx" in plain(running.result(PATIENCE_S))
     assert (service.machine.show("Result"), service.machine.show("ExecMainStatus")) == ("success", "0")
 
 
