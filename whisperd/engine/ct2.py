@@ -1,8 +1,7 @@
 """Whisper on CTranslate2. A batch runs to its end in one call; several workers keep all cores busy.
 
 Workers pull: whoever is free takes the windows that wait and may share a batch, so that a window never waits for a
-batch to fill, and batches grow by themselves under load. Interactive windows are taken first and share batches with
-their like only; beside windows that yield to them, one worker stays free.
+batch to fill, and batches grow by themselves under load.
 """
 
 from __future__ import annotations
@@ -29,6 +28,7 @@ from whisperd.engine.base import (
     WindowFailure,
 )
 from whisperd.engine.halving import BatchLimit
+from whisperd.engine.lanes import Lanes
 from whisperd.errors import EngineError, OutOfMemory, SourceError
 from whisperd.features import HOP_SAMPLES, LogMel
 from whisperd.meter import ModelMeter
@@ -68,8 +68,7 @@ class Ct2Engine:
         self._model = model
         self._meter = meter or ModelMeter()
         self._limit = BatchLimit(batch_size, self._meter)
-        self._n_workers = workers
-        self._waiting: list[Window] = []
+        self._lanes = Lanes(workers)
         self._inside: set[int] = set()
         self._idle_workers = 0
         self._closing = False
@@ -137,7 +136,7 @@ class Ct2Engine:
     def admit(self, windows: Sequence[Window]) -> None:
         """Hands windows to the workers."""
         with self._changed:
-            self._waiting.extend(windows)
+            self._lanes.add(windows)
             self._inside.update(window.id for window in windows)
             self._changed.notify_all()
 
@@ -157,9 +156,7 @@ class Ct2Engine:
     def cancel(self, window_ids: frozenset[int]) -> None:
         """Forgets windows that no worker has taken yet; the others run to the end of their batch."""
         with self._changed:
-            dropped = {window.id for window in self._waiting if window.id in window_ids}
-            self._waiting = [window for window in self._waiting if window.id not in dropped]
-            self._inside -= dropped
+            self._inside -= self._lanes.drop(window_ids)
 
     def close(self) -> None:
         """Ends the workers after the batches that run, and unloads the model."""
@@ -179,33 +176,10 @@ class Ct2Engine:
         """Waits for windows; an empty batch means that the engine closes."""
         with self._changed:
             self._idle_workers += 1
-            self._changed.wait_for(lambda: self._closing or self._open())
-            batch = [] if self._closing else self._take()
+            self._changed.wait_for(lambda: self._closing or self._lanes.open_for(self._idle_workers))
+            batch = [] if self._closing else self._lanes.take(self._idle_workers, self._limit.now)
             self._idle_workers -= 1
             return batch
-
-    def _open(self) -> list[Window]:
-        """The windows that a free worker may take: the interactive ones if there are any.
-
-        Yielding ones leave the last free worker alone.
-        """
-        interactive = [window for window in self._waiting if window.lane == "interactive"]
-        if interactive:
-            return interactive
-        if self._idle_workers > 1 or self._n_workers == 1:
-            return self._waiting
-        return [window for window in self._waiting if window.lane != "yielding"]
-
-    def _take(self) -> list[Window]:
-        """The first window and those that may run beside it; a fair share, so that no worker stays idle."""
-        open_now = self._open()
-        key = _batch_key(open_now[0].request)
-        fitting = [window for window in open_now if _batch_key(window.request) == key]
-        takers = self._idle_workers - (fitting[0].lane == "yielding" and self._n_workers > 1)
-        taken = fitting[: min(self._limit.now, -(-len(fitting) // takers))]
-        ids = {window.id for window in taken}
-        self._waiting = [window for window in self._waiting if window.id not in ids]
-        return taken
 
     def _outcomes(self, batch: list[Window]) -> Sequence[Outcome]:
         started_s = time.monotonic()
@@ -297,11 +271,6 @@ class _Decoder:
             median_filter_width=MEDIAN_FILTER_WIDTH,
         )
         return replace(hypothesis, alignment=_token_times(tokens, result))
-
-
-def _batch_key(request: DecodeRequest) -> tuple[object, ...]:
-    """What must be equal in a batch: CTranslate2 takes one set of options, and all prompts start at one position."""
-    return (len(request.prompt_tokens), request.temperature, request.beam_size, request.best_of)
 
 
 def _sampling(request: DecodeRequest) -> dict[str, Any]:

@@ -1,0 +1,82 @@
+"""Who is next inside an engine: short requests first, and nobody never."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from whisperd.engine.base import DecodeRequest, Lane, Window
+from whisperd.engine.lanes import PASSED_OVER_BATCHES, Lanes
+
+SECOND = np.zeros(16_000, np.float32)
+lanes_of_windows: st.SearchStrategy[Lane] = st.sampled_from(["interactive", "bulk", "yielding"])
+
+
+def window(number: int, lane: Lane = "interactive", *, temperature: float = 0.0) -> Window:
+    return replace(Window(id=number, samples=SECOND, request=DecodeRequest(temperature=temperature)), lane=lane)
+
+
+def ids(windows: list[Window]) -> list[int]:
+    return [one.id for one in windows]
+
+
+def test_interactive_first() -> None:
+    """A short request does not wait behind a long one that came before."""
+    lanes = Lanes(2)
+    lanes.add([window(1, "bulk"), window(2, "bulk"), window(3)])
+    assert ids(lanes.take(2, 4)) == [3]
+    assert ids(lanes.take(1, 4)) == [1, 2]
+
+
+def test_one_worker_stays_free() -> None:
+    """Windows that yield are taken while another worker has nothing to do, and never by the last one."""
+    lanes = Lanes(2)
+    lanes.add([window(number, "yielding") for number in range(4)])
+    assert lanes.open_for(1) == []
+    assert ids(lanes.take(2, 4)) == [0, 1, 2, 3]
+
+
+def test_nobody_is_passed_over_for_ever() -> None:
+    """Beside a stream of short requests that never ends, a long one has its turn after a few batches."""
+    lanes = Lanes(2)
+    lanes.add([window(0, "yielding")])
+    for number in range(1, 100):
+        lanes.add([window(number)])
+        if ids(lanes.take(1, 4)) == [0]:
+            assert number == PASSED_OVER_BATCHES + 1
+            return
+    raise AssertionError("it never had its turn")
+
+
+def test_a_batch_is_of_one_kind() -> None:
+    """Only windows with the same options share a batch, and idle workers share what is there."""
+    lanes = Lanes(2)
+    lanes.add([window(1), window(2, temperature=0.2), window(3), window(4)])
+    assert ids(lanes.take(2, 4)) == [1, 3]
+    assert ids(lanes.take(1, 4)) == [2]
+    assert ids(lanes.take(1, 4)) == [4]
+
+
+def test_dropped_windows_are_gone() -> None:
+    """A window that was taken cannot be dropped any more; one that waits can."""
+    lanes = Lanes(1)
+    lanes.add([window(1), window(2, "bulk")])
+    assert ids(lanes.take(1, 1)) == [1]
+    assert lanes.drop(frozenset({1, 2, 3})) == frozenset({2})
+    assert lanes.open_for(1) == []
+
+
+@given(st.lists(lanes_of_windows, max_size=20), st.integers(1, 4), st.integers(1, 5))
+def test_every_window_is_taken_once(found: list[Lane], n_workers: int, limit: int) -> None:
+    """Whatever waits is taken, once, in batches within the limit."""
+    lanes = Lanes(n_workers)
+    lanes.add([window(number, lane) for number, lane in enumerate(found)])
+    taken: list[int] = []
+    while lanes.open_for(n_workers):
+        batch = lanes.take(n_workers, limit)
+        assert 0 < len(batch) <= limit
+        taken += ids(batch)
+    assert sorted(taken) == list(range(len(found)))
