@@ -167,17 +167,27 @@ def test_plain_snapshot_download_killed_at_ninety_percent(
     assert (done.path / "model.bin").read_bytes() == large["model.bin"]
 
 
-def test_plain_snapshot_download_killed_in_an_update(hub: LoopbackHub, repo: HubRepo, plain_cache: Path) -> None:
-    """A killed update has moved the branch: the copy that worked offline is out of reach."""
+def test_plain_snapshot_download_killed_in_an_update(
+    hub: LoopbackHub, repo: HubRepo, settings: Settings, filled: Path
+) -> None:
+    """A killed update has moved the branch: the copy that worked is out of reach offline, until whisperd has run."""
+    cache = settings.cache_dir
     repo.commit(whisper_files(2, size_bytes=3 * MIB))
     hub.fault("GET /cdn/", stall_at=MIB)
-    process = subprocess.Popen(plain_command(plain_cache, endpoint=hub.endpoint), env=plain_environ(plain_cache))
+    process = subprocess.Popen(plain_command(cache, endpoint=hub.endpoint), env=plain_environ(cache))
     try:
-        assert hub.stalled.wait(30)
+        until(
+            lambda: (cache / FOLDER / "snapshots" / repo.refs["main"] / "config.json").exists() and hub.stalled.is_set()
+        )
     finally:
         process.kill()
         process.wait()
-    assert plain(plain_cache, hub.endpoint, local_files_only=True).error == "IncompleteSnapshotError"
+    assert plain(cache, hub.endpoint, local_files_only=True).error == "IncompleteSnapshotError"
+    assert offline(settings) == {NAME: filled}
+    report = run(settings)
+    assert "the ref does not name the commit" in report.plan.lines()[0]
+    assert report.results[0].fetched_bytes == 0
+    assert plain(cache, hub.endpoint, local_files_only=True).path == filled
 
 
 def test_killed_in_an_update(hub: LoopbackHub, repo: HubRepo, settings: Settings, filled: Path) -> None:

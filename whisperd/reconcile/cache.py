@@ -21,8 +21,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from whisperd.errors import SourceError
 from whisperd.hub.failures import disk_error
-from whisperd.plan import FileState, RemoteFile, Removal, RepoContents
+from whisperd.plan import FileState, RemoteFile, Removal, RepoContents, select_files
 from whisperd.sources import COMMIT, HubSource
 
 OWN_DIR = ".whisperd"
@@ -68,7 +69,13 @@ class Repo:
     def has_ref(self, source: HubSource, commit: str) -> bool:
         """Whether other tools that follow the revision find something: this commit, or one that they have moved to."""
         named = self._named(self.ref_name(source))
-        return named is not None and (named == commit or self.snapshot(named).is_dir())
+        return named is not None and (named == commit or self._is_whole(named))
+
+    def _is_whole(self, commit: str) -> bool:
+        """Whether a snapshot, which another tool may have left half done, holds a model."""
+        with suppress(SourceError):
+            return bool(select_files(self.listed(commit)))
+        return False
 
     def _named(self, ref: str) -> str | None:
         with suppress(OSError, UnicodeDecodeError):
