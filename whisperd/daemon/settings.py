@@ -66,6 +66,7 @@ def engine_settings(config: Config) -> EngineSettings:
         batch_size=engine.batch_size,
         workers=engine.workers,
         threads_per_worker=engine.threads_per_worker,
+        short_windows=engine.short_windows,
     )
 
 

@@ -35,6 +35,7 @@ class EngineSettings:
     batch_size: int = 4
     workers: int = 0
     threads_per_worker: int = 0
+    short_windows: bool = False
 
     def placed(self, n_cores: int) -> tuple[int, int]:
         """Workers, and threads of each, on a machine with so many usable cores."""
@@ -63,6 +64,7 @@ def open_engine(
         batch_size=settings.batch_size,
         workers=workers,
         threads_per_worker=threads,
+        short_windows=settings.short_windows,
         meter=meter,
     )
 

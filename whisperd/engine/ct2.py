@@ -29,8 +29,9 @@ from whisperd.engine.base import (
 )
 from whisperd.engine.halving import BatchLimit
 from whisperd.engine.lanes import Lanes
+from whisperd.engine.short import States, frames_of, is_suspicious, joined, quiet_samples
 from whisperd.errors import EngineError, OutOfMemory, SourceError
-from whisperd.features import HOP_SAMPLES, LogMel
+from whisperd.features import CHUNK_FRAMES, HOP_SAMPLES, LogMel
 from whisperd.meter import ModelMeter
 from whisperd.tokens import Vocabulary
 
@@ -52,6 +53,7 @@ class Ct2Engine:
         vocabulary: the model's tokens.
         batch_size: windows that one worker decodes together.
         workers: batches in flight at the same time.
+        short_windows: encode short audio without the silence that pads it to 30 s; see ``engine.short``.
         meter: told of each batch.
     """
 
@@ -62,9 +64,10 @@ class Ct2Engine:
         *,
         batch_size: int,
         workers: int,
+        short_windows: bool = False,
         meter: ModelMeter | None = None,
     ) -> None:
-        self._decode = _Decoder(model, vocabulary)
+        self._decode = _Decoder(model, vocabulary, short_windows=short_windows)
         self._model = model
         self._meter = meter or ModelMeter()
         self._limit = BatchLimit(batch_size, self._meter)
@@ -98,6 +101,7 @@ class Ct2Engine:
         batch_size: int,
         workers: int,
         threads_per_worker: int,
+        short_windows: bool = False,
         meter: ModelMeter | None = None,
     ) -> Ct2Engine:
         """Opens a CTranslate2 directory on the CPU.
@@ -120,7 +124,7 @@ class Ct2Engine:
             if _is_exhaustion(error):
                 raise OutOfMemory(f"no memory for the model in {path}: {error}") from error
             raise SourceError(f"the model in {path} cannot be loaded: {error}") from error
-        return cls(model, vocabulary, batch_size=batch_size, workers=workers, meter=meter)
+        return cls(model, vocabulary, batch_size=batch_size, workers=workers, short_windows=short_windows, meter=meter)
 
     @property
     def info(self) -> EngineInfo:
@@ -194,24 +198,41 @@ class Ct2Engine:
 class _Decoder:
     """Windows that may share a batch to hypotheses; used by several workers at the same time."""
 
-    def __init__(self, model: ctranslate2.models.Whisper, vocabulary: Vocabulary) -> None:
+    def __init__(
+        self, model: ctranslate2.models.Whisper, vocabulary: Vocabulary, *, short_windows: bool = False
+    ) -> None:
         self._model = model
         self._vocabulary = vocabulary
-        self._log_mel = LogMel(model.n_mels)
+        self._encode = _Encoder(model)
+        self._short_windows = short_windows
         self._language_of = {f"<|{code}|>": code for code in vocabulary.languages}
 
     def __call__(self, batch: Sequence[Window]) -> list[Hypothesis]:
         """Raises OutOfMemory or EngineError."""
         try:
-            return self._decoded(batch)
+            return self._decoded_short(batch) if self._short_windows else self._decoded(batch)
         except (RuntimeError, ValueError, MemoryError) as error:
             raise _translated(error) from error
 
-    def _decoded(self, batch: Sequence[Window]) -> list[Hypothesis]:
-        import ctranslate2
+    def _decoded_short(self, batch: Sequence[Window]) -> list[Hypothesis]:
+        """Without the silence behind them first; what looks like a loop then, whole."""
+        found = self._decoded(batch, short=True)
+        doubtful = [
+            (place, window)
+            for place, (window, hypothesis) in enumerate(zip(batch, found, strict=True))
+            if frames_of(window) < CHUNK_FRAMES and is_suspicious(self._text(hypothesis), window)
+        ]
+        if doubtful:
+            again = self._decoded([window for _, window in doubtful])
+            for (place, _), hypothesis in zip(doubtful, again, strict=True):
+                found[place] = hypothesis
+        return found
 
-        features = np.stack([self._log_mel(window.samples) for window in batch])
-        encoded = self._model.encode(ctranslate2.StorageView.from_array(features))
+    def _text(self, hypothesis: Hypothesis) -> str:
+        return self._vocabulary.decode([token for token in hypothesis.tokens if token < self._vocabulary.eot])
+
+    def _decoded(self, batch: Sequence[Window], *, short: bool = False) -> list[Hypothesis]:
+        encoded = self._encode.short(batch) if short else self._encode.whole(batch)
         languages = self._languages(batch, encoded)
         prompts = [
             self._vocabulary.prefix(window.request.task, language, window.request.prompt_tokens)
@@ -273,6 +294,43 @@ class _Decoder:
         return replace(hypothesis, alignment=_token_times(tokens, result))
 
 
+class _Encoder:
+    """Windows to encoder states, float32 or what the model computes with: [n, up to 1500, d_model]."""
+
+    def __init__(self, model: ctranslate2.models.Whisper) -> None:
+        self._model = model
+        self._log_mel = LogMel(model.n_mels)
+        self._quiet: States | None = None
+
+    def whole(self, batch: Sequence[Window]) -> ctranslate2.StorageView:
+        """Each padded with silence to 30 s."""
+        return self._states(np.stack([self._log_mel(window.samples) for window in batch]))
+
+    def short(self, batch: Sequence[Window]) -> ctranslate2.StorageView:
+        """Each as long as it has to be, and the end of a quiet window behind it."""
+        import ctranslate2
+
+        if self._quiet is None:  # several workers may find it missing: they compute the same
+            self._quiet = _array(self._states(self._log_mel(quiet_samples())[None]))
+        rows = [
+            _array(self._states(np.ascontiguousarray(self._log_mel(window.samples)[None, :, : frames_of(window)])))
+            for window in batch
+        ]
+        return ctranslate2.StorageView.from_array(joined(rows, self._quiet))
+
+    def _states(self, features: NDArray[np.float32]) -> ctranslate2.StorageView:
+        """``features``: float32 [n, n_mels, frames]."""
+        import ctranslate2
+
+        return self._model.encode(ctranslate2.StorageView.from_array(features))
+
+
+def _array(states: ctranslate2.StorageView) -> States:
+    import ctranslate2
+
+    return np.asarray(states.to(ctranslate2.DataType.float32))
+
+
 def _sampling(request: DecodeRequest) -> dict[str, Any]:
     common = {"max_length": DECODER_POSITIONS, "return_scores": True, "return_no_speech_prob": True}
     if request.temperature == 0.0:
@@ -301,9 +359,7 @@ def _hypothesis(window: Window, language: tuple[str, float], result: Any) -> Hyp
 
 
 def _rows(encoded: ctranslate2.StorageView) -> list[NDArray[np.float32]]:
-    import ctranslate2
-
-    states = np.asarray(encoded.to(ctranslate2.DataType.float32))
+    states = _array(encoded)
     return [np.ascontiguousarray(states[index : index + 1]) for index in range(len(states))]
 
 

@@ -1,0 +1,74 @@
+"""Short windows without their silence: encode what there is, and let the decoder see a quiet end.
+
+Whisper pads every window to 30 s, and for a sentence of three seconds its encoder spends most of its time on silence.
+Here only the audio and a little behind it are encoded; the states that are missing are the last ones of a quiet
+window, computed once for each model, so that the decoder still finds the end that it knows. Without them it loops,
+and with them it is not free of loops, therefore what looks like one is decoded again in a full window.
+
+Measured with tiny.en on 133 prompts that nothing was tuned on: the same word error rate as full windows (4.13 %) at
+less than a quarter of the CPU time. Other languages and larger models have not been measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from whisperd.decoding import compression_ratio
+from whisperd.engine.base import Window
+from whisperd.features import CHUNK_FRAMES
+from whisperd.transcript import SAMPLE_RATE_HZ
+
+States = NDArray[np.float32]
+
+STATES = CHUNK_FRAMES // 2  # of a whole window: the encoder halves the frames
+STATES_PER_S = 50
+FRAMES_PER_S = 100
+MARGIN_S = 2.0  # silence that is encoded behind the audio
+SHORT_MAX_S = 26.0  # from here on there is little to gain
+TAIL_STATES = 5 * STATES_PER_S  # other parts of a quiet window made loops: only its end is an end
+QUIET_S = 4.2
+QUIET_LEVEL = 1e-3  # 60 dB below full scale
+RATIO_MAX = 2.2  # stricter than Whisper's own test: the full window is a second chance that costs little
+BYTES_PER_S_MAX = 20.0
+BYTES_FREE = 40.0
+
+
+def quiet_samples() -> States:
+    """Faint noise, float32 [n]: what a quiet room sounds like to the model; the same each time."""
+    noise = np.random.default_rng(0).standard_normal(round(QUIET_S * SAMPLE_RATE_HZ)) * QUIET_LEVEL
+    return noise.astype(np.float32)
+
+
+def frames_of(window: Window) -> int:
+    """Mel frames that are worth encoding, a multiple of a second."""
+    duration_s = len(window.samples) / SAMPLE_RATE_HZ
+    if duration_s >= SHORT_MAX_S:
+        return CHUNK_FRAMES
+    return min(CHUNK_FRAMES, FRAMES_PER_S * int(np.ceil(duration_s + MARGIN_S)))
+
+
+def joined(rows: Sequence[States], quiet: States) -> States:
+    """Windows of several lengths as one batch.
+
+    Args:
+        rows: float32 [1, n, d_model] each, n <= STATES.
+        quiet: float32 [1, STATES, d_model], the states of a quiet window.
+
+    Returns:
+        float32 [len(rows), m, d_model]; what a row lacks is the end of ``quiet``.
+    """
+    lengths = [row.shape[1] for row in rows]
+    n_states = STATES if max(lengths) == STATES else min(STATES, max(lengths) + TAIL_STATES)
+    return np.ascontiguousarray(
+        np.concatenate([np.concatenate([row, quiet[:, STATES - (n_states - row.shape[1]) :]], axis=1) for row in rows])
+    )
+
+
+def is_suspicious(text: str, window: Window) -> bool:
+    """Whether a text looks like a loop: much of the same, or more than anybody says in that time."""
+    n_bytes = len(text.encode("utf-8"))
+    duration_s = len(window.samples) / SAMPLE_RATE_HZ
+    return bool(text) and (n_bytes > BYTES_FREE + BYTES_PER_S_MAX * duration_s or compression_ratio(text) > RATIO_MAX)
