@@ -53,10 +53,10 @@ class Cramped:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
-    def encode(self, features: Any) -> Any:
-        if features.shape[0] > self._room:
+    def generate(self, states: Any, *arguments: Any, **options: Any) -> Any:
+        if states.shape[0] > self._room:
             raise MemoryError("std::bad_alloc")
-        return self._model.encode(features)
+        return self._model.generate(states, *arguments, **options)
 
 
 class Halvings(ModelMeter):
