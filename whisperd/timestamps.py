@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from whisperd.tokens import TIMESTAMP_STEP_S
 from whisperd.transcript import Word
 
 PREPENDED = "\"'“¿([{-"
@@ -35,7 +36,7 @@ class TimestampRule:
     """Which ids are timestamps: ``begin`` is 0.00 s, each further id adds ``step_s``."""
 
     begin: int
-    step_s: float = 0.02
+    step_s: float = TIMESTAMP_STEP_S
 
     def is_timestamp(self, token: int) -> bool:
         """True for ids at or above ``begin``."""

@@ -12,7 +12,7 @@ from tests.engine.test_contract import decode
 from tests.speech import Clip, plain
 from whisperd.engine import EngineSettings, open_engine
 from whisperd.engine.base import WINDOW_SAMPLES, DecodeRequest, Window
-from whisperd.engine.short import STATES, TAIL_STATES, frames_of, is_suspicious, joined
+from whisperd.engine.short import STATES, TAIL_STATES, frames_of, is_doubtful, joined
 from whisperd.tokens import Vocabulary
 
 
@@ -45,11 +45,13 @@ def test_every_row_keeps_its_states_and_ends_quietly(lengths: list[int]) -> None
 
 
 def test_loops_are_seen() -> None:
-    """Much of the same, or more than can be said in the time; a sentence is neither."""
-    assert is_suspicious("the second is " * 20, window(16_000 * 10))
-    assert is_suspicious("all of these words in half a second cannot be, whoever speaks them", window(8_000))
-    assert not is_suspicious("They have been carried away by monkeys.", window(16_000 * 3))
-    assert not is_suspicious("", window(16_000))
+    """Much of the same, more than can be said in the time, unsure, or behind the end; a sentence is none of these."""
+    assert is_doubtful("the second is " * 20, -0.2, 9.0, window(16_000 * 10))
+    assert is_doubtful("all of these words in half a second cannot be, whoever speaks them", -0.2, 0.5, window(8_000))
+    assert is_doubtful("They have been carried away by monkeys.", -1.2, 2.0, window(16_000 * 3))
+    assert is_doubtful("They have been carried away by monkeys.", -0.2, 9.0, window(16_000 * 3))
+    assert not is_doubtful("They have been carried away by monkeys.", -0.2, 3.0, window(16_000 * 3))
+    assert not is_doubtful("", -0.2, 0.0, window(16_000))
 
 
 def test_the_same_words(snapshot: Path, vocabulary: Vocabulary, clips: dict[str, Clip], tmp_path: Path) -> None:

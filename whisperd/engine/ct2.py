@@ -29,11 +29,11 @@ from whisperd.engine.base import (
 )
 from whisperd.engine.halving import BatchLimit
 from whisperd.engine.lanes import Lanes
-from whisperd.engine.short import States, frames_of, is_suspicious, joined, quiet_samples
+from whisperd.engine.short import States, frames_of, is_doubtful, joined, quiet_samples
 from whisperd.errors import EngineError, OutOfMemory, SourceError
 from whisperd.features import CHUNK_FRAMES, HOP_SAMPLES, LogMel
 from whisperd.meter import ModelMeter
-from whisperd.tokens import Vocabulary
+from whisperd.tokens import TIMESTAMP_STEP_S, Vocabulary
 
 if TYPE_CHECKING:
     import ctranslate2
@@ -220,7 +220,7 @@ class _Decoder:
         doubtful = [
             (place, window)
             for place, (window, hypothesis) in enumerate(zip(batch, found, strict=True))
-            if frames_of(window) < CHUNK_FRAMES and is_suspicious(self._text(hypothesis), window)
+            if frames_of(window) < CHUNK_FRAMES and self._is_doubtful(hypothesis, window)
         ]
         if doubtful:
             again = self._decoded([window for _, window in doubtful])
@@ -228,8 +228,11 @@ class _Decoder:
                 found[place] = hypothesis
         return found
 
-    def _text(self, hypothesis: Hypothesis) -> str:
-        return self._vocabulary.decode([token for token in hypothesis.tokens if token < self._vocabulary.eot])
+    def _is_doubtful(self, hypothesis: Hypothesis, window: Window) -> bool:
+        begin = self._vocabulary.timestamp_begin
+        text = self._vocabulary.decode([token for token in hypothesis.tokens if token < self._vocabulary.eot])
+        end_s = max((token - begin for token in hypothesis.tokens if token >= begin), default=0) * TIMESTAMP_STEP_S
+        return is_doubtful(text, hypothesis.avg_logprob, end_s, window)
 
     def _decoded(self, batch: Sequence[Window], *, short: bool = False) -> list[Hypothesis]:
         encoded = self._encode.short(batch) if short else self._encode.whole(batch)

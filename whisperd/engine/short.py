@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from whisperd.decoding import compression_ratio
+from whisperd.decoding import LATEST_END_PAST_AUDIO_S, compression_ratio
 from whisperd.engine.base import Window
 from whisperd.features import CHUNK_FRAMES
 from whisperd.transcript import SAMPLE_RATE_HZ
@@ -34,6 +34,7 @@ QUIET_LEVEL = 1e-3  # 60 dB below full scale
 RATIO_MAX = 2.2  # stricter than Whisper's own test: the full window is a second chance that costs little
 BYTES_PER_S_MAX = 20.0
 BYTES_FREE = 40.0
+LOGPROB_MIN = -1.0
 
 
 def quiet_samples() -> States:
@@ -67,8 +68,13 @@ def joined(rows: Sequence[States], quiet: States) -> States:
     )
 
 
-def is_suspicious(text: str, window: Window) -> bool:
-    """Whether a text looks like a loop: much of the same, or more than anybody says in that time."""
+def is_doubtful(text: str, avg_logprob: float, end_s: float, window: Window) -> bool:
+    """Whether the whole window may do better: a loop, more than anybody says in that time, unsure, or lost in time.
+
+    ``end_s`` is the last time that the text names.
+    """
     n_bytes = len(text.encode("utf-8"))
     duration_s = len(window.samples) / SAMPLE_RATE_HZ
+    if avg_logprob < LOGPROB_MIN or end_s > duration_s + LATEST_END_PAST_AUDIO_S:
+        return True
     return bool(text) and (n_bytes > BYTES_FREE + BYTES_PER_S_MAX * duration_s or compression_ratio(text) > RATIO_MAX)
