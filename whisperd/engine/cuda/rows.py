@@ -88,7 +88,7 @@ class Rows:
 
         ``sampled`` False says that all rows are greedy, and saves the noise.
         """
-        history = self._history(rows)
+        history = self.history(rows)
         allowed = rules(logits, history)
         picked = self._picked(rows, allowed, sampled=sampled)
         logprob = allowed.log_softmax(dim=-1).gather(1, picked[:, None])[:, 0]
@@ -108,7 +108,8 @@ class Rows:
             for count, ids, (sum_logprob, no_speech) in zip(counts, tokens, figures, strict=True)
         ]
 
-    def _history(self, rows: Tensor) -> History:
+    def history(self, rows: Tensor) -> History:
+        """What the rules must know."""
         return History(
             n_tokens=self._n_tokens[rows],
             last=self._last[rows],
