@@ -98,8 +98,8 @@ def _dequantised(stored: Mapping[str, Array], name: str) -> Array:
     scale = stored.get(f"{name}_scale")
     if scale is None:
         return stored[name]
-    scale = np.asarray(scale, np.float32)
-    return stored[name] / (scale[:, None] if scale.ndim else scale)
+    weight = stored[name]
+    return weight / np.asarray(scale, np.float32).reshape(-1, *[1] * (weight.ndim - 1))
 
 
 def _named(stored: Mapping[str, Array]) -> Iterator[tuple[str, Array]]:

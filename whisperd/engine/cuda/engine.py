@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from whisperd.engine.cuda import memory
 from whisperd.engine.cuda.rows import RowPlan, RowText
 from whisperd.engine.cuda.runner import Runner, Spoken
 from whisperd.errors import EngineError, OutOfMemory
+from whisperd.meter import ModelMeter
 from whisperd.tokens import Vocabulary
 
 log = logging.getLogger(__name__)
@@ -45,7 +47,10 @@ class _Job:
 class CudaEngine:
     """One loaded model behind the contract of ``whisperd.engine.base``; ``load`` opens it."""
 
-    def __init__(self, runner: Runner, vocabulary: Vocabulary, *, compute_type: str) -> None:
+    def __init__(
+        self, runner: Runner, vocabulary: Vocabulary, *, compute_type: str, meter: ModelMeter | None = None
+    ) -> None:
+        self._meter = meter or ModelMeter()
         self._runner = runner
         self._vocabulary = vocabulary
         self._info = EngineInfo(
@@ -65,7 +70,15 @@ class CudaEngine:
 
     @classmethod
     def load(
-        cls, path: Path, vocabulary: Vocabulary, *, device: str, compute_type: str = "auto", slots: int = 0
+        cls,
+        path: Path,
+        vocabulary: Vocabulary,
+        *,
+        device: str,
+        compute_type: str = "auto",
+        slots: int = 0,
+        budget_bytes: int = 0,
+        meter: ModelMeter | None = None,
     ) -> CudaEngine:
         """Opens a snapshot in either format.
 
@@ -74,7 +87,9 @@ class CudaEngine:
             vocabulary: its tokens.
             device: ``cuda``, or ``cpu`` for tests.
             compute_type: float16, bfloat16 or float32; auto is float16 on a GPU.
-            slots: windows at the same time; 0: as many as the free memory holds.
+            slots: windows at the same time; 0: as many as the memory holds.
+            budget_bytes: memory that it may take; 0: what is free.
+            meter: told what happens.
 
         Raises:
             SourceError: the snapshot is no whole Whisper.
@@ -87,8 +102,8 @@ class CudaEngine:
                 f"engine.compute_type {name!r} is for the cpu; on a GPU it is one of auto, {', '.join(DTYPES)}"
             )
         found = checkpoints.read(path)
-        wanted = slots or memory.slots(found.shape, DTYPES[name].itemsize, _free_bytes(device))
-        return cls(_opened(found, vocabulary, device, name, wanted), vocabulary, compute_type=name)
+        wanted = slots or memory.slots(found.shape, DTYPES[name].itemsize, _budget_bytes(device, budget_bytes))
+        return cls(_opened(found, vocabulary, device, name, wanted), vocabulary, compute_type=name, meter=meter)
 
     @property
     def info(self) -> EngineInfo:
@@ -104,6 +119,8 @@ class CudaEngine:
         """Queues windows; the next steps encode them. Windows that ask for beams come back as failures."""
         for window in windows:
             (self._refused if _asks_for_beams(window.request) else self._waiting).append(window)
+        # a stable sort: those that somebody waits for are encoded first
+        self._waiting = deque(sorted(self._waiting, key=lambda window: window.lane != "interactive"))
 
     def step(self) -> Sequence[Outcome]:
         """Lets waiting windows in, writes a few tokens in every row, and returns the windows that are complete."""
@@ -141,6 +158,7 @@ class CudaEngine:
                 return [WindowFailure(window_id=windows[0].id, error=error)]
             self._encode_windows = count // 2
             log.warning("out of memory with %d windows to encode; trying %d", count, self._encode_windows)
+            self._meter.halved("decode")
             self._waiting.extendleft(reversed(windows))
         return []
 
@@ -169,9 +187,14 @@ class CudaEngine:
                 job.language = ("en", 1.0)
         elif unknown:
             rows = self._free_rows[: len(unknown)]
-            found = self._runner.detect([job.slot for job in unknown], rows, self._vocabulary.languages)
-            for job, language in zip(unknown, found, strict=True):
-                job.language = language
+            found = self._runner.detect([job.slot for job in unknown], rows, tuple(self._vocabulary.languages.values()))
+            for job, probabilities in zip(unknown, found, strict=True):
+                job.language = self._likeliest(probabilities, job.window.request.languages)
+
+    def _likeliest(self, probabilities: Sequence[float], among: Sequence[str]) -> tuple[str, float]:
+        known = zip(self._vocabulary.languages, probabilities, strict=True)
+        candidates = [(code, probability) for code, probability in known if not among or code in among]
+        return max(candidates, key=lambda pair: pair[1], default=("en", 0.0))
 
     def _plan(self, request: DecodeRequest, language: str) -> RowPlan:
         prefix = self._vocabulary.prefix(request.task, language, request.prompt_tokens)
@@ -195,8 +218,10 @@ class CudaEngine:
         rows = sorted(row for job in self._jobs for row in job.rows)
         if not rows:
             return
+        started_s = time.monotonic()
         self._runner.decode(rows, STEPS_PER_TURN)
         done = self._runner.done(rows)
+        self._meter.batch(len(rows), time.monotonic() - started_s)
         texts = dict(zip(done, self._runner.texts(done), strict=True)) if done else {}
         for job in self._jobs:
             ended = job.rows & texts.keys()
@@ -255,11 +280,13 @@ def _opened(found: checkpoints.Checkpoint, vocabulary: Vocabulary, device: str, 
             log.warning("out of memory while loading; trying %d slots", slots)
 
 
-def _free_bytes(device: str) -> int:
-    """Memory that nobody uses: of the GPU, or of the host for tests."""
+def _budget_bytes(device: str, wanted_bytes: int) -> int:
+    """What may be used of the memory that nobody uses: of the GPU, or of the host for tests."""
     if device == "cuda":
-        return int(torch.cuda.mem_get_info()[0])
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        free_bytes = int(torch.cuda.mem_get_info()[0])
+    else:
+        free_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min(wanted_bytes or free_bytes, free_bytes)
 
 
 def _asks_for_beams(request: DecodeRequest) -> bool:

@@ -5,7 +5,7 @@ Nothing here waits for the device but ``detect``, ``done``, ``texts`` and ``alig
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -81,19 +81,15 @@ class Runner:
             mel = self._log_mel(torch.from_numpy(padded).to(self.device))
             self._decoder.store(self._encoder(mel.to(self.dtype)), self._index(windows))
 
-    def detect(self, windows: Sequence[int], rows: Sequence[int], among: Mapping[str, int]) -> list[tuple[str, float]]:
-        """The likeliest of these languages (code to id) for each window, and its probability among them."""
+    def detect(self, windows: Sequence[int], rows: Sequence[int], languages: Sequence[int]) -> list[list[float]]:
+        """How likely each of these languages (ids) is for each window, among them; reads into ``rows`` for it."""
         with translated(), torch.inference_mode():
             first = self._index([0] * len(rows))
             start = torch.full((len(rows), 1), self._vocabulary.sot, device=self.device)
             states, _ = self._decoder(start, first, self._index(rows), self._index(windows), 1)
-            ids = self._index(list(among.values()))
-            best = self._decoder.logits(states[:, 0])[:, ids].softmax(dim=-1).max(dim=-1)
-            codes = list(among)
-            return [
-                (codes[at], probability)
-                for at, probability in zip(best.indices.tolist(), best.values.tolist(), strict=True)
-            ]
+            logits = self._decoder.logits(states[:, 0])[:, self._index(languages)]
+            found: list[list[float]] = logits.softmax(dim=-1).tolist()
+            return found
 
     def begin(self, rows: Sequence[int], windows: Sequence[int], plans: Sequence[RowPlan]) -> None:
         """Shows rows their prefixes and writes their first tokens."""
