@@ -17,7 +17,7 @@ from benchmarks.random_whisper import SHAPES, drawn
 from tests.engine.test_contract import drain
 from tests.speech import Samples, noise
 from tests.test_tokens import multilingual
-from whisperd.engine.base import DecodeRequest, Hypothesis, Window, WindowFailure
+from whisperd.engine.base import DecodeRequest, Hypothesis, Outcome, Window, WindowFailure
 from whisperd.errors import EngineError, OutOfMemory
 from whisperd.features import LogMel
 from whisperd.tokens import Vocabulary
@@ -111,7 +111,7 @@ def test_any_order(
     engine = engines[slots]
     waiting = [window(key) for key in order]
     arrivals = iter(turns)
-    outcomes = []
+    outcomes: list[Outcome] = []
     while len(outcomes) < N_WINDOWS:
         joining = min(next(arrivals, N_WINDOWS), engine.free_slots)
         engine.admit(waiting[:joining])

@@ -52,7 +52,7 @@ class CudaEngine:
     ) -> None:
         self._meter = meter or ModelMeter()
         self._runner = runner
-        self._vocabulary = vocabulary
+        self.vocabulary = vocabulary
         self._info = EngineInfo(
             engine="pytorch",
             device=runner.device.type,
@@ -142,6 +142,13 @@ class CudaEngine:
         self._jobs.clear()
         self._runner.close()
 
+    def plan(self, window: Window, language: str) -> RowPlan:
+        """How a window is to be written; benchmarks force lengths here."""
+        request = window.request
+        prefix = self.vocabulary.prefix(request.task, language, request.prompt_tokens)
+        n_start = len(self.vocabulary.start(request.task, language))
+        return RowPlan(prefix=tuple(prefix), start_at=len(prefix) - n_start, temperature=request.temperature)
+
     def _refusals(self) -> list[Outcome]:
         refused, self._refused = self._refused, deque()
         error = EngineError("this engine reads greedily or by sampling: decode.beam_size must be 1")
@@ -172,7 +179,7 @@ class CudaEngine:
         del self._free_slots[: len(windows)]
         for job in jobs:
             request = job.window.request
-            job.plan = self._plan(request, job.language[0])
+            job.plan = self.plan(job.window, job.language[0])
             job.unstarted = request.best_of if request.temperature > 0 else 1
         self._jobs += jobs
 
@@ -182,24 +189,19 @@ class CudaEngine:
         for job in asked:
             job.language = (job.window.request.language or "", 1.0)
         unknown = [job for job in jobs if job.window.request.language is None]
-        if not self._vocabulary.multilingual:
+        if not self.vocabulary.multilingual:
             for job in jobs:
                 job.language = ("en", 1.0)
         elif unknown:
             rows = self._free_rows[: len(unknown)]
-            found = self._runner.detect([job.slot for job in unknown], rows, tuple(self._vocabulary.languages.values()))
+            found = self._runner.detect([job.slot for job in unknown], rows, tuple(self.vocabulary.languages.values()))
             for job, probabilities in zip(unknown, found, strict=True):
                 job.language = self._likeliest(probabilities, job.window.request.languages)
 
     def _likeliest(self, probabilities: Sequence[float], among: Sequence[str]) -> tuple[str, float]:
-        known = zip(self._vocabulary.languages, probabilities, strict=True)
+        known = zip(self.vocabulary.languages, probabilities, strict=True)
         candidates = [(code, probability) for code, probability in known if not among or code in among]
         return max(candidates, key=lambda pair: pair[1], default=("en", 0.0))
-
-    def _plan(self, request: DecodeRequest, language: str) -> RowPlan:
-        prefix = self._vocabulary.prefix(request.task, language, request.prompt_tokens)
-        n_start = len(self._vocabulary.start(request.task, language))
-        return RowPlan(prefix=tuple(prefix), start_at=len(prefix) - n_start, temperature=request.temperature)
 
     def _start_rows(self, jobs: Sequence[_Job]) -> None:
         """Gives free rows to texts that wait for one, the oldest window first."""
@@ -258,8 +260,8 @@ class CudaEngine:
             row=row,
             window=job.slot,
             n_samples=len(job.window.samples),
-            start=tuple(self._vocabulary.start(job.window.request.task, job.language[0])),
-            tokens=tuple(token for token in text.tokens if token < self._vocabulary.eot),
+            start=tuple(self.vocabulary.start(job.window.request.task, job.language[0])),
+            tokens=tuple(token for token in text.tokens if token < self.vocabulary.eot),
         )
 
     def _leave(self, job: _Job) -> None:
