@@ -278,7 +278,7 @@ def measure_model(name: str, mixes: Sequence[str], setup: Setup, options: argpar
         floor_s = window_s(found.shape, setup.peaks, batch=slots, n_tokens=n_tokens) if setup.device == "cuda" else None
         rate = show(f"whisperd, {mix}", work, [run_engine(engine, work) for _ in range(options.rounds)], floor_s)
         if mix == mixes[0]:
-            show_latencies(engine, MIXES[mix], rate, max(8, options.windows // 4))
+            show_latencies(engine, MIXES[mix], rate, max(4, options.windows // 4))
     engine.close()
     print(f"  {peak_memory(setup.device)}", flush=True)
     measure_transformers(found, mixes, setup, options)
@@ -302,10 +302,10 @@ def peak_memory(device: str) -> str:
     return f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB"
 
 
-def recordings(directory: Path, duration_s: float) -> Iterator[tuple[str, Path]]:
-    """The same speech as PCM and as mp3."""
+def recordings(directory: Path, at_least_s: float) -> Iterator[tuple[str, Path, float]]:
+    """The same speech as PCM and as mp3: form, file and how long it is; the sample is repeated whole."""
     pcm, mp3 = directory / "speech.wav", directory / "speech.mp3"
-    make_long(SAMPLE, pcm, duration_s)
+    make_long(SAMPLE, pcm, at_least_s)
     with wave.open(str(pcm)) as reader:
         samples = np.frombuffer(reader.readframes(reader.getnframes()), "<i2")
     with av.open(str(mp3), "w") as container:
@@ -315,13 +315,14 @@ def recordings(directory: Path, duration_s: float) -> Iterator[tuple[str, Path]]
         frame.rate = SAMPLE_RATE_HZ
         for packet in [*stream.encode(frame), *stream.encode(None)]:
             container.mux(packet)
-    yield from (("PCM", pcm), ("mp3", mp3))
+    duration_s = len(samples) / SAMPLE_RATE_HZ
+    yield from (("PCM", pcm, duration_s), ("mp3", mp3, duration_s))
 
 
-def measure_daemon(device: str, duration_s: float, n_clients: int) -> None:
+def measure_daemon(device: str, at_least_s: float, n_clients: int) -> None:
     """Real weights and real speech over the socket: several clients with one long file each."""
     with tempfile.TemporaryDirectory() as name, daemon(Path(name), device) as client:
-        for form, path in recordings(Path(name), duration_s):
+        for form, path, duration_s in recordings(Path(name), at_least_s):
             started_s = time.perf_counter()
             with ThreadPoolExecutor(n_clients) as pool:
                 n_windows = sum(count for _, count in pool.map(lambda path: ask(client, path), [path] * n_clients))

@@ -32,7 +32,7 @@ def open_fake(_: Path, vocabulary: Vocabulary) -> Engine:
 
 def open_cuda(snapshot: Path, vocabulary: Vocabulary) -> Engine:
     """The engine of GPUs, on the CPU in float32."""
-    pytest.importorskip("torch", reason="PyTorch is not installed")
+    pytest.importorskip("torch", reason="PyTorch is not installed").set_num_threads(1)
     from whisperd.engine.cuda.engine import CudaEngine
 
     return CudaEngine.load(snapshot, vocabulary, device="cpu", slots=4)

@@ -29,8 +29,9 @@ from whisperd.engine.cuda.engine import CudaEngine
 from whisperd.engine.cuda.rows import RowPlan, RowText
 from whisperd.engine.cuda.runner import Runner
 
+torch.set_num_threads(1)  # several wait for each other more than they work on tensors this small
 CPU = torch.device("cpu")
-N_WINDOWS = 7
+N_WINDOWS = 5
 SPREAD = 0.3  # large enough that audio, position and history change what comes next
 END_GROWTH = 0.7  # how much each position calls for the end, so that texts have one, and each its own
 
@@ -98,7 +99,7 @@ def test_texts_differ(alone: Sequence[Hypothesis]) -> None:
     assert len({one.tokens for one in alone}) == N_WINDOWS
 
 
-@settings(max_examples=8)
+@settings(max_examples=6)
 @given(
     order=st.permutations(range(N_WINDOWS)),
     turns=st.lists(st.integers(0, 4), min_size=1, max_size=12),
@@ -129,10 +130,10 @@ def test_any_order(
 def test_best_of_needs_no_free_rows(checkpoint: Checkpoint, vocabulary: Vocabulary) -> None:
     """Samples of one window take turns where there are fewer rows than samples, and the likeliest is kept."""
     engine = opened(checkpoint, vocabulary, 2)
-    request = DecodeRequest(temperature=0.8, best_of=5)
+    request = DecodeRequest(temperature=0.3, best_of=5)
     engine.admit([Window(id=key, samples=audio(key), request=request) for key in range(2)])
     outcomes = drain(engine, 2)
-    assert all(isinstance(outcome, Hypothesis) and outcome.temperature == 0.8 for outcome in outcomes.values())
+    assert all(isinstance(outcome, Hypothesis) and outcome.temperature == 0.3 for outcome in outcomes.values())
     assert engine.free_slots == 2
     engine.close()
 
@@ -150,7 +151,7 @@ def test_the_likeliest_sample_is_kept(checkpoint: Checkpoint, vocabulary: Vocabu
     """Of four different samples the best becomes the hypothesis."""
     runner = ListeningRunner(checkpoint, vocabulary, device=CPU, dtype=torch.float32, slots=3)
     engine = CudaEngine(runner, vocabulary, compute_type="float32")
-    engine.admit([Window(id=1, samples=audio(2), request=DecodeRequest(temperature=1.0, best_of=4))])
+    engine.admit([Window(id=1, samples=audio(2), request=DecodeRequest(temperature=0.3, best_of=4))])
     outcome = drain(engine, 1)[1]
     assert isinstance(outcome, Hypothesis)
     assert len(set(runner.scores)) == 4

@@ -29,8 +29,9 @@ from whisperd.engine.cuda.rows import RowPlan
 from whisperd.engine.cuda.runner import Runner
 from whisperd.engine.cuda.weights import load
 
+torch.set_num_threads(1)
 CLIP_S = 12
-CLIPS = ["agent", "instruct", "monkeys"]
+CLIPS = ["agent", "instruct"]
 CPU = torch.device("cpu")
 
 

@@ -212,8 +212,8 @@ class CudaEngine:
                 job.unstarted -= 1
                 job.rows.add(row)
                 started.append((row, job))
-        if started:
-            rows, theirs = zip(*started, strict=True)
+        for at in range(0, len(started), self._encode_windows):  # prefixes need workspace, as audio does
+            rows, theirs = zip(*started[at : at + self._encode_windows], strict=True)
             self._runner.begin(rows, [job.slot for job in theirs], [job.plan for job in theirs])
 
     def _write(self) -> None:

@@ -28,6 +28,11 @@ def slot_bytes(shape: Shape, item_bytes: int) -> int:
     return caches + LOGIT_COPIES * 4 * shape.vocabulary_size
 
 
+def padding_bytes(shape: Shape, item_bytes: int) -> int:
+    """Bytes of the one row that pads steps."""
+    return 2 * shape.decoder_layers * shape.positions * shape.width * item_bytes
+
+
 def workspace_bytes(shape: Shape, item_bytes: int) -> int:
     """Bytes that encoding needs for a moment: the widest layer and its input, twice, for each window."""
     return ENCODE_WINDOWS * 2 * shape.frames * 2 * (shape.hidden + 4 * shape.width) * item_bytes
@@ -35,7 +40,7 @@ def workspace_bytes(shape: Shape, item_bytes: int) -> int:
 
 def slots(shape: Shape, item_bytes: int, budget_bytes: int, *, most: int = SLOTS_MAX) -> int:
     """How many slots a budget holds beside weights and workspace; raises OutOfMemory when not even one fits."""
-    fixed = weight_bytes(shape, item_bytes) + workspace_bytes(shape, item_bytes)
+    fixed = weight_bytes(shape, item_bytes) + workspace_bytes(shape, item_bytes) + padding_bytes(shape, item_bytes)
     room = int(budget_bytes * (1 - SPARE)) - fixed
     found = min(most, room // slot_bytes(shape, item_bytes))
     if found < 1:

@@ -5,6 +5,7 @@ Nothing here waits for the device but ``detect``, ``done``, ``texts`` and ``alig
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,7 +17,9 @@ from torch import Tensor
 
 from whisperd.engine.base import WINDOW_SAMPLES, TokenTime
 from whisperd.engine.cuda.align import attention_matrix, first_frames, token_times
+from whisperd.engine.cuda.attention import SlotAttention, gathered
 from whisperd.engine.cuda.checkpoint import Checkpoint
+from whisperd.engine.cuda.graphs import FixedSteps, Step, recorded
 from whisperd.engine.cuda.mel import DeviceLogMel
 from whisperd.engine.cuda.model import Caches, Decoder, Encoder
 from whisperd.engine.cuda.rows import RowPlan, Rows, RowText
@@ -41,7 +44,7 @@ class Spoken:
 
 
 class Runner:
-    """One model on one device, with as many rows as windows.
+    """One model on one device, with as many rows as windows. On a GPU its decode steps are recorded.
 
     Args:
         checkpoint: what to load.
@@ -65,10 +68,12 @@ class Runner:
         with translated(), torch.inference_mode():
             encoder, decoder = load(checkpoint, device, dtype)
             self._encoder = Encoder(encoder, shape.encoder_heads)
-            caches = Caches.allocate(shape, slots, slots, device, dtype)
-            self._decoder = Decoder(decoder, shape.decoder_heads, caches)
-            self._rows = Rows(slots, eot=vocabulary.eot, timestamp_begin=vocabulary.timestamp_begin, device=device)
+            # one row more than anybody uses, for steps that are padded
+            caches = Caches.allocate(shape, slots, slots + 1, device, dtype)
+            self._decoder = Decoder(decoder, shape.decoder_heads, caches, _attention(device))
+            self._rows = Rows(slots + 1, eot=vocabulary.eot, timestamp_begin=vocabulary.timestamp_begin, device=device)
             self._rules = _rules(checkpoint, vocabulary, device)
+        self.fixed = _fixed_steps(self.write_next, slots, device)
         self._ends: dict[int, int] = {}  # for each running row, behind its last position
         self._sampled: set[int] = set()
 
@@ -107,13 +112,16 @@ class Runner:
 
     def decode(self, rows: Sequence[int], n_steps: int) -> None:
         """Writes up to so many further tokens in each row."""
-        at = self._index(rows)
         sampled = not self._sampled.isdisjoint(rows)
+        for row in rows:
+            self._ends[row] = min(self._ends[row] + n_steps, self.shape.positions)
         with translated(), torch.inference_mode():
+            if self.fixed is not None:
+                self.fixed(rows, n_steps, sampled=sampled)
+                return
+            at, bound = self._index(rows), max(self._ends[row] for row in rows)
             for _ in range(n_steps):
-                for row in rows:
-                    self._ends[row] = min(self._ends[row] + 1, self.shape.positions)
-                self._step(at, max(self._ends[row] for row in rows), sampled=sampled)
+                self._step(at, bound, sampled=sampled)
 
     def done(self, rows: Sequence[int]) -> list[int]:
         """Those of the rows whose text is complete."""
@@ -144,9 +152,13 @@ class Runner:
 
     def close(self) -> None:
         """Lets go of all tensors."""
-        del self._encoder, self._decoder, self._rows, self._rules, self._log_mel
+        del self.fixed, self._encoder, self._decoder, self._rows, self._rules, self._log_mel
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def write_next(self, rows: Tensor, sampled: bool) -> None:
+        """Writes one token in each row, waiting for nothing."""
+        self._step(rows, self.shape.positions, sampled=sampled)
 
     def _step(self, rows: Tensor, bound: int, *, sampled: bool) -> None:
         position = self._rows.position[rows]
@@ -201,6 +213,22 @@ def translated() -> Iterator[None]:
     except RuntimeError as error:
         exhausted = "can't allocate memory" in str(error) or "out of memory" in str(error).lower()
         raise (OutOfMemory if exhausted else EngineError)(f"PyTorch failed: {error}") from error
+
+
+def _attention(device: torch.device) -> SlotAttention:
+    """The kernel where Triton can compile it."""
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return gathered
+    from whisperd.engine.cuda.kernels import slotted
+
+    return slotted
+
+
+def _fixed_steps(step: Step, slots: int, device: torch.device) -> FixedSteps | None:
+    """Recorded steps on a GPU; elsewhere steps have the size that they need."""
+    if device.type != "cuda":
+        return None
+    return FixedSteps(step, most=slots, padding=slots, device=device, record=recorded)
 
 
 def _rules(checkpoint: Checkpoint, vocabulary: Vocabulary, device: torch.device) -> TokenRules:
