@@ -17,7 +17,7 @@ from benchmarks.random_whisper import SHAPES, drawn
 from tests.engine.test_contract import drain
 from tests.speech import Samples, noise
 from tests.test_tokens import multilingual
-from whisperd.engine.base import DecodeRequest, Hypothesis, Outcome, Window, WindowFailure
+from whisperd.engine.base import DecodeRequest, Hypothesis, Lane, Outcome, Window, WindowFailure
 from whisperd.errors import EngineError, OutOfMemory
 from whisperd.features import LogMel
 from whisperd.tokens import Vocabulary
@@ -170,6 +170,25 @@ def test_beams_are_refused(checkpoint: Checkpoint, vocabulary: Vocabulary) -> No
     assert "beam_size" in str(failure.error)
     assert isinstance(outcomes[2], Hypothesis)
     assert engine.free_slots == 2
+    engine.close()
+
+
+class NotingRunner(Runner):
+    """Remembers which audio came in, by its length, in order."""
+
+    def encode(self, samples: Sequence[Samples], windows: Sequence[int]) -> None:
+        self.lengths = [*getattr(self, "lengths", []), *map(len, samples)]
+        super().encode(samples, windows)
+
+
+def test_who_is_let_in(checkpoint: Checkpoint, vocabulary: Vocabulary) -> None:
+    """The oldest window, then those that somebody waits for, then the others."""
+    runner = NotingRunner(checkpoint, vocabulary, device=CPU, dtype=torch.float32, slots=4)
+    engine = CudaEngine(runner, vocabulary, compute_type="float32")
+    lanes: list[Lane] = ["bulk", "yielding", "interactive", "interactive"]
+    engine.admit([replace(window(key), lane=lane) for key, lane in enumerate(lanes)])
+    drain(engine, 4)
+    assert runner.lengths == [len(audio(key)) for key in (0, 2, 3, 1)]
     engine.close()
 
 

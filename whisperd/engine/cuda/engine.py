@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,8 +60,8 @@ class CudaEngine:
             languages=tuple(vocabulary.languages),
             slots=runner.slots,
         )
-        self._waiting: deque[Window] = deque()
-        self._refused: deque[Window] = deque()
+        self._waiting: list[Window] = []
+        self._refused: list[Window] = []
         self._jobs: list[_Job] = []
         self._free_slots = list(range(runner.slots))
         self._free_rows = list(range(runner.slots))
@@ -119,8 +118,6 @@ class CudaEngine:
         """Queues windows; the next steps encode them. Windows that ask for beams come back as failures."""
         for window in windows:
             (self._refused if _asks_for_beams(window.request) else self._waiting).append(window)
-        # a stable sort: those that somebody waits for are encoded first
-        self._waiting = deque(sorted(self._waiting, key=lambda window: window.lane != "interactive"))
 
     def step(self) -> Sequence[Outcome]:
         """Lets waiting windows in, writes a few tokens in every row, and returns the windows that are complete."""
@@ -131,8 +128,8 @@ class CudaEngine:
 
     def cancel(self, window_ids: frozenset[int]) -> None:
         """Forgets windows at once."""
-        self._waiting = deque(window for window in self._waiting if window.id not in window_ids)
-        self._refused = deque(window for window in self._refused if window.id not in window_ids)
+        self._waiting = [window for window in self._waiting if window.id not in window_ids]
+        self._refused = [window for window in self._refused if window.id not in window_ids]
         for job in [job for job in self._jobs if job.window.id in window_ids]:
             self._leave(job)
 
@@ -150,14 +147,14 @@ class CudaEngine:
         return RowPlan(prefix=tuple(prefix), start_at=len(prefix) - n_start, temperature=request.temperature)
 
     def _refusals(self) -> list[Outcome]:
-        refused, self._refused = self._refused, deque()
+        refused, self._refused = self._refused, []
         error = EngineError("this engine reads greedily or by sampling: decode.beam_size must be 1")
         return [WindowFailure(window_id=window.id, error=error) for window in refused]
 
     def _let_in(self) -> list[Outcome]:
         """Encodes the next windows; where the memory is not enough, half as many, from now on."""
         count = min(len(self._waiting), len(self._free_slots), len(self._free_rows), self._encode_windows)
-        windows = [self._waiting.popleft() for _ in range(count)]
+        windows = self._taken(count)
         try:
             self._encode(windows)
         except OutOfMemory as error:
@@ -166,8 +163,16 @@ class CudaEngine:
             self._encode_windows = count // 2
             log.warning("out of memory with %d windows to encode; trying %d", count, self._encode_windows)
             self._meter.halved("decode")
-            self._waiting.extendleft(reversed(windows))
+            self._waiting = [*windows, *self._waiting]
         return []
+
+    def _taken(self, count: int) -> list[Window]:
+        """Those that somebody waits for, but the oldest first of all: nobody is passed over for ever."""
+        ranks = [(place > 0, window.lane != "interactive") for place, window in enumerate(self._waiting)]
+        places = sorted(range(len(ranks)), key=ranks.__getitem__)[:count]
+        taken = [self._waiting[place] for place in places]
+        self._waiting = [window for place, window in enumerate(self._waiting) if place not in places]
+        return taken
 
     def _encode(self, windows: Sequence[Window]) -> None:
         if not windows:
