@@ -135,9 +135,10 @@ def test_greedy_tokens(
 
 
 @pytest.mark.parametrize("name", CLIPS)
-def test_as_ctranslate2(ct2: Engine, cuda: Engine, clips: dict[str, Clip], name: str) -> None:
-    """Tokens, scores and word times agree between the two engines, whose weights come from different files."""
-    request = DecodeRequest(word_timestamps=True, prompt_tokens=(2061, 318) if name == "agent" else ())
+def test_as_ctranslate2(ct2: Engine, cuda: Engine, clips: dict[str, Clip], vocabulary: Vocabulary, name: str) -> None:
+    """Tokens, scores and word times agree between the engines, with and without a long prompt."""
+    prompt = vocabulary.encode(clips["instruct"].text) if name == "agent" else ()
+    request = DecodeRequest(word_timestamps=True, prompt_tokens=prompt)
     expected, found = (decode(engine, window(clips[name]), request) for engine in (ct2, cuda))
     assert found.tokens == expected.tokens
     assert found.avg_logprob == pytest.approx(expected.avg_logprob, abs=1e-3)

@@ -1,6 +1,6 @@
 """Decode steps of a few fixed sizes, so that each can be recorded once and replayed without the host.
 
-Padding and buffers are tested on the CPU; ``recorded``, which makes the CUDA graphs, HAS NEVER RUN ON A GPU.
+Padding and buffers are tested on the CPU; ``recorder``, which makes the CUDA graphs, HAS NEVER RUN ON A GPU.
 """
 
 from __future__ import annotations
@@ -65,8 +65,13 @@ class FixedSteps:
         return self._actions[size, sampled]
 
 
-def recorded(action: Action) -> Action:
-    """A CUDA graph of the action; what it allocates stays its own."""
+def recorder() -> Callable[[Action], Action]:
+    """Makes CUDA graphs of actions. They run one after the other, so all share the memory of the largest."""
+    pool = torch.cuda.graph_pool_handle()
+    return lambda action: _recorded(action, pool)
+
+
+def _recorded(action: Action, pool: tuple[int, int]) -> Action:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -74,6 +79,6 @@ def recorded(action: Action) -> Action:
             action()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         action()
     return graph.replay  # type: ignore[no-any-return]

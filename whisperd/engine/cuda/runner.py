@@ -19,7 +19,7 @@ from whisperd.engine.base import WINDOW_SAMPLES, TokenTime
 from whisperd.engine.cuda.align import attention_matrix, first_frames, token_times
 from whisperd.engine.cuda.attention import SlotAttention, gathered
 from whisperd.engine.cuda.checkpoint import Checkpoint
-from whisperd.engine.cuda.graphs import FixedSteps, Step, recorded
+from whisperd.engine.cuda.graphs import FixedSteps, Step, recorder
 from whisperd.engine.cuda.mel import DeviceLogMel
 from whisperd.engine.cuda.model import Caches, Decoder, Encoder
 from whisperd.engine.cuda.rows import RowPlan, Rows, RowText
@@ -228,7 +228,7 @@ def _fixed_steps(step: Step, slots: int, device: torch.device) -> FixedSteps | N
     """Recorded steps on a GPU; elsewhere steps have the size that they need."""
     if device.type != "cuda":
         return None
-    return FixedSteps(step, most=slots, padding=slots, device=device, record=recorded)
+    return FixedSteps(step, most=slots, padding=slots, device=device, record=recorder())
 
 
 def _rules(checkpoint: Checkpoint, vocabulary: Vocabulary, device: torch.device) -> TokenRules:
