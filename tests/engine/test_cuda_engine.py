@@ -127,6 +127,19 @@ def test_any_order(
         assert outcome.no_speech_prob == pytest.approx(expected.no_speech_prob, abs=1e-4)
 
 
+def test_cancel_gives_rows_back(checkpoint: Checkpoint, vocabulary: Vocabulary, alone: Sequence[Hypothesis]) -> None:
+    """Windows that are cancelled while they are written leave slots and rows to those who come next."""
+    engine = opened(checkpoint, vocabulary, 2)
+    engine.admit([window(0), window(3)])
+    engine.step()
+    engine.cancel(frozenset({0, 3}))
+    assert engine.free_slots == 2
+    engine.admit([window(1), window(2)])
+    outcomes = drain(engine, 2)
+    assert [getattr(outcomes[key], "tokens", None) for key in (1, 2)] == [alone[key].tokens for key in (1, 2)]
+    engine.close()
+
+
 def test_best_of_needs_no_free_rows(checkpoint: Checkpoint, vocabulary: Vocabulary) -> None:
     """Samples of one window take turns where there are fewer rows than samples, and the likeliest is kept."""
     engine = opened(checkpoint, vocabulary, 2)
