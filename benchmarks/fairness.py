@@ -50,12 +50,13 @@ class Run:
 
 
 @contextmanager
-def daemon(directory: Path) -> Iterator[Client]:
+def daemon(directory: Path, device: str = "auto") -> Iterator[Client]:
     """A daemon of its own, stopped at the end."""
     config = directory / "whisperd.toml"
     config.write_text(
         f'models = ["{EMBEDDED}"]\ncache_dir = "{directory}/cache"\nlog_level = "warning"\n'
         f'[server]\nsocket = "{directory}/whisperd.sock"\nspool_dir = "{directory}"\n'
+        f'[engine]\ndevice = "{device}"\n'
     )
     process = subprocess.Popen([sys.executable, "-m", "whisperd", "serve", "-c", str(config)])
     client = Client(directory / "whisperd.sock", PATIENCE_S)

@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
+from whisperd.tokens import Vocabulary
+
 Tensors = dict[str, NDArray[Any]]
 
 BINARY_TYPES = {0: np.float32, 1: np.int8, 2: np.int16, 3: np.int32, 4: np.float16}
@@ -24,12 +26,20 @@ def export(source: Path, target: Path, *, shards: int = 1, bfloat16: bool = Fals
     weights = dict(_read_binary(source / "model.bin"))
     target.mkdir(parents=True)
     shutil.copy(source / "tokenizer.json", target)
+    vocabulary = Vocabulary.load(source)
     own = json.loads((source / "config.json").read_text())
-    (target / "config.json").write_text(json.dumps(_config(weights)))
+    (target / "config.json").write_text(json.dumps(_config(weights, vocabulary)))
     generation = {
         "suppress_tokens": own["suppress_ids"],
         "begin_suppress_tokens": own["suppress_ids_begin"],
         "alignment_heads": own["alignment_heads"],
+        "is_multilingual": vocabulary.multilingual,
+        "max_initial_timestamp_index": 50,
+        "max_length": 448,
+        "no_timestamps_token_id": vocabulary.no_timestamps,
+        "prev_sot_token_id": vocabulary.sot_prev,
+        "return_timestamps": False,
+        **_text_edges(vocabulary),
     }
     (target / "generation_config.json").write_text(json.dumps(generation))
     _write_shards(dict(_named(weights)), target, shards, bfloat16=bfloat16)
@@ -55,7 +65,7 @@ def _read_binary(path: Path) -> Iterator[tuple[str, NDArray[Any]]]:
             yield name, np.frombuffer(file.read(number("I")), dtype).reshape(shape)
 
 
-def _config(weights: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
+def _config(weights: Mapping[str, NDArray[Any]], vocabulary: Vocabulary) -> dict[str, Any]:
     def layers(side: str) -> int:
         return 1 + max(int(found[1]) for name in weights if (found := re.match(rf"{side}/layer_(\d+)/", name)))
 
@@ -66,8 +76,18 @@ def _config(weights: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
         "decoder_layers": layers("decoder"),
         "encoder_attention_heads": int(weights["encoder/num_heads"]),
         "decoder_attention_heads": int(weights["decoder/num_heads"]),
-        "eos_token_id": 50256,
+        "d_model": weights["decoder/embeddings/weight"].shape[1],
+        "encoder_ffn_dim": len(weights["encoder/layer_0/ffn/linear_0/bias"]),
+        "decoder_ffn_dim": len(weights["decoder/layer_0/ffn/linear_0/bias"]),
+        "num_mel_bins": weights["encoder/conv1/weight"].shape[1],
+        **_text_edges(vocabulary),
     }
+
+
+def _text_edges(vocabulary: Vocabulary) -> dict[str, int]:
+    """Where a text begins and ends; Whisper has one token for all ends."""
+    ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), vocabulary.eot)
+    return {**ends, "decoder_start_token_id": vocabulary.sot}
 
 
 RENAMED = (  # CTranslate2's part, transformers' parts; fused projections have several

@@ -83,14 +83,14 @@ def _identity(snapshot: Path) -> str:
 def _write(snapshot: Path, target: Path, quantization: str) -> None:
     from ctranslate2.specs import whisper_spec
 
-    config = _json(snapshot / "config.json")
-    generation = _json(snapshot / "generation_config.json")
+    config = json_object(snapshot / "config.json")
+    generation = json_object(snapshot / "generation_config.json")
     if config.get("model_type") != "whisper":
         raise SourceError(f"{snapshot} holds a model of type {config.get('model_type')!r}, expected 'whisper'")
     sizes = ("encoder_layers", "encoder_attention_heads", "decoder_layers", "decoder_attention_heads")
     try:
         spec = whisper_spec.WhisperSpec(*(config[size] for size in sizes))
-        _fill(spec, _Reader(_tensors(snapshot)))
+        _fill(spec, _Reader(tensors(snapshot)))
         spec.register_vocabulary(_vocabulary(snapshot, config["vocab_size"]))
         _configure(spec.config, config, generation)
     except KeyError as error:
@@ -171,7 +171,8 @@ def _weight_files(snapshot: Path) -> list[Path]:
     return [whole] if whole.is_file() else sorted(snapshot.glob("model-*-of-*.safetensors"))
 
 
-def _tensors(snapshot: Path) -> dict[str, NDArray[Any]]:
+def tensors(snapshot: Path) -> dict[str, NDArray[Any]]:
+    """All tensors of a Hugging Face snapshot by name, mapped and not read; raises SourceError."""
     return {name: tensor for path in _weight_files(snapshot) for name, tensor in _safetensors(path)}
 
 
@@ -194,10 +195,15 @@ def _safetensors(path: Path) -> Iterator[tuple[str, NDArray[Any]]]:
             yield name, _typed(body[start:end], entry["dtype"], path).reshape(entry["shape"])
 
 
+def bfloat16_as_float32(raw: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """bfloat16 is the upper half of a float32; numpy has no type for it."""
+    widened: NDArray[np.float32] = (raw.view("<u2").astype(np.uint32) << 16).view(np.float32)
+    return widened
+
+
 def _typed(raw: NDArray[np.uint8], dtype: str, path: Path) -> NDArray[Any]:
     if dtype == BFLOAT16:
-        # the upper half of a float32
-        return (raw.view("<u2").astype(np.uint32) << 16).view(np.float32)
+        return bfloat16_as_float32(raw)
     if dtype not in DTYPES:
         raise SourceError(f"{path} holds tensors of type {dtype}; expected one of {', '.join([*DTYPES, BFLOAT16])}")
     return raw.view(DTYPES[dtype])
@@ -205,14 +211,15 @@ def _typed(raw: NDArray[np.uint8], dtype: str, path: Path) -> NDArray[Any]:
 
 def _vocabulary(snapshot: Path, size: int) -> Sequence[str]:
     """All token strings by id; timestamps, which older tokenizer files lack, get their names."""
-    tokenizer = _json(snapshot / "tokenizer.json")
+    tokenizer = json_object(snapshot / "tokenizer.json")
     known = {index: token for token, index in tokenizer["model"]["vocab"].items()}
     known.update({token["id"]: token["content"] for token in tokenizer.get("added_tokens", [])})
     first_missing = next((index for index in range(size) if index not in known), size)
     return [known.get(i, f"<|{(i - first_missing) * TIMESTAMP_STEP_S:.2f}|>") for i in range(size)]
 
 
-def _json(path: Path) -> dict[str, Any]:
+def json_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, empty where there is no file; raises SourceError."""
     if not path.is_file():
         return {}
     try:

@@ -30,7 +30,15 @@ def open_fake(_: Path, vocabulary: Vocabulary) -> Engine:
     return FakeEngine(vocabulary, slots=6)
 
 
-@pytest.fixture(params=[open_fake, open_ct2], ids=["fake", "ct2"], scope="module")
+def open_cuda(snapshot: Path, vocabulary: Vocabulary) -> Engine:
+    """The engine of GPUs, on the CPU in float32."""
+    pytest.importorskip("torch", reason="PyTorch is not installed").set_num_threads(1)
+    from whisperd.engine.cuda.engine import CudaEngine
+
+    return CudaEngine.load(snapshot, vocabulary, device="cpu", slots=4)
+
+
+@pytest.fixture(params=[open_fake, open_ct2, open_cuda], ids=["fake", "ct2", "cuda"], scope="module")
 def engine(request: pytest.FixtureRequest, snapshot: Path, vocabulary: Vocabulary) -> Iterator[Engine]:
     opener: Callable[[Path, Vocabulary], Engine] = request.param
     engine = opener(snapshot, vocabulary)

@@ -10,7 +10,7 @@ from tests.engine.test_contract import decode
 from tests.speech import Clip, plain
 from whisperd.engine import EngineSettings, open_engine
 from whisperd.engine.base import DecodeRequest
-from whisperd.errors import EngineError, SourceError
+from whisperd.errors import SourceError
 from whisperd.tokens import Vocabulary
 
 
@@ -39,12 +39,6 @@ def test_damaged_weights(snapshot: Path, vocabulary: Vocabulary, tmp_path: Path)
     (tmp_path / "model.bin").write_bytes((snapshot / "model.bin").read_bytes()[:100_000])
     with pytest.raises(SourceError, match=str(tmp_path)):
         open_engine(tmp_path, vocabulary, EngineSettings(), tmp_path)
-
-
-def test_cuda_is_refused(snapshot: Path, vocabulary: Vocabulary, tmp_path: Path) -> None:
-    """A device that cannot be used yet is an error and never a silent fallback to the CPU."""
-    with pytest.raises(EngineError, match="cuda"):
-        open_engine(snapshot, vocabulary, EngineSettings(device="cuda"), tmp_path)
 
 
 @pytest.mark.parametrize(("n_cores", "expected"), [(1, (1, 1)), (2, (2, 2)), (4, (2, 4)), (8, (2, 4)), (32, (8, 4))])

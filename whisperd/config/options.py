@@ -100,13 +100,15 @@ class EngineTable(Table):
     """Where and how models compute."""
 
     device: Literal["auto", "cpu", "cuda"] = option(
-        "auto", reload="restart", help="auto is the cpu; this version refuses cuda."
+        "auto",
+        reload="restart",
+        help="auto: a GPU that PyTorch can use (whisperd[cuda]), else the cpu; the log says why.",
     )
     compute_type: Literal["auto", "int8", "int8_float32", "float32", "float16", "bfloat16", "int8_float16"] = option(
-        "auto", reload="restart", help="Number format; auto: int8."
+        "auto", reload="restart", help="Number format; auto: int8 on the cpu, float16 on a GPU."
     )
     batch_size: int = option(
-        4, reload="restart", ge=1, le=512, help="Windows of 30 s that one worker decodes together."
+        4, reload="restart", ge=1, le=512, help="Windows of 30 s that one worker decodes together on the cpu."
     )
     workers: int = option(
         0,
@@ -122,6 +124,13 @@ class EngineTable(Table):
         False,
         reload="restart",
         help="Do not pad short audio to 30 s (cpu): several times faster; measured on English only.",
+    )
+    gpu_bytes: int = option(
+        0,
+        reload="restart",
+        ge=0,
+        help="Memory of the GPU that one model may take; it decides how many windows are decoded together. "
+        "0: nine tenths of what is free when the model is loaded, which leaves no room for a second one.",
     )
     stall_timeout_s: float = option(
         300.0,

@@ -67,6 +67,7 @@ def engine_settings(config: Config) -> EngineSettings:
         workers=engine.workers,
         threads_per_worker=engine.threads_per_worker,
         short_windows=engine.short_windows,
+        gpu_bytes=engine.gpu_bytes,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +10,12 @@ from typing import Literal
 
 from whisperd.convert import converted, is_ctranslate2, is_huggingface
 from whisperd.engine.base import Engine
+from whisperd.engine.cuda.presence import obstacle
 from whisperd.errors import EngineError, SourceError
 from whisperd.meter import ModelMeter
 from whisperd.tokens import Vocabulary
+
+log = logging.getLogger(__name__)
 
 Device = Literal["auto", "cpu", "cuda"]
 # CTranslate2 quantises while it loads. Weights that are stored as int8 give slightly other scores than those that are
@@ -24,7 +28,7 @@ CPU_COMPUTE_TYPE = "int8"  # the fastest on every CPU that CTranslate2 supports,
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSettings:
-    """How engines are opened; 0 workers or threads means that the usable cores decide.
+    """How engines are opened; 0 workers or threads means that the usable cores decide, 0 gpu_bytes the free memory.
 
     A lone window should have several cores, and two batches in flight hide each other's serial stages: measured on
     two cores, two workers of two threads are as fast on long files as two of one, and 1.5 times as fast on short ones.
@@ -36,6 +40,7 @@ class EngineSettings:
     workers: int = 0
     threads_per_worker: int = 0
     short_windows: bool = False
+    gpu_bytes: int = 0
 
     def placed(self, n_cores: int) -> tuple[int, int]:
         """Workers, and threads of each, on a machine with so many usable cores."""
@@ -51,10 +56,27 @@ def open_engine(
     meter: ModelMeter | None = None,
 ) -> Engine:
     """Loads a snapshot in either format; ``work_dir`` keeps conversions. Raises SourceError or EngineError."""
+    if settings.device == "cpu":
+        return _on_cpu(snapshot, vocabulary, settings, work_dir, meter)
+    missing = obstacle()
+    if missing is None:
+        from whisperd.engine.cuda.engine import CudaEngine
+
+        compute_type, gpu_bytes = settings.compute_type, settings.gpu_bytes
+        return CudaEngine.load(
+            snapshot, vocabulary, device="cuda", compute_type=compute_type, budget_bytes=gpu_bytes, meter=meter
+        )
+    if settings.device == "cuda":
+        raise EngineError(f"engine.device is 'cuda', but {missing}; 'auto' and 'cpu' work without a GPU")
+    log.info("engine.device is 'auto' and takes the cpu: %s", missing)
+    return _on_cpu(snapshot, vocabulary, settings, work_dir, meter)
+
+
+def _on_cpu(
+    snapshot: Path, vocabulary: Vocabulary, settings: EngineSettings, work_dir: Path, meter: ModelMeter | None
+) -> Engine:
     from whisperd.engine.ct2 import Ct2Engine
 
-    if settings.device == "cuda":
-        raise EngineError("engine.device is 'cuda', which this version cannot use yet; set it to 'auto' or 'cpu'")
     workers, threads = settings.placed(len(os.sched_getaffinity(0)))
     compute_type = CPU_COMPUTE_TYPE if settings.compute_type == "auto" else settings.compute_type
     return Ct2Engine.load(

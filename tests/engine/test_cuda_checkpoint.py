@@ -1,0 +1,143 @@
+"""What the engine for GPUs reads from disk and plans in memory; none of it needs torch or a GPU."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks.random_whisper import SHAPES
+from tests.hf_export import export
+from whisperd.convert import converted
+from whisperd.engine import EngineSettings, open_engine
+from whisperd.engine.cuda import checkpoint, memory
+from whisperd.engine.cuda.presence import obstacle
+from whisperd.errors import EngineError, OutOfMemory, SourceError
+from whisperd.tokens import Vocabulary
+
+NO_GPU = pytest.mark.skipif(obstacle() is None, reason="this machine has a GPU")
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_both_formats_are_one_model(snapshot: Path, tmp_path: Path, shards: int) -> None:
+    """CTranslate2's file and safetensors, whole or in parts, give the same sizes, ids and tensors."""
+    ours = checkpoint.read(snapshot)
+    theirs = checkpoint.read(export(snapshot, tmp_path / "hf", shards=shards))
+    assert ours.shape == theirs.shape
+    assert (ours.shape.width, ours.shape.decoder_layers, ours.shape.n_mels) == (384, 4, 80)
+    assert ours.alignment_heads == theirs.alignment_heads
+    assert (ours.suppressed, ours.suppressed_first) == (theirs.suppressed, theirs.suppressed_first)
+    assert ours.tensors.keys() == theirs.tensors.keys()
+    assert all(np.array_equal(tensor, theirs.tensors[name]) for name, tensor in ours.tensors.items())
+
+
+@pytest.mark.parametrize(("quantization", "tolerance"), [("int8", 0.02), ("int16", 2e-3), ("float32", 1e-3)])
+def test_stored_types(snapshot: Path, tmp_path: Path, quantization: str, tolerance: float) -> None:
+    """Quantised conversions come back close to the weights that they were made from."""
+    original = checkpoint.read(snapshot).tensors
+    stored = converted(export(snapshot, tmp_path / "hf"), tmp_path / "work", quantization)
+    for name, tensor in checkpoint.read(stored).tensors.items():
+        expected = original[name].astype(np.float32)
+        largest = np.abs(expected).max()
+        assert np.abs(tensor.astype(np.float32) - expected).max() <= tolerance * largest
+
+
+def test_bfloat16(snapshot: Path, tmp_path: Path) -> None:
+    """bfloat16 keeps eight bits of each weight."""
+    original = checkpoint.read(snapshot).tensors
+    for name, tensor in checkpoint.read(export(snapshot, tmp_path / "hf", bfloat16=True)).tensors.items():
+        np.testing.assert_allclose(tensor, original[name].astype(np.float32), rtol=2**-7)
+
+
+@pytest.mark.parametrize("kept", [3, 100_000, 40_000_000])
+def test_cut_off(snapshot: Path, tmp_path: Path, kept: int) -> None:
+    """Half a model.bin is refused by name."""
+    (tmp_path / "model.bin").write_bytes((snapshot / "model.bin").read_bytes()[:kept])
+    with pytest.raises(SourceError, match=str(tmp_path)):
+        checkpoint.read(tmp_path)
+
+
+def test_no_model(tmp_path: Path) -> None:
+    """A directory without weights is refused with the names of the files that were expected."""
+    with pytest.raises(SourceError, match=r"model\.bin.*model\.safetensors"):
+        checkpoint.read(tmp_path)
+
+
+def test_sizes(snapshot: Path) -> None:
+    """What is reckoned for weights and slots is what the tensors weigh, and what is known of large-v3."""
+    found = checkpoint.read(snapshot)
+    real_bytes = sum(tensor.size for tensor in found.tensors.values()) * 2
+    assert memory.weight_bytes(found.shape, 2) == pytest.approx(real_bytes, rel=0.01)
+    large = SHAPES["large-v3"]
+    assert memory.weight_bytes(large, 2) == pytest.approx(3.08e9, rel=0.02)
+    audio_bytes, text_bytes = 245.8e6, 448 * 164e3
+    assert memory.slot_bytes(large, 2) == pytest.approx(audio_bytes + text_bytes, rel=0.01)
+
+
+@given(
+    name=st.sampled_from(sorted(SHAPES)), budget_bytes=st.integers(0, 200 * 10**9), item_bytes=st.sampled_from([2, 4])
+)
+def test_slots_fit_the_budget(name: str, budget_bytes: int, item_bytes: int) -> None:
+    """Weights, workspace and slots stay below the budget, more memory never gives fewer slots, and none is an error."""
+    shape = SHAPES[name]
+    parts = (memory.weight_bytes, memory.workspace_bytes, memory.padding_bytes)
+    fixed = sum(part(shape, item_bytes) for part in parts)
+    if fixed + memory.slot_bytes(shape, item_bytes) > (1 - memory.SPARE) * budget_bytes:
+        with pytest.raises(OutOfMemory, match="GB"):
+            memory.slots(shape, item_bytes, budget_bytes)
+        return
+    slots = memory.slots(shape, item_bytes, budget_bytes)
+    assert 1 <= slots <= memory.SLOTS_MAX
+    assert fixed + slots * memory.slot_bytes(shape, item_bytes) <= budget_bytes
+    assert memory.slots(shape, item_bytes, budget_bytes + 10**9) >= slots
+
+
+def test_small_cards_hold_large_models() -> None:
+    """8 GB are enough for large-v3 in half precision, and 2 GB are not."""
+    assert memory.slots(SHAPES["large-v3"], 2, 8 * 10**9) >= 8
+    assert memory.slots(SHAPES["large-v3-turbo"], 2, 8 * 10**9) >= 64
+    with pytest.raises(OutOfMemory, match=r"needs 5\.\d GB"):
+        memory.slots(SHAPES["large-v3"], 2, 2 * 10**9)
+
+
+def test_no_device() -> None:
+    """Without a device of any maker nothing else is asked."""
+    assert "no GPU" in (obstacle(nodes=()) or "")
+
+
+def test_no_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device without PyTorch: what to install."""
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert "whisperd[cuda]" in (obstacle(nodes=("/dev/null",)) or "")
+
+
+@NO_GPU
+def test_torch_without_a_gpu() -> None:
+    """A device that PyTorch cannot use: which build of PyTorch it is."""
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    assert torch.__version__ in (obstacle(nodes=("/dev/null",)) or "")
+
+
+@NO_GPU
+def test_cuda_without_a_gpu(snapshot: Path, vocabulary: Vocabulary, tmp_path: Path) -> None:
+    """A device that was asked for and is not there is an error that says why, and never a silent fallback."""
+    with pytest.raises(EngineError, match=r"'cuda', but .*GPU.*'auto' and 'cpu'"):
+        open_engine(snapshot, vocabulary, EngineSettings(device="cuda"), tmp_path)
+
+
+@NO_GPU
+def test_auto_says_why(
+    snapshot: Path, vocabulary: Vocabulary, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """``auto`` without a GPU takes the CPU and says why."""
+    with caplog.at_level(logging.INFO, logger="whisperd.engine"):
+        engine = open_engine(snapshot, vocabulary, EngineSettings(), tmp_path)
+    engine.close()
+    assert engine.info.engine == "ctranslate2"
+    assert "takes the cpu" in caplog.text
+    assert "no GPU" in caplog.text

@@ -1,0 +1,178 @@
+"""Whisper's encoder and decoder. The decoder's memory lies in slots, so that its rows can come and go."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from whisperd.engine.cuda.attention import SlotAttention, gathered
+from whisperd.engine.cuda.checkpoint import Shape
+from whisperd.engine.cuda.weights import Affine, DecoderLayer, DecoderWeights, EncoderLayer, EncoderWeights
+
+FLOAT16_LIMIT = 64_504.0  # float16's largest less 1000: residuals of large models run over, as transformers found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Caches:
+    """Keys and values of the decoder, for each layer.
+
+    ``cross_*`` [layers, windows, heads, frames, head width]: the audio of a window, written once.
+    ``self_*`` [layers, rows, heads, positions, head width]: the text of a row, one position with each token.
+    """
+
+    cross_keys: Tensor
+    cross_values: Tensor
+    self_keys: Tensor
+    self_values: Tensor
+
+    @classmethod
+    def allocate(cls, shape: Shape, n_windows: int, n_rows: int, device: torch.device, dtype: torch.dtype) -> Caches:
+        """Zeros: what no row has written is masked, but a NaN there would still spread."""
+        heads, width = shape.decoder_heads, shape.width // shape.decoder_heads
+
+        def zeros(n_slots: int, length: int) -> Tensor:
+            return torch.zeros((shape.decoder_layers, n_slots, heads, length, width), device=device, dtype=dtype)
+
+        return cls(
+            cross_keys=zeros(n_windows, shape.frames),
+            cross_values=zeros(n_windows, shape.frames),
+            self_keys=zeros(n_rows, shape.positions),
+            self_values=zeros(n_rows, shape.positions),
+        )
+
+
+class Encoder:
+    """Mel spectrograms to states."""
+
+    def __init__(self, weights: EncoderWeights, n_heads: int) -> None:
+        self._weights = weights
+        self._n_heads = n_heads
+
+    def __call__(self, mel: Tensor) -> Tensor:
+        """[windows, n_mels, 3000] to [windows, 1500, width]."""
+        weights = self._weights
+        states = functional.gelu(functional.conv1d(mel, weights.conv1.weight, weights.conv1.bias, padding=1))
+        states = functional.conv1d(states, weights.conv2.weight, weights.conv2.bias, stride=2, padding=1)
+        states = functional.gelu(states).transpose(1, 2) + weights.positions
+        for layer in weights.layers:
+            states = _clamped(_mlp(layer, self._attended(layer, states)))
+        return _norm(states, weights.norm)
+
+    def _attended(self, layer: EncoderLayer, states: Tensor) -> Tensor:
+        query, key, value = _qkv(layer, states, self._n_heads)
+        found = functional.scaled_dot_product_attention(query, key, value)
+        return states + _linear(_joined(found), layer.out)
+
+
+class Decoder:
+    """Tokens of many rows, each at its own position in its own slot, to states and logits."""
+
+    def __init__(
+        self, weights: DecoderWeights, n_heads: int, caches: Caches, attention: SlotAttention = gathered
+    ) -> None:
+        self._weights = weights
+        self._n_heads = n_heads
+        self._attention = attention
+        self.caches = caches
+
+    def store(self, encoded: Tensor, windows: Tensor) -> None:
+        """Projects what the encoder made of windows ([n, frames, width]) into their slots (int64 [n])."""
+        for index, layer in enumerate(self._weights.layers):
+            keys, values = _linear(encoded, layer.cross_kv).chunk(2, dim=-1)
+            self.caches.cross_keys[index, windows] = _split(keys, self._n_heads)
+            self.caches.cross_values[index, windows] = _split(values, self._n_heads)
+
+    def __call__(
+        self,
+        tokens: Tensor,
+        first: Tensor,
+        rows: Tensor,
+        windows: Tensor,
+        bound: int,
+        heads: Sequence[tuple[int, int]] = (),
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Reads new tokens and remembers them.
+
+        Args:
+            tokens: int64 [rows, new].
+            first: int64 [rows], the position of the first of them.
+            rows: int64 [rows], slots of the text.
+            windows: int64 [rows], slots of the audio.
+            bound: no position reaches this.
+            heads: (layer, head) whose attention to the audio is asked for.
+
+        Returns:
+            Normalised states [rows, new, width], and for each of ``heads`` the scores before the softmax, float32
+            [rows, new, frames].
+        """
+        weights = self._weights
+        positions = first[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
+        states = functional.embedding(tokens, weights.embedding) + functional.embedding(positions, weights.positions)
+        scores: list[Tensor] = []
+        for index, layer in enumerate(weights.layers):
+            states = states + self._self_attended(index, layer, states, positions, rows, bound)
+            query = _split(_linear(_norm(states, layer.cross_norm), layer.cross_q), self._n_heads)
+            scores += [self._scores(index, head, query, windows) for number, head in heads if number == index]
+            states = states + self._cross_attended(index, layer, query, windows)
+            states = _mlp(layer, states)
+        return _norm(states, weights.norm), scores
+
+    def logits(self, states: Tensor) -> Tensor:
+        """[..., width] to float32 [..., vocabulary]."""
+        return functional.linear(states, self._weights.embedding).float()
+
+    def _self_attended(
+        self, index: int, layer: DecoderLayer, states: Tensor, positions: Tensor, rows: Tensor, bound: int
+    ) -> Tensor:
+        query, key, value = _qkv(layer, states, self._n_heads)
+        keys, values = self.caches.self_keys[index], self.caches.self_values[index]
+        keys[rows[:, None], :, positions] = key.transpose(1, 2)
+        values[rows[:, None], :, positions] = value.transpose(1, 2)
+        found = self._attention(query, keys, values, rows, positions[:, 0] + 1, bound)
+        return _linear(_joined(found), layer.out)
+
+    def _cross_attended(self, index: int, layer: DecoderLayer, query: Tensor, windows: Tensor) -> Tensor:
+        keys, values = self.caches.cross_keys[index], self.caches.cross_values[index]
+        frames = keys.shape[2]
+        found = self._attention(query, keys, values, windows, torch.full_like(windows, frames), frames)
+        return _linear(_joined(found), layer.cross_out)
+
+    def _scores(self, index: int, head: int, query: Tensor, windows: Tensor) -> Tensor:
+        keys = self.caches.cross_keys[index, windows, head]
+        scale = query.shape[-1] ** -0.5
+        return query[:, head].float() @ keys.float().transpose(1, 2) * scale
+
+
+def _linear(states: Tensor, layer: Affine) -> Tensor:
+    return functional.linear(states, layer.weight, layer.bias)
+
+
+def _norm(states: Tensor, norm: Affine) -> Tensor:
+    return functional.layer_norm(states, norm.weight.shape, norm.weight, norm.bias)
+
+
+def _mlp(layer: EncoderLayer, states: Tensor) -> Tensor:
+    hidden = functional.gelu(_linear(_norm(states, layer.mlp_norm), layer.fc1))
+    return states + _linear(hidden, layer.fc2)
+
+
+def _qkv(layer: EncoderLayer, states: Tensor, n_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    query, key, value = _linear(_norm(states, layer.attention_norm), layer.qkv).chunk(3, dim=-1)
+    return _split(query, n_heads), _split(key, n_heads), _split(value, n_heads)
+
+
+def _split(states: Tensor, n_heads: int) -> Tensor:
+    """[n, length, width] to [n, heads, length, head width]."""
+    return states.unflatten(-1, (n_heads, -1)).transpose(1, 2)
+
+
+def _joined(states: Tensor) -> Tensor:
+    return states.transpose(1, 2).flatten(2)
+
+
+def _clamped(states: Tensor) -> Tensor:
+    return states.clamp(-FLOAT16_LIMIT, FLOAT16_LIMIT) if states.dtype == torch.float16 else states

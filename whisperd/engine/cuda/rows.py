@@ -1,0 +1,138 @@
+"""What every row of the decoder writes: state on the device, one entry for each row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from whisperd.engine.base import MAX_NEW_TOKENS
+from whisperd.engine.cuda.rules import History, TokenRules
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowPlan:
+    """How one row is to write.
+
+    ``prefix`` is what it is shown first, ``start_at`` the place of the start token in it. ``temperature`` 0 is greedy.
+    The text has at least ``min_tokens`` and at most ``max_tokens``; equal, they force its length.
+    """
+
+    prefix: tuple[int, ...]
+    start_at: int = 0
+    timestamps: bool = True
+    temperature: float = 0.0
+    min_tokens: int = 0
+    max_tokens: int = MAX_NEW_TOKENS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowText:
+    """What one row wrote, without the end token; ``sum_logprob`` includes it."""
+
+    tokens: tuple[int, ...]
+    sum_logprob: float
+    no_speech_prob: float
+
+
+class Rows:
+    """The tensors of all rows; the host reads ``done`` now and then, and the rest of a row once."""
+
+    def __init__(self, n_rows: int, *, eot: int, timestamp_begin: int, device: torch.device) -> None:
+        def integers(value: int = 0) -> Tensor:
+            return torch.full((n_rows,), value, dtype=torch.int64, device=device)
+
+        self._eot = eot
+        self._timestamp_begin = timestamp_begin
+        self._device = device
+        self.window = integers()
+        self.position = integers()
+        self.done = torch.ones(n_rows, dtype=torch.bool, device=device)
+        self.no_speech = torch.zeros(n_rows, device=device)
+        self._tokens = torch.zeros((n_rows, MAX_NEW_TOKENS), dtype=torch.int64, device=device)
+        self._n_tokens, self._last, self._previous, self._last_timestamp = (
+            integers(),
+            integers(),
+            integers(),
+            integers(),
+        )
+        self._min_tokens, self._max_tokens = integers(), integers()
+        self._timestamps = torch.zeros_like(self.done)
+        self._temperature = torch.zeros_like(self.no_speech)
+        self._sum_logprob = torch.zeros_like(self.no_speech)
+
+    def begin(self, rows: Tensor, windows: Sequence[int], plans: Sequence[RowPlan]) -> None:
+        """Resets rows for new plans; ``position`` is where the first written token will stand."""
+
+        def put(target: Tensor, values: Sequence[float]) -> None:
+            target[rows] = torch.tensor(values, dtype=target.dtype, device=self._device)
+
+        put(self.window, windows)
+        put(self.position, [len(plan.prefix) for plan in plans])
+        put(self._timestamps, [plan.timestamps for plan in plans])
+        put(self._temperature, [plan.temperature for plan in plans])
+        put(self._min_tokens, [plan.min_tokens for plan in plans])
+        put(self._max_tokens, [plan.max_tokens for plan in plans])
+        for target in (self._n_tokens, self._last, self._previous, self._sum_logprob, self.no_speech, self.done):
+            target[rows] = 0
+        self._last_timestamp[rows] = -1
+
+    def last(self, rows: Tensor) -> Tensor:
+        """int64 [rows]: what was written last."""
+        return self._last[rows]
+
+    def write(self, rows: Tensor, logits: Tensor, rules: TokenRules, *, sampled: bool) -> None:
+        """Chooses the next token of each row from float32 [rows, vocabulary]; rows that are done stay as they are.
+
+        ``sampled`` False says that all rows are greedy, and saves the noise.
+        """
+        history = self.history(rows)
+        allowed = rules(logits, history)
+        picked = self._picked(rows, allowed, sampled=sampled)
+        logprob = allowed.log_softmax(dim=-1).gather(1, picked[:, None])[:, 0]
+        alive = ~self.done[rows]
+        text = alive & (picked != self._eot)
+        self._append(rows, picked, text, history)
+        self._sum_logprob[rows] += torch.where(alive, logprob, 0.0)
+        self.done[rows] |= (picked == self._eot) | (self._n_tokens[rows] >= self._max_tokens[rows])
+
+    def texts(self, rows: Tensor) -> list[RowText]:
+        """What rows wrote; the host waits for it."""
+        counts = self._n_tokens[rows].tolist()
+        tokens = self._tokens[rows].tolist()
+        figures = torch.stack([self._sum_logprob[rows], self.no_speech[rows]], dim=1).tolist()
+        return [
+            RowText(tokens=tuple(ids[:count]), sum_logprob=sum_logprob, no_speech_prob=no_speech)
+            for count, ids, (sum_logprob, no_speech) in zip(counts, tokens, figures, strict=True)
+        ]
+
+    def history(self, rows: Tensor) -> History:
+        """What the rules must know."""
+        return History(
+            n_tokens=self._n_tokens[rows],
+            last=self._last[rows],
+            previous=self._previous[rows],
+            last_timestamp=self._last_timestamp[rows],
+            timestamps=self._timestamps[rows],
+            min_tokens=self._min_tokens[rows],
+        )
+
+    def _picked(self, rows: Tensor, allowed: Tensor, *, sampled: bool) -> Tensor:
+        """The likeliest token, or one drawn by chance: the largest after Gumbel noise is a draw from the softmax."""
+        if not sampled:
+            return allowed.argmax(dim=-1)
+        temperature = self._temperature[rows, None]
+        noise = -torch.empty_like(allowed).exponential_().log()
+        drawn = allowed / temperature.clamp(min=1e-6) + noise
+        return torch.where(temperature > 0, drawn, allowed).argmax(dim=-1)
+
+    def _append(self, rows: Tensor, picked: Tensor, text: Tensor, history: History) -> None:
+        at = history.n_tokens.clamp(max=MAX_NEW_TOKENS - 1)
+        self._tokens[rows, at] = torch.where(text, picked, self._tokens[rows, at])
+        self._n_tokens[rows] += text
+        self._previous[rows] = torch.where(text, history.last, history.previous)
+        self._last[rows] = torch.where(text, picked, history.last)
+        timestamp = text & (picked >= self._timestamp_begin)
+        self._last_timestamp[rows] = torch.where(timestamp, picked, history.last_timestamp)

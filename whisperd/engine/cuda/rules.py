@@ -1,0 +1,91 @@
+"""Which tokens a row may write next: openai-whisper's rules for many rows at once, without a word to the host."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MAX_INITIAL_TIMESTAMP = 50  # in steps of 0.02 s: no text starts later than 1 s into its window
+NEVER = float("-inf")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class History:
+    """What the rules know of each row; all tensors have one entry for each row.
+
+    ``n_tokens`` counts what was written, ``last`` and ``previous`` are the last two of it. ``last_timestamp`` is the
+    last timestamp token, -1 where there is none. ``timestamps`` says whether the row writes any. ``min_tokens``: the
+    text does not end earlier.
+    """
+
+    n_tokens: Tensor
+    last: Tensor
+    previous: Tensor
+    last_timestamp: Tensor
+    timestamps: Tensor
+    min_tokens: Tensor
+
+
+class TokenRules:
+    """The rules of one model.
+
+    Args:
+        size: of the vocabulary.
+        eot: id of the end token; text ids are below it.
+        no_timestamps: id that switches timestamps off; 0.00 s is the id after it.
+        suppressed: ids that are never written.
+        suppressed_first: ids that are not written first.
+        device: where the logits are.
+    """
+
+    def __init__(
+        self,
+        *,
+        size: int,
+        eot: int,
+        no_timestamps: int,
+        suppressed: tuple[int, ...],
+        suppressed_first: tuple[int, ...],
+        device: torch.device,
+    ) -> None:
+        self._eot = eot
+        self._begin = no_timestamps + 1
+        self._ids = torch.arange(size, device=device)
+        self._is_timestamp = self._ids >= self._begin
+        self._suppressed = torch.zeros(size, dtype=torch.bool, device=device)
+        self._suppressed[list(suppressed)] = True
+        self._suppressed_first = torch.zeros_like(self._suppressed)
+        self._suppressed_first[list(suppressed_first)] = True
+        self._no_timestamps = self._ids == no_timestamps
+
+    def __call__(self, logits: Tensor, history: History) -> Tensor:
+        """float32 [rows, vocabulary] to the same with -inf for every token that may not come now."""
+        first = (history.n_tokens == 0)[:, None]
+        early = (history.n_tokens < history.min_tokens)[:, None] & (self._ids == self._eot)
+        plain = logits.masked_fill(self._suppressed | (first & self._suppressed_first) | early, NEVER)
+        timed = plain.masked_fill(self._no_timestamps | self._out_of_order(history, first), NEVER)
+        timed = timed.masked_fill(self._timestamp_is_likelier(timed) & ~self._is_timestamp, NEVER)
+        return torch.where(history.timestamps[:, None], timed, plain)
+
+    def _out_of_order(self, history: History, first: Tensor) -> Tensor:
+        """Timestamps open the text, come in pairs except before the end, and never go back."""
+        after_timestamp = (history.n_tokens >= 1) & (history.last >= self._begin)
+        after_pair = after_timestamp & ((history.n_tokens < 2) | (history.previous >= self._begin))
+        after_lone = after_timestamp & ~after_pair
+        # a closing timestamp may be repeated to open the next segment; otherwise time moves on
+        earliest = torch.where(after_lone, history.last_timestamp, history.last_timestamp + 1)
+        backwards = (history.last_timestamp >= 0)[:, None] & (self._ids < earliest[:, None])
+        late_start = first & (self._ids > self._begin + MAX_INITIAL_TIMESTAMP)
+        return (
+            (self._is_timestamp & (after_pair[:, None] | backwards))
+            | (after_lone[:, None] & (self._ids < self._eot))
+            | (first & ~self._is_timestamp)
+            | late_start
+        )
+
+    def _timestamp_is_likelier(self, logits: Tensor) -> Tensor:
+        """bool [rows, 1]: all timestamps together against the likeliest other token."""
+        together = logits[:, self._begin :].logsumexp(dim=-1, keepdim=True)
+        return together > logits[:, : self._begin].amax(dim=-1, keepdim=True)
