@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import io
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from tests.fakes import FakeEngine, Script, written
 from tests.speech import Clip, Samples, noise, plain, silence, wav
-from whisperd.batcher import Batcher
+from whisperd.batcher import Batcher, Ticket
 from whisperd.decoding import Options
-from whisperd.engine.base import Hypothesis, Window
+from whisperd.engine.base import DecodeRequest, Hypothesis, Window
 from whisperd.errors import AudioError, AudioTooLong, Cancelled, EngineError, RequestError
 from whisperd.pipeline import Listener, LoadedModel, Transcription, prompt_tokens, remainder
 from whisperd.segmentation import CutOptions
@@ -336,16 +336,22 @@ def test_bulk_by_length(
 
 def test_halved_batches_are_counted(vocabulary: Vocabulary, detector: SpeechDetector, clips: dict[str, Clip]) -> None:
     """A request whose batches did not fit succeeds and says so."""
-    batchers: list[Batcher] = []
+    queued = threading.Event()
+
+    class Counting(Batcher):
+        n_windows = 0
+
+        def enqueue(self, ticket: Ticket, samples: NDArray[np.float32], request: DecodeRequest, *, again: bool) -> int:
+            self.n_windows += 1
+            if self.n_windows == 4:
+                queued.set()
+            return super().enqueue(ticket, samples, request, again=again)
 
     def script(window: Window) -> Hypothesis:
-        deadline_s = time.monotonic() + 10
-        while batchers[0].load.waiting < 3 and len(engine.seen) == 1 and time.monotonic() < deadline_s:
-            pass  # until windows queue up behind the first one, so that a batch has several
+        assert queued.wait(60)  # until windows queue up behind the first one, so that a batch has several
         return written(vocabulary, window, " hello")
 
-    engine = FakeEngine(vocabulary, script, room=1)
-    batchers.append(batcher := Batcher(engine, name="cramped"))
+    batcher = Counting(FakeEngine(vocabulary, script, room=1), name="cramped")
     try:
         model = LoadedModel(name="cramped", vocabulary=vocabulary, batcher=batcher, detector=detector)
         long = np.concatenate([clips["instruct"].samples()] * 3)
