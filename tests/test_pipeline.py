@@ -119,6 +119,25 @@ def test_every_sample_reaches_the_engine(
     assert np.abs(np.concatenate(windows) - samples).max() < 1e-4
 
 
+def test_a_retry_says_whose_audio_it_is(
+    faked: Callable[[Script], tuple[FakeEngine, LoadedModel]], vocabulary: Vocabulary, clips: dict[str, Clip]
+) -> None:
+    """All decodings of one window name its first one; another window has another name."""
+
+    def script(window: Window) -> Hypothesis:
+        good = window.request.temperature >= 0.4
+        return written(vocabulary, window, " hello", avg_logprob=-0.2 if good else -2.0)
+
+    engine, model = faked(script)
+    transcribe(model, ending_with_marker(clips, 40.0), cutting=CutOptions(skip_silence=False))
+    by_audio = [
+        [window.id for window in engine.seen if window.audio == audio]
+        for audio in {window.audio for window in engine.seen}
+    ]
+    assert [len(ids) for ids in by_audio] == [3, 3]
+    assert all(min(ids) == next(w.audio for w in engine.seen if w.id == ids[0]) for ids in by_audio)
+
+
 @pytest.mark.parametrize(
     "sound",
     [
@@ -341,7 +360,9 @@ def test_halved_batches_are_counted(vocabulary: Vocabulary, detector: SpeechDete
     class Counting(Batcher):
         n_windows = 0
 
-        def enqueue(self, ticket: Ticket, samples: NDArray[np.float32], request: DecodeRequest, *, again: bool) -> int:
+        def enqueue(
+            self, ticket: Ticket, samples: NDArray[np.float32], request: DecodeRequest, *, again: int | None
+        ) -> int:
             self.n_windows += 1
             if self.n_windows == 4:
                 queued.set()

@@ -49,13 +49,15 @@ class Window:
 
     ``samples``: float32 [n], mono 16 kHz, 0 < n <= WINDOW_SAMPLES; the engine pads with silence to 30 s. An engine
     whose batches run to their end decodes interactive windows first and apart, and keeps a worker free for them
-    beside yielding ones.
+    beside yielding ones. ``audio``: windows of one engine with an equal number have the same samples, as those that are
+    decoded again; what the engine still knows of them it need not compute anew. None: it will not come again.
     """
 
     id: int
     samples: NDArray[np.float32]
     request: DecodeRequest
     lane: Lane = "interactive"
+    audio: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,6 +16,7 @@ from whisperd.engine.cuda import checkpoint as checkpoints
 from whisperd.engine.cuda import memory
 from whisperd.engine.cuda.rows import RowPlan, RowText
 from whisperd.engine.cuda.runner import Runner, Spoken
+from whisperd.engine.cuda.slots import Slot, Slots
 from whisperd.errors import EngineError, OutOfMemory
 from whisperd.meter import ModelMeter
 from whisperd.tokens import Vocabulary
@@ -31,7 +32,7 @@ class _Job:
     """One window inside the engine. ``unstarted`` texts still wait for a row; ``texts`` are complete."""
 
     window: Window
-    slot: int
+    slot: Slot
     language: tuple[str, float] = ("en", 1.0)
     plan: RowPlan = field(default_factory=lambda: RowPlan(prefix=()))
     unstarted: int = 0
@@ -63,7 +64,7 @@ class CudaEngine:
         self._waiting: list[Window] = []
         self._refused: list[Window] = []
         self._jobs: list[_Job] = []
-        self._free_slots = list(range(runner.slots))
+        self._free_slots = Slots(runner.windows)
         self._free_rows = list(range(runner.slots))
         self._encode_windows = memory.ENCODE_WINDOWS
 
@@ -177,11 +178,19 @@ class CudaEngine:
     def _encode(self, windows: Sequence[Window]) -> None:
         if not windows:
             return
-        slots = self._free_slots[: len(windows)]
-        self._runner.encode([window.samples for window in windows], slots)
-        jobs = [_Job(window=window, slot=slot) for window, slot in zip(windows, slots, strict=True)]
-        self._find_languages(jobs)
-        del self._free_slots[: len(windows)]
+        found = {window.id: self._free_slots.holding(window.audio) for window in windows}  # before any is overwritten
+        jobs = [_Job(window=window, slot=found[window.id] or self._free_slots.oldest()) for window in windows]
+        new = [job for job in jobs if found[job.window.id] is None]
+        try:
+            if new:
+                self._runner.encode([job.window.samples for job in new], [job.slot.number for job in new])
+            self._find_languages(jobs)
+        except OutOfMemory:
+            for job in jobs:
+                self._free_slots.give_back(job.slot)
+            raise
+        for job in new:
+            job.slot.audio = job.window.audio
         for job in jobs:
             request = job.window.request
             job.plan = self.plan(job.window, job.language[0])
@@ -197,11 +206,18 @@ class CudaEngine:
         if not self.vocabulary.multilingual:
             for job in jobs:
                 job.language = ("en", 1.0)
-        elif unknown:
-            rows = self._free_rows[: len(unknown)]
-            found = self._runner.detect([job.slot for job in unknown], rows, tuple(self.vocabulary.languages.values()))
-            for job, probabilities in zip(unknown, found, strict=True):
-                job.language = self._likeliest(probabilities, job.window.request.languages)
+            return
+        self._detect([job.slot for job in unknown if not job.slot.languages])
+        for job in unknown:
+            job.language = self._likeliest(job.slot.languages, job.window.request.languages)
+
+    def _detect(self, slots: Sequence[Slot]) -> None:
+        if not slots:
+            return
+        rows, ids = self._free_rows[: len(slots)], tuple(self.vocabulary.languages.values())
+        found = self._runner.detect([slot.number for slot in slots], rows, ids)
+        for slot, probabilities in zip(slots, found, strict=True):
+            slot.languages = probabilities
 
     def _likeliest(self, probabilities: Sequence[float], among: Sequence[str]) -> tuple[str, float]:
         known = zip(self.vocabulary.languages, probabilities, strict=True)
@@ -219,7 +235,7 @@ class CudaEngine:
                 started.append((row, job))
         for at in range(0, len(started), self._encode_windows):  # prefixes need workspace, as audio does
             rows, theirs = zip(*started[at : at + self._encode_windows], strict=True)
-            self._runner.begin(rows, [job.slot for job in theirs], [job.plan for job in theirs])
+            self._runner.begin(rows, [job.slot.number for job in theirs], [job.plan for job in theirs])
 
     def _write(self) -> None:
         rows = sorted(row for job in self._jobs for row in job.rows)
@@ -263,7 +279,7 @@ class CudaEngine:
     def _spoken(self, job: _Job, text: RowText, row: int) -> Spoken:
         return Spoken(
             row=row,
-            window=job.slot,
+            window=job.slot.number,
             n_samples=len(job.window.samples),
             start=tuple(self.vocabulary.start(job.window.request.task, job.language[0])),
             tokens=tuple(token for token in text.tokens if token < self.vocabulary.eot),
@@ -271,7 +287,7 @@ class CudaEngine:
 
     def _leave(self, job: _Job) -> None:
         self._jobs.remove(job)
-        self._free_slots.append(job.slot)
+        self._free_slots.give_back(job.slot)
         self._free_rows += sorted(job.rows)
 
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from whisperd.engine.base import WINDOW_SAMPLES, TokenTime
+from whisperd.engine.cuda import memory
 from whisperd.engine.cuda.align import attention_matrix, first_frames, token_times
 from whisperd.engine.cuda.attention import SlotAttention, gathered
 from whisperd.engine.cuda.checkpoint import Checkpoint
@@ -44,14 +45,14 @@ class Spoken:
 
 
 class Runner:
-    """One model on one device, with as many rows as windows. On a GPU its decode steps are recorded.
+    """One model on one device. On a GPU its decode steps are recorded.
 
     Args:
         checkpoint: what to load.
         vocabulary: its tokens.
         device: where to.
         dtype: what to compute with.
-        slots: how many windows and rows it holds.
+        slots: how many rows it writes at the same time; ``windows``, the audio that it holds, is a few more.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Runner:
         shape = checkpoint.shape
         self.shape = shape
         self.slots = slots
+        self.windows = slots + memory.kept(slots)
         self.device = device
         self.dtype = dtype
         self._vocabulary = vocabulary
@@ -69,7 +71,7 @@ class Runner:
             encoder, decoder = load(checkpoint, device, dtype)
             self._encoder = Encoder(encoder, shape.encoder_heads)
             # one row more than anybody uses, for steps that are padded
-            caches = Caches.allocate(shape, slots, slots + 1, device, dtype)
+            caches = Caches.allocate(shape, self.windows, slots + 1, device, dtype)
             self._decoder = Decoder(decoder, shape.decoder_heads, caches, _attention(device))
             self._rows = Rows(slots + 1, eot=vocabulary.eot, timestamp_begin=vocabulary.timestamp_begin, device=device)
             self._rules = _rules(checkpoint, vocabulary, device)
