@@ -6,6 +6,7 @@ import io
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -119,6 +120,21 @@ def test_every_sample_reaches_the_engine(
     assert np.abs(np.concatenate(windows) - samples).max() < 1e-4
 
 
+def test_a_text_that_was_broken_off_is_retried(
+    faked: Callable[[Script], tuple[FakeEngine, LoadedModel]], vocabulary: Vocabulary, clips: dict[str, Clip]
+) -> None:
+    """The engine says that it looped, whatever its figures are; engines are told which threshold holds."""
+
+    def script(window: Window) -> Hypothesis:
+        return replace(written(vocabulary, window, " hello"), looped=window.request.temperature < 0.4)
+
+    engine, model = faked(script)
+    found = transcribe(model, clips["monkeys"].samples(), Options(compression_ratio_threshold=2.0))
+    assert [window.request.temperature for window in engine.seen] == [0.0, 0.2, 0.4]
+    assert {window.request.compression_ratio_threshold for window in engine.seen} == {2.0}
+    assert found.windows.retried == 2
+
+
 def test_a_retry_says_whose_audio_it_is(
     faked: Callable[[Script], tuple[FakeEngine, LoadedModel]], vocabulary: Vocabulary, clips: dict[str, Clip]
 ) -> None:
@@ -130,12 +146,11 @@ def test_a_retry_says_whose_audio_it_is(
 
     engine, model = faked(script)
     transcribe(model, ending_with_marker(clips, 40.0), cutting=CutOptions(skip_silence=False))
-    by_audio = [
-        [window.id for window in engine.seen if window.audio == audio]
-        for audio in {window.audio for window in engine.seen}
-    ]
-    assert [len(ids) for ids in by_audio] == [3, 3]
-    assert all(min(ids) == next(w.audio for w in engine.seen if w.id == ids[0]) for ids in by_audio)
+    ids: dict[int | None, list[int]] = {}
+    for window in engine.seen:
+        ids.setdefault(window.audio, []).append(window.id)
+    assert [len(found) for found in ids.values()] == [3, 3]
+    assert all(min(found) == audio for audio, found in ids.items())
 
 
 @pytest.mark.parametrize(

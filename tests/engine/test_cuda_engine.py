@@ -236,11 +236,11 @@ def test_under_load_audio_is_kept_for_a_while(checkpoint: Checkpoint, vocabulary
     engine = CudaEngine(runner, vocabulary, compute_type="float32")
     assert (runner.windows, engine.free_slots) == (9, 8)
     engine.admit([replace(window(1), id=key, audio=key) for key in range(8)])
-    gone = []
+    gone: list[int] = []
     while not gone:
         gone = [outcome.window_id for outcome in engine.step()]
     first = gone[-1]
-    engine.admit([replace(window(2), id=100 + key) for key in range(len(gone))][:1])
+    engine.admit([replace(window(2), id=100)])
     engine.step()
     engine.cancel(frozenset(range(8)) - {first})
     decoded(engine, [replace(window(1), id=first, audio=first)])

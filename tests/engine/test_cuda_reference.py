@@ -81,7 +81,7 @@ def write(runner: Runner, clips: list[Clip], plan: RowPlan) -> list[tuple[int, .
     rows = list(range(len(clips)))
     runner.encode([window(clip) for clip in clips], rows)
     runner.begin(rows, rows, [plan] * len(clips))
-    while set(runner.done(rows)) != set(rows):
+    while set(runner.progress(rows)[0]) != set(rows):
         runner.decode(rows, 4)
     return [text.tokens for text in runner.texts(rows)]
 

@@ -51,7 +51,7 @@ class Counting:
 def test_encoded_once(snapshot: Path, vocabulary: Vocabulary, clips: dict[str, Clip], short_windows: bool) -> None:
     """Audio that comes again is not encoded again, until others have taken its place."""
     model = Counting(ctranslate2.models.Whisper(str(snapshot), device="cpu", compute_type="int8"))
-    engine = Ct2Engine(model, vocabulary, batch_size=2, workers=1, short_windows=short_windows)  # type: ignore[arg-type]
+    engine = Ct2Engine(model, vocabulary, batch_size=2, workers=1, short_windows=short_windows)
     speech = clips["monkeys"].samples()
     texts = []
     try:

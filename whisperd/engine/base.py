@@ -30,7 +30,8 @@ class DecodeRequest:
 
     ``language`` None asks a multilingual model to detect it, among ``languages`` when there are any. ``prompt_tokens``
     are previous-text tokens without ``<|startofprev|>``. ``temperature`` 0 is greedy (or ``beam_size`` beams), above 0
-    samples ``best_of`` times.
+    samples ``best_of`` times. A text that repeats itself and compresses better than ``compression_ratio_threshold`` may
+    be broken off; None: never.
     """
 
     task: Task = "transcribe"
@@ -41,6 +42,7 @@ class DecodeRequest:
     beam_size: int = 1
     best_of: int = 5
     word_timestamps: bool = False
+    compression_ratio_threshold: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -77,7 +79,7 @@ class Hypothesis:
     ``tokens``: sampled ids with timestamp tokens, without the prefix and the end token. ``avg_logprob``: sum of the
     tokens' natural log probabilities over ``len(tokens) + 1``, as in openai-whisper. ``alignment``: one entry per
     text token (id below the end token), in order, when word times were asked for. ``halvings``: how often its batch
-    was halved because the memory was not enough.
+    was halved because the memory was not enough. ``looped``: it was broken off while it repeated itself.
     """
 
     window_id: int
@@ -89,6 +91,7 @@ class Hypothesis:
     temperature: float
     alignment: tuple[TokenTime, ...] | None = None
     halvings: int = 0
+    looped: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

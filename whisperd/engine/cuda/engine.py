@@ -6,11 +6,12 @@ import logging
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
+from whisperd.decoding import compression_ratio
 from whisperd.engine.base import DecodeRequest, EngineInfo, Hypothesis, Outcome, TokenTime, Window, WindowFailure
 from whisperd.engine.cuda import checkpoint as checkpoints
 from whisperd.engine.cuda import memory
@@ -243,14 +244,27 @@ class CudaEngine:
             return
         started_s = time.monotonic()
         self._runner.decode(rows, STEPS_PER_TURN)
-        done = self._runner.done(rows)
+        done, looping = self._runner.progress(rows)
         self._meter.batch(len(rows), time.monotonic() - started_s)
-        texts = dict(zip(done, self._runner.texts(done), strict=True)) if done else {}
+        texts = self._texts(done) | self._hopeless(looping)
         for job in self._jobs:
             ended = job.rows & texts.keys()
             job.texts += [texts[row] for row in sorted(ended)]
             job.rows -= ended
             self._free_rows += sorted(ended)
+
+    def _texts(self, rows: Sequence[int]) -> dict[int, RowText]:
+        return dict(zip(rows, self._runner.texts(rows), strict=True)) if rows else {}
+
+    def _hopeless(self, looping: Sequence[int]) -> dict[int, RowText]:
+        """Of texts that repeat themselves those that no longer pass: writing on would only take the place of others."""
+        limits = {row: job.window.request.compression_ratio_threshold for job in self._jobs for row in job.rows}
+        texts = self._texts([row for row in looping if limits[row] is not None])
+        return {
+            row: replace(text, looped=True)
+            for row, text in texts.items()
+            if compression_ratio(self.vocabulary.decode(text.tokens)) > (limits[row] or 0.0)
+        }
 
     def _complete(self) -> list[Outcome]:
         jobs = [job for job in self._jobs if job.complete]
@@ -330,4 +344,5 @@ def _hypothesis(job: _Job, text: RowText, times: tuple[TokenTime, ...] | None) -
         no_speech_prob=text.no_speech_prob,
         temperature=job.window.request.temperature,
         alignment=times,
+        looped=text.looped,
     )

@@ -1,6 +1,6 @@
 """What an engine asks of the device: encode, detect, begin, decode, align. Rows and windows are numbers here.
 
-Nothing here waits for the device but ``detect``, ``done``, ``texts`` and ``align``.
+Nothing here waits for the device but ``detect``, ``progress``, ``texts`` and ``align``.
 """
 
 from __future__ import annotations
@@ -125,10 +125,11 @@ class Runner:
             for _ in range(n_steps):
                 self._step(at, bound, sampled=sampled)
 
-    def done(self, rows: Sequence[int]) -> list[int]:
-        """Those of the rows whose text is complete."""
-        flags = self._rows.done[self._index(rows)].tolist()
-        return [row for row, flag in zip(rows, flags, strict=True) if flag]
+    def progress(self, rows: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Those of the rows whose text is complete, and those of the others whose text repeats itself."""
+        done, looping = self._rows.progress(self._index(rows)).tolist()
+        flags = list(zip(rows, done, looping, strict=True))
+        return [row for row, ended, _ in flags if ended], [row for row, ended, loops in flags if loops and not ended]
 
     def texts(self, rows: Sequence[int]) -> list[RowText]:
         """What rows wrote so far."""
