@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from whisperd.engine.base import WINDOW_SAMPLES, TokenTime
-from whisperd.engine.cuda import memory
-from whisperd.engine.cuda.align import attention_matrix, first_frames, token_times
+from whisperd.engine.cuda import dtw, memory
+from whisperd.engine.cuda.align import attention_matrix, token_times
 from whisperd.engine.cuda.attention import SlotAttention, gathered
 from whisperd.engine.cuda.checkpoint import Checkpoint
 from whisperd.engine.cuda.graphs import FixedSteps, Step, recorder
@@ -150,8 +150,7 @@ class Runner:
                 longest,
                 self._heads,
             )
-            by_text = torch.stack(scores, dim=1)
-            return [self._times(text, *pair) for text, *pair in zip(texts, states, by_text, strict=True)]
+            return self._times(texts, states, torch.stack(scores, dim=1))
 
     def close(self) -> None:
         """Lets go of all tensors."""
@@ -193,14 +192,30 @@ class Runner:
         self._rows.no_speech[at_rows] = probabilities[:, self._vocabulary.no_speech]
         return self._decoder.logits(lasts)
 
-    def _times(self, text: Spoken, states: Tensor, scores: Tensor) -> tuple[TokenTime, ...]:
+    def _times(self, texts: Sequence[Spoken], states: Tensor, scores: Tensor) -> list[tuple[TokenTime, ...]]:
+        """Paths and probabilities of all texts; the host waits once, for both together."""
+        matrices = [self._matrix(text, mine) for text, mine in zip(texts, scores, strict=True)]
+        sizes = self._index([list(matrix.shape) for matrix in matrices])
+        starts = dtw.first_columns(-dtw.joined(matrices), sizes[:, 0], sizes[:, 1])
+        probabilities = torch.zeros_like(starts, dtype=torch.float64)
+        for place, text, mine in zip(probabilities, texts, states, strict=True):
+            place[: len(text.tokens)] = self._probabilities(text, mine)
+        found = torch.stack([starts.double(), probabilities]).tolist()
+        return [
+            token_times(text.tokens, frames[: len(text.tokens) + 1], likely[: len(text.tokens)])
+            for text, frames, likely in zip(texts, *found, strict=True)
+        ]
+
+    def _matrix(self, text: Spoken, scores: Tensor) -> Tensor:
+        """float32 [tokens + 1, frames]: how each token and the end attend to the audio."""
         begin, end = len(text.start), len(text.start) + 1 + len(text.tokens)
         n_frames = min(self.shape.frames, -(-text.n_samples // HOP_SAMPLES) // 2)
-        matrix = attention_matrix(scores[:, : end + 1, : max(1, n_frames)])[begin:end]
-        logits = self._decoder.logits(states[begin : end - 1])[:, : self._vocabulary.eot]
-        tokens = self._index(text.tokens)[:, None]
-        probabilities = logits.softmax(dim=-1).gather(1, tokens)[:, 0].tolist()
-        return token_times(text.tokens, first_frames(matrix.cpu().numpy()), probabilities)
+        return attention_matrix(scores[:, : end + 1, : max(1, n_frames)])[begin:end]
+
+    def _probabilities(self, text: Spoken, states: Tensor) -> Tensor:
+        begin = len(text.start)
+        logits = self._decoder.logits(states[begin : begin + len(text.tokens)])[:, : self._vocabulary.eot]
+        return logits.softmax(dim=-1).gather(1, self._index(text.tokens)[:, None])[:, 0]
 
     def _index(self, numbers: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
         return torch.tensor(numbers, dtype=torch.int64, device=self.device)
