@@ -15,7 +15,7 @@ from whisperd.tokens import Vocabulary
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
-from whisperd.engine.cuda.graphs import FixedSteps, sizes
+from whisperd.engine.cuda.graphs import FixedSteps, FixedWindows, pieces, sizes
 from whisperd.engine.cuda.rows import RowPlan
 from whisperd.engine.cuda.runner import Runner
 
@@ -41,6 +41,34 @@ def test_sizes(most: int, count: int) -> None:
     if count <= most:
         size = next(size for size in sizes(most) if size >= count)
         assert size <= max(8, 2 * count)
+
+
+@given(count=st.integers(0, 300), most=st.integers(1, 40))
+def test_pieces(count: int, most: int) -> None:
+    """Any number of windows is a sum of few fixed sizes, the largest first, none beyond the limit."""
+    found = pieces(count, most)
+    assert sum(found) == count
+    assert list(found) == sorted(found, reverse=True)
+    assert set(found) <= {1, 2, 4, 8, 16, 32}
+    assert max(found, default=1) <= most
+    assert len(found) <= count // max(found, default=1) + 5
+
+
+def test_pieces_are_read_as_a_whole(vocabulary: Vocabulary) -> None:
+    """Windows that are encoded in pieces, through buffers that are used again, lie in their slots as if all at once."""
+    runner = Runner(drawn(SHAPES["smoke"], seed=2, spread=SPREAD), vocabulary, device=CPU, dtype=torch.float32, slots=5)
+    spectrogram = torch.zeros(runner.shape.n_mels, 3000)
+    sounds, windows = [audio(key) for key in range(5)], [4, 0, 3, 1, 2]
+    runner.encode(sounds, windows)
+    caches = runner._decoder.caches
+    expected = caches.cross_keys.clone(), caches.cross_values.clone()
+    for most in (1, 2, 3):
+        runner.fixed_windows = FixedWindows(runner.read_windows, most=most, spectrogram=spectrogram, record=None)
+        for repeat in (sounds[::-1], sounds):
+            runner.encode(repeat, windows)
+        torch.testing.assert_close(caches.cross_keys, expected[0])
+        torch.testing.assert_close(caches.cross_values, expected[1])
+    runner.close()
 
 
 def test_padded_steps_write_the_same(vocabulary: Vocabulary) -> None:

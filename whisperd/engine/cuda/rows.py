@@ -11,6 +11,7 @@ from torch import Tensor
 from whisperd.engine.base import MAX_NEW_TOKENS
 from whisperd.engine.cuda.loops import Loops
 from whisperd.engine.cuda.rules import History, TokenRules
+from whisperd.engine.cuda.transfer import uploaded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +71,7 @@ class Rows:
         """Resets rows for new plans; ``position`` is where the first written token will stand."""
 
         def put(target: Tensor, values: Sequence[float]) -> None:
-            target[rows] = torch.tensor(values, dtype=target.dtype, device=self._device)
+            target[rows] = uploaded(values, self._device, target.dtype)
 
         put(self.window, windows)
         put(self.position, [len(plan.prefix) for plan in plans])

@@ -15,19 +15,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from whisperd.engine.base import WINDOW_SAMPLES, TokenTime
+from whisperd.engine.base import TokenTime
 from whisperd.engine.cuda import dtw, memory
 from whisperd.engine.cuda.align import attention_matrix, token_times
 from whisperd.engine.cuda.attention import SlotAttention, gathered
 from whisperd.engine.cuda.checkpoint import Checkpoint
-from whisperd.engine.cuda.graphs import FixedSteps, Step, recorder
+from whisperd.engine.cuda.graphs import FixedSteps, FixedWindows, recorder
 from whisperd.engine.cuda.mel import DeviceLogMel
 from whisperd.engine.cuda.model import Caches, Decoder, Encoder
 from whisperd.engine.cuda.rows import RowPlan, Rows, RowText
 from whisperd.engine.cuda.rules import TokenRules
+from whisperd.engine.cuda.transfer import uploaded, uploaded_audio
 from whisperd.engine.cuda.weights import load
 from whisperd.errors import EngineError, OutOfMemory
-from whisperd.features import HOP_SAMPLES
+from whisperd.features import CHUNK_FRAMES, HOP_SAMPLES
 from whisperd.tokens import Vocabulary
 
 PREFIX_CHUNK = 32  # tokens of a prefix that are read at once
@@ -45,7 +46,7 @@ class Spoken:
 
 
 class Runner:
-    """One model on one device. On a GPU its decode steps are recorded.
+    """One model on one device. On a GPU its decode steps and its encoder are recorded.
 
     Args:
         checkpoint: what to load.
@@ -75,18 +76,19 @@ class Runner:
             self._decoder = Decoder(decoder, shape.decoder_heads, caches, _attention(device))
             self._rows = Rows(slots + 1, eot=vocabulary.eot, timestamp_begin=vocabulary.timestamp_begin, device=device)
             self._rules = _rules(checkpoint, vocabulary, device)
-        self.fixed = _fixed_steps(self.write_next, slots, device)
+            self.fixed: FixedSteps | None = None
+            self.fixed_windows: FixedWindows | None = None
+            if device.type == "cuda":
+                self._record()
         self._ends: dict[int, int] = {}  # for each running row, behind its last position
         self._sampled: set[int] = set()
 
     def encode(self, samples: Sequence[NDArray[np.float32]], windows: Sequence[int]) -> None:
         """Reads audio (float32 [n], n <= 480000, each) into the slots of windows; raises OutOfMemory."""
-        padded = np.zeros((len(samples), WINDOW_SAMPLES), np.float32)
-        for row, one in zip(padded, samples, strict=True):
-            row[: len(one)] = one
         with translated(), torch.inference_mode():
-            mel = self._log_mel(torch.from_numpy(padded).to(self.device))
-            self._decoder.store(self._encoder(mel.to(self.dtype)), self._index(windows))
+            spectrograms = self._log_mel(uploaded_audio(samples, self.device)).to(self.dtype)
+            read = self.read_windows if self.fixed_windows is None else self.fixed_windows
+            read(spectrograms, self._index(windows))
 
     def detect(self, windows: Sequence[int], rows: Sequence[int], languages: Sequence[int]) -> list[list[float]]:
         """How likely each of these languages (ids) is for each window, among them; reads into ``rows`` for it."""
@@ -154,13 +156,26 @@ class Runner:
 
     def close(self) -> None:
         """Lets go of all tensors."""
-        del self.fixed, self._encoder, self._decoder, self._rows, self._rules, self._log_mel
+        del self.fixed, self.fixed_windows, self._encoder, self._decoder, self._rows, self._rules, self._log_mel
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def read_windows(self, spectrograms: Tensor, windows: Tensor) -> None:
+        """Reads spectrograms [n, n_mels, 3000] into slots (int64 [n]), waiting for nothing."""
+        self._decoder.store(self._encoder(spectrograms), windows)
 
     def write_next(self, rows: Tensor, sampled: bool) -> None:
         """Writes one token in each row, waiting for nothing."""
         self._step(rows, self.shape.positions, sampled=sampled)
+
+    def _record(self) -> None:
+        """On a GPU alone; elsewhere steps and pieces have the size that they need."""
+        record, device = recorder(), self.device
+        self.fixed = FixedSteps(self.write_next, most=self.slots, padding=self.slots, device=device, record=record)
+        spectrogram = torch.zeros((self.shape.n_mels, CHUNK_FRAMES), dtype=self.dtype, device=device)
+        self.fixed_windows = FixedWindows(
+            self.read_windows, most=memory.ENCODE_WINDOWS, spectrogram=spectrogram, record=record
+        )
 
     def _step(self, rows: Tensor, bound: int, *, sampled: bool) -> None:
         position = self._rows.position[rows]
@@ -187,10 +202,17 @@ class Runner:
                 (lasts, [len(plan.prefix) - 1 for plan in plans]),
                 (starts, [plan.start_at for plan in plans]),
             ):
-                _keep(target, states, [place - begin for place in places])
+                self._keep(target, states, [place - begin for place in places])
         probabilities = self._decoder.logits(starts).softmax(dim=-1)
         self._rows.no_speech[at_rows] = probabilities[:, self._vocabulary.no_speech]
         return self._decoder.logits(lasts)
+
+    def _keep(self, target: Tensor, states: Tensor, places: Sequence[int]) -> None:
+        """Copies the states of those rows whose place is in this chunk."""
+        rows = [row for row, place in enumerate(places) if 0 <= place < states.shape[1]]
+        if rows:
+            at = self._index(rows)
+            target[at] = states[at, self._index([places[row] for row in rows])]
 
     def _times(self, texts: Sequence[Spoken], states: Tensor, scores: Tensor) -> list[tuple[TokenTime, ...]]:
         """Paths and probabilities of all texts; the host waits once, for both together."""
@@ -218,7 +240,7 @@ class Runner:
         return logits.softmax(dim=-1).gather(1, self._index(text.tokens)[:, None])[:, 0]
 
     def _index(self, numbers: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
-        return torch.tensor(numbers, dtype=torch.int64, device=self.device)
+        return uploaded(numbers, self.device)
 
 
 @contextmanager
@@ -240,13 +262,6 @@ def _attention(device: torch.device) -> SlotAttention:
     from whisperd.engine.cuda.kernels import slotted
 
     return slotted
-
-
-def _fixed_steps(step: Step, slots: int, device: torch.device) -> FixedSteps | None:
-    """Recorded steps on a GPU; elsewhere steps have the size that they need."""
-    if device.type != "cuda":
-        return None
-    return FixedSteps(step, most=slots, padding=slots, device=device, record=recorder())
 
 
 def _rules(checkpoint: Checkpoint, vocabulary: Vocabulary, device: torch.device) -> TokenRules:
@@ -272,10 +287,3 @@ def _fitting(plan: RowPlan, positions: int) -> RowPlan:
 def _chunk(prefix: tuple[int, ...], begin: int, length: int, padding: int) -> list[int]:
     part = list(prefix[begin : begin + length])
     return part + [padding] * (length - len(part))
-
-
-def _keep(target: Tensor, states: Tensor, places: Sequence[int]) -> None:
-    """Copies the states of those rows whose place is in this chunk."""
-    rows = [row for row, place in enumerate(places) if 0 <= place < states.shape[1]]
-    if rows:
-        target[rows] = states[rows, [places[row] for row in rows]]
