@@ -21,7 +21,7 @@ from whisperd.engine.cuda.runner import Runner
 
 COMPARED = """
 import torch
-from whisperd.engine.cuda.attention import gathered
+from whisperd.engine.cuda.attention import Scales, gathered
 from whisperd.engine.cuda.kernels import slotted
 
 torch.manual_seed(0)
@@ -31,6 +31,10 @@ for positions, live in ((1500, [1500, 1500, 1500]), (448, [1, 200, 448]), (448, 
         query = torch.randn(3, 1, 3, 16, dtype=dtype).transpose(1, 2)
         given = (query, keys, values, torch.tensor([4, 0, 2]), torch.tensor(live), positions)
         assert (slotted(*given).float() - gathered(*given).float()).abs().max() < limit, (positions, live, dtype)
+        small, scales = torch.rand(2, 5, 3, positions, 16) * 800 - 400, torch.rand(2, 5, 3)
+        small = small.to(torch.float8_e4m3fn)
+        given = (query, *small, *given[3:], Scales(keys=scales[0] / 100, values=scales[1] / 100))
+        assert (slotted(*given).float() - gathered(*given).float()).abs().max() < 4 * limit, (positions, live, dtype)
 print("equal")
 """
 

@@ -22,9 +22,10 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 from whisperd.engine.cuda import checkpoint
+from whisperd.engine.cuda.caches import Caches
 from whisperd.engine.cuda.engine import CudaEngine
 from whisperd.engine.cuda.mel import DeviceLogMel
-from whisperd.engine.cuda.model import Caches, Decoder, Encoder
+from whisperd.engine.cuda.model import Decoder, Encoder
 from whisperd.engine.cuda.rows import RowPlan
 from whisperd.engine.cuda.runner import Runner
 from whisperd.engine.cuda.weights import load

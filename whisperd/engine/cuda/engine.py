@@ -15,6 +15,8 @@ from whisperd.decoding import compression_ratio
 from whisperd.engine.base import DecodeRequest, EngineInfo, Hypothesis, Outcome, TokenTime, Window, WindowFailure
 from whisperd.engine.cuda import checkpoint as checkpoints
 from whisperd.engine.cuda import memory
+from whisperd.engine.cuda.attention import FP8
+from whisperd.engine.cuda.presence import fp8_obstacle
 from whisperd.engine.cuda.rows import RowPlan, RowText
 from whisperd.engine.cuda.runner import Runner, Spoken
 from whisperd.engine.cuda.slots import Slot, Slots
@@ -79,6 +81,7 @@ class CudaEngine:
         compute_type: str = "auto",
         slots: int = 0,
         budget_bytes: int = 0,
+        fp8_cross: bool = False,
         meter: ModelMeter | None = None,
     ) -> CudaEngine:
         """Opens a snapshot in either format.
@@ -90,21 +93,27 @@ class CudaEngine:
             compute_type: float16, bfloat16 or float32; auto is float16 on a GPU.
             slots: windows at the same time; 0: as many as the memory holds.
             budget_bytes: memory that it may take; 0: what is free.
+            fp8_cross: keep the audio of windows in 8 bits.
             meter: told what happens.
 
         Raises:
             SourceError: the snapshot is no whole Whisper.
             OutOfMemory: not even one window fits.
-            EngineError: the compute type is unknown here.
+            EngineError: the compute type is unknown here, or the card cannot read 8 bits.
         """
         name = ("float32" if device == "cpu" else "float16") if compute_type == "auto" else compute_type
         if name not in DTYPES:
             raise EngineError(
                 f"engine.compute_type {name!r} is for the cpu; on a GPU it is one of auto, {', '.join(DTYPES)}"
             )
+        if fp8_cross and device == "cuda":
+            _require_fp8()
         found = checkpoints.read(path)
-        wanted = slots or memory.slots(found.shape, DTYPES[name].itemsize, _budget_bytes(device, budget_bytes))
-        return cls(_opened(found, vocabulary, device, name, wanted), vocabulary, compute_type=name, meter=meter)
+        item_bytes, audio_item_bytes = DTYPES[name].itemsize, FP8.itemsize if fp8_cross else 0
+        budget_bytes = _budget_bytes(device, budget_bytes)
+        wanted = slots or memory.slots(found.shape, item_bytes, budget_bytes, audio_item_bytes=audio_item_bytes)
+        runner = _opened(found, vocabulary, device, name, wanted, fp8_cross=fp8_cross)
+        return cls(runner, vocabulary, compute_type=name, meter=meter)
 
     @property
     def info(self) -> EngineInfo:
@@ -305,11 +314,20 @@ class CudaEngine:
         self._free_rows += sorted(job.rows)
 
 
-def _opened(found: checkpoints.Checkpoint, vocabulary: Vocabulary, device: str, dtype: str, slots: int) -> Runner:
+def _require_fp8() -> None:
+    missing = fp8_obstacle(torch.cuda.get_device_capability(), hip=torch.version.hip is not None)
+    if missing is not None:
+        raise EngineError(f"engine.fp8_cross is set, but {missing}; set it to false")
+
+
+def _opened(
+    found: checkpoints.Checkpoint, vocabulary: Vocabulary, device: str, dtype: str, slots: int, *, fp8_cross: bool
+) -> Runner:
     """Half as many slots where the memory, whoever used it meanwhile, holds no more."""
+    place, number = torch.device(device), DTYPES[dtype]
     while True:
         try:
-            return Runner(found, vocabulary, device=torch.device(device), dtype=DTYPES[dtype], slots=slots)
+            return Runner(found, vocabulary, device=place, dtype=number, slots=slots, fp8_cross=fp8_cross)
         except OutOfMemory:
             if slots == 1:
                 raise

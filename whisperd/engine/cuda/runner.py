@@ -19,10 +19,11 @@ from whisperd.engine.base import TokenTime
 from whisperd.engine.cuda import dtw, memory
 from whisperd.engine.cuda.align import attention_matrix, token_times
 from whisperd.engine.cuda.attention import SlotAttention, gathered
+from whisperd.engine.cuda.caches import Caches
 from whisperd.engine.cuda.checkpoint import Checkpoint
 from whisperd.engine.cuda.graphs import FixedSteps, FixedWindows, recorder
 from whisperd.engine.cuda.mel import DeviceLogMel
-from whisperd.engine.cuda.model import Caches, Decoder, Encoder
+from whisperd.engine.cuda.model import Decoder, Encoder
 from whisperd.engine.cuda.rows import RowPlan, Rows, RowText
 from whisperd.engine.cuda.rules import TokenRules
 from whisperd.engine.cuda.transfer import uploaded, uploaded_audio
@@ -54,10 +55,18 @@ class Runner:
         device: where to.
         dtype: what to compute with.
         slots: how many rows it writes at the same time; ``windows``, the audio that it holds, is a few more.
+        fp8_cross: whether it keeps the audio in 8 bits.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, vocabulary: Vocabulary, *, device: torch.device, dtype: torch.dtype, slots: int
+        self,
+        checkpoint: Checkpoint,
+        vocabulary: Vocabulary,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        slots: int,
+        fp8_cross: bool = False,
     ) -> None:
         shape = checkpoint.shape
         self.shape = shape
@@ -72,7 +81,7 @@ class Runner:
             encoder, decoder = load(checkpoint, device, dtype)
             self._encoder = Encoder(encoder, shape.encoder_heads)
             # one row more than anybody uses, for steps that are padded
-            caches = Caches.allocate(shape, self.windows, slots + 1, device, dtype)
+            caches = Caches.allocate(shape, self.windows, slots + 1, device, dtype, fp8_cross=fp8_cross)
             self._decoder = Decoder(decoder, shape.decoder_heads, caches, _attention(device))
             self._rows = Rows(slots + 1, eot=vocabulary.eot, timestamp_begin=vocabulary.timestamp_begin, device=device)
             self._rules = _rules(checkpoint, vocabulary, device)
