@@ -54,3 +54,14 @@ def noise(duration_s: float, *, level: float = 0.05) -> Samples:
 def plain(text: str) -> str:
     """Lower case words only, so that texts compare by what is said."""
     return " ".join(re.findall(r"[a-z0-9']+", text.lower()))
+
+
+def word_errors(expected: str, found: str) -> int:
+    """How many words of ``plain`` texts must be changed, put in or taken out."""
+    wanted, got = plain(expected).split(), plain(found).split()
+    costs = list(range(len(got) + 1))
+    for row, word in enumerate(wanted, 1):
+        above, costs[0] = costs[0], row
+        for column, other in enumerate(got, 1):
+            above, costs[column] = costs[column], min(costs[column] + 1, costs[column - 1] + 1, above + (word != other))
+    return costs[-1]

@@ -6,6 +6,7 @@ import io
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -117,6 +118,39 @@ def test_every_sample_reaches_the_engine(
     windows = [window.samples for window in sorted(engine.seen, key=lambda window: window.id)]
     assert all(0 < len(window) <= 30 * SAMPLE_RATE_HZ for window in windows)
     assert np.abs(np.concatenate(windows) - samples).max() < 1e-4
+
+
+def test_a_text_that_was_broken_off_is_retried(
+    faked: Callable[[Script], tuple[FakeEngine, LoadedModel]], vocabulary: Vocabulary, clips: dict[str, Clip]
+) -> None:
+    """The engine says that it looped, whatever its figures are; engines are told which threshold holds."""
+
+    def script(window: Window) -> Hypothesis:
+        return replace(written(vocabulary, window, " hello"), looped=window.request.temperature < 0.4)
+
+    engine, model = faked(script)
+    found = transcribe(model, clips["monkeys"].samples(), Options(compression_ratio_threshold=2.0))
+    assert [window.request.temperature for window in engine.seen] == [0.0, 0.2, 0.4]
+    assert {window.request.compression_ratio_threshold for window in engine.seen} == {2.0}
+    assert found.windows.retried == 2
+
+
+def test_a_retry_says_whose_audio_it_is(
+    faked: Callable[[Script], tuple[FakeEngine, LoadedModel]], vocabulary: Vocabulary, clips: dict[str, Clip]
+) -> None:
+    """All decodings of one window name its first one; another window has another name."""
+
+    def script(window: Window) -> Hypothesis:
+        good = window.request.temperature >= 0.4
+        return written(vocabulary, window, " hello", avg_logprob=-0.2 if good else -2.0)
+
+    engine, model = faked(script)
+    transcribe(model, ending_with_marker(clips, 40.0), cutting=CutOptions(skip_silence=False))
+    ids: dict[int | None, list[int]] = {}
+    for window in engine.seen:
+        ids.setdefault(window.audio, []).append(window.id)
+    assert [len(found) for found in ids.values()] == [3, 3]
+    assert all(min(found) == audio for audio, found in ids.items())
 
 
 @pytest.mark.parametrize(
@@ -341,7 +375,9 @@ def test_halved_batches_are_counted(vocabulary: Vocabulary, detector: SpeechDete
     class Counting(Batcher):
         n_windows = 0
 
-        def enqueue(self, ticket: Ticket, samples: NDArray[np.float32], request: DecodeRequest, *, again: bool) -> int:
+        def enqueue(
+            self, ticket: Ticket, samples: NDArray[np.float32], request: DecodeRequest, *, again: int | None
+        ) -> int:
             self.n_windows += 1
             if self.n_windows == 4:
                 queued.set()

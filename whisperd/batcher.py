@@ -48,8 +48,11 @@ class Ticket:
         self.closed = False
         self._inbox: SimpleQueue[Outcome | None] = SimpleQueue()
 
-    def submit(self, samples: NDArray[np.float32], request: DecodeRequest, *, again: bool = False) -> int:
-        """Queues a window (float32 [n], 16 kHz) and returns its id; ``again`` marks a second decoding."""
+    def submit(self, samples: NDArray[np.float32], request: DecodeRequest, *, again: int | None = None) -> int:
+        """Queues a window (float32 [n], 16 kHz) and returns its id.
+
+        ``again`` marks a further decoding: it is the id of the first window with these samples.
+        """
         return self._batcher.enqueue(self, samples, request, again=again)
 
     def collect(self) -> Outcome | None:
@@ -117,16 +120,20 @@ class Batcher:
         """A place for one request; close it at the end."""
         return Ticket(self, next(self._ids))
 
-    def enqueue(self, ticket: Ticket, samples: NDArray[np.float32], request: DecodeRequest, *, again: bool) -> int:
+    def enqueue(
+        self, ticket: Ticket, samples: NDArray[np.float32], request: DecodeRequest, *, again: int | None
+    ) -> int:
         """Queues one window for a ticket; see ``Ticket.submit``."""
         with self._wakeup:
             if self.failure is not None:
                 raise self.failure
             if ticket.closed:
                 raise Cancelled("the request was cancelled")
-            window = Window(id=next(self._ids), samples=samples, request=request)
+            window_id = next(self._ids)
+            audio = window_id if again is None else again
+            window = Window(id=window_id, samples=samples, request=request, audio=audio)
             self._windows[window.id] = _Queued(window=window, ticket=ticket, since_s=time.monotonic())
-            self._scheduler.submit(ticket.request_id, window.id, bulk=ticket.bulk, again=again)
+            self._scheduler.submit(ticket.request_id, window.id, bulk=ticket.bulk, again=again is not None)
             self._wakeup.notify()
         return window.id
 

@@ -20,7 +20,7 @@ BATCH_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 SPEEDUP_BUCKETS = (0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 AUDIO_BUCKETS_S = (1, 3, 10, 30, 60, 300, 600, 1800, 3600, 7200, 21_600)
 
-REASONS = ("compression_ratio", "avg_logprob", "end_past_audio")
+REASONS = ("loop", "compression_ratio", "avg_logprob", "end_past_audio")
 REJECTIONS = (
     "queue_full", "model_loading", "draining", "spool_full", "file_too_large", "audio_too_long", "audio_decode_error",
     "invalid_value", "model_not_found", "engine_error", "out_of_memory",

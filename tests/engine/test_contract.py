@@ -97,8 +97,8 @@ def drain(engine: Engine, n_windows: int) -> dict[int, Outcome]:
     return {outcome.window_id: outcome for outcome in outcomes}
 
 
-def decode(engine: Engine, samples: Samples, request: DecodeRequest) -> Hypothesis:
-    engine.admit([Window(id=1, samples=samples, request=request)])
+def decode(engine: Engine, samples: Samples, request: DecodeRequest, *, audio: int | None = None) -> Hypothesis:
+    engine.admit([Window(id=1, samples=samples, request=request, audio=audio)])
     outcome = drain(engine, 1)[1]
     assert isinstance(outcome, Hypothesis)
     return outcome
@@ -155,6 +155,23 @@ def test_a_batch_changes_nothing(engine: Engine, speech: Samples, clips: dict[st
     engine.admit([Window(id=key, samples=samples, request=request) for key, (samples, request) in enumerate(requests)])
     together = drain(engine, len(requests))
     assert [getattr(together[key], "tokens", None) for key in range(len(requests))] == alone
+
+
+def test_audio_that_comes_again(engine: Engine, speech: Samples, clips: dict[str, Clip]) -> None:
+    """What is known to be the same audio decodes as if it were new, whatever was decoded between and beside it."""
+    other = clips["agent"].samples()
+    request = DecodeRequest(word_timestamps=True)
+    fresh = decode(engine, speech, request)
+    assert decode(engine, speech, DecodeRequest(), audio=7).tokens == fresh.tokens
+    assert decode(engine, other, DecodeRequest(), audio=8).tokens != fresh.tokens or engine.info.engine == "fake"
+    assert decode(engine, speech, request, audio=7) == fresh
+    n_windows = engine.info.slots
+    engine.admit([Window(id=key, samples=other, request=request) for key in range(1, n_windows)])
+    engine.admit([Window(id=0, samples=speech, request=request, audio=7)])
+    together = drain(engine, n_windows)[0]
+    assert isinstance(together, Hypothesis)
+    assert together.tokens == fresh.tokens
+    assert together.avg_logprob == pytest.approx(fresh.avg_logprob, abs=1e-4)
 
 
 def test_cancel_frees_slots(engine: Engine, speech: Samples) -> None:

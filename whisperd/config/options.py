@@ -132,6 +132,12 @@ class EngineTable(Table):
         help="Memory of the GPU that one model may take; it decides how many windows are decoded together. "
         "0: nine tenths of what is free when the model is loaded, which leaves no room for a second one.",
     )
+    fp8_cross: bool = option(
+        False,
+        reload="restart",
+        help="Keep audio in the memory of the GPU in 8 bits: more windows at a time, and less to read for each token. "
+        "Needs a card with 8-bit floats (Ada, Hopper); tested for accuracy on tiny.en only.",
+    )
     stall_timeout_s: float = option(
         300.0,
         reload="restart",

@@ -68,6 +68,7 @@ def engine_settings(config: Config) -> EngineSettings:
         threads_per_worker=engine.threads_per_worker,
         short_windows=engine.short_windows,
         gpu_bytes=engine.gpu_bytes,
+        fp8_cross=engine.fp8_cross,
     )
 
 

@@ -41,6 +41,7 @@ class EngineSettings:
     threads_per_worker: int = 0
     short_windows: bool = False
     gpu_bytes: int = 0
+    fp8_cross: bool = False
 
     def placed(self, n_cores: int) -> tuple[int, int]:
         """Workers, and threads of each, on a machine with so many usable cores."""
@@ -62,9 +63,14 @@ def open_engine(
     if missing is None:
         from whisperd.engine.cuda.engine import CudaEngine
 
-        compute_type, gpu_bytes = settings.compute_type, settings.gpu_bytes
         return CudaEngine.load(
-            snapshot, vocabulary, device="cuda", compute_type=compute_type, budget_bytes=gpu_bytes, meter=meter
+            snapshot,
+            vocabulary,
+            device="cuda",
+            compute_type=settings.compute_type,
+            budget_bytes=settings.gpu_bytes,
+            fp8_cross=settings.fp8_cross,
+            meter=meter,
         )
     if settings.device == "cuda":
         raise EngineError(f"engine.device is 'cuda', but {missing}; 'auto' and 'cpu' work without a GPU")

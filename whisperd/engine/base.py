@@ -30,7 +30,8 @@ class DecodeRequest:
 
     ``language`` None asks a multilingual model to detect it, among ``languages`` when there are any. ``prompt_tokens``
     are previous-text tokens without ``<|startofprev|>``. ``temperature`` 0 is greedy (or ``beam_size`` beams), above 0
-    samples ``best_of`` times.
+    samples ``best_of`` times. A text that repeats itself and compresses better than ``compression_ratio_threshold`` may
+    be broken off; None: never.
     """
 
     task: Task = "transcribe"
@@ -41,6 +42,7 @@ class DecodeRequest:
     beam_size: int = 1
     best_of: int = 5
     word_timestamps: bool = False
+    compression_ratio_threshold: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -49,13 +51,15 @@ class Window:
 
     ``samples``: float32 [n], mono 16 kHz, 0 < n <= WINDOW_SAMPLES; the engine pads with silence to 30 s. An engine
     whose batches run to their end decodes interactive windows first and apart, and keeps a worker free for them
-    beside yielding ones.
+    beside yielding ones. ``audio``: windows of one engine with an equal number have the same samples, as those that are
+    decoded again; what the engine still knows of them it need not compute anew. None: it will not come again.
     """
 
     id: int
     samples: NDArray[np.float32]
     request: DecodeRequest
     lane: Lane = "interactive"
+    audio: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +79,7 @@ class Hypothesis:
     ``tokens``: sampled ids with timestamp tokens, without the prefix and the end token. ``avg_logprob``: sum of the
     tokens' natural log probabilities over ``len(tokens) + 1``, as in openai-whisper. ``alignment``: one entry per
     text token (id below the end token), in order, when word times were asked for. ``halvings``: how often its batch
-    was halved because the memory was not enough.
+    was halved because the memory was not enough. ``looped``: it was broken off while it repeated itself.
     """
 
     window_id: int
@@ -87,6 +91,7 @@ class Hypothesis:
     temperature: float
     alignment: tuple[TokenTime, ...] | None = None
     halvings: int = 0
+    looped: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

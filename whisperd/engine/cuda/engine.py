@@ -6,16 +6,20 @@ import logging
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
+from whisperd.decoding import compression_ratio
 from whisperd.engine.base import DecodeRequest, EngineInfo, Hypothesis, Outcome, TokenTime, Window, WindowFailure
 from whisperd.engine.cuda import checkpoint as checkpoints
 from whisperd.engine.cuda import memory
+from whisperd.engine.cuda.attention import FP8
+from whisperd.engine.cuda.presence import fp8_obstacle
 from whisperd.engine.cuda.rows import RowPlan, RowText
 from whisperd.engine.cuda.runner import Runner, Spoken
+from whisperd.engine.cuda.slots import Slot, Slots
 from whisperd.errors import EngineError, OutOfMemory
 from whisperd.meter import ModelMeter
 from whisperd.tokens import Vocabulary
@@ -31,7 +35,7 @@ class _Job:
     """One window inside the engine. ``unstarted`` texts still wait for a row; ``texts`` are complete."""
 
     window: Window
-    slot: int
+    slot: Slot
     language: tuple[str, float] = ("en", 1.0)
     plan: RowPlan = field(default_factory=lambda: RowPlan(prefix=()))
     unstarted: int = 0
@@ -63,7 +67,7 @@ class CudaEngine:
         self._waiting: list[Window] = []
         self._refused: list[Window] = []
         self._jobs: list[_Job] = []
-        self._free_slots = list(range(runner.slots))
+        self._free_slots = Slots(runner.windows)
         self._free_rows = list(range(runner.slots))
         self._encode_windows = memory.ENCODE_WINDOWS
 
@@ -77,6 +81,7 @@ class CudaEngine:
         compute_type: str = "auto",
         slots: int = 0,
         budget_bytes: int = 0,
+        fp8_cross: bool = False,
         meter: ModelMeter | None = None,
     ) -> CudaEngine:
         """Opens a snapshot in either format.
@@ -88,21 +93,27 @@ class CudaEngine:
             compute_type: float16, bfloat16 or float32; auto is float16 on a GPU.
             slots: windows at the same time; 0: as many as the memory holds.
             budget_bytes: memory that it may take; 0: what is free.
+            fp8_cross: keep the audio of windows in 8 bits.
             meter: told what happens.
 
         Raises:
             SourceError: the snapshot is no whole Whisper.
             OutOfMemory: not even one window fits.
-            EngineError: the compute type is unknown here.
+            EngineError: the compute type is unknown here, or the card cannot read 8 bits.
         """
         name = ("float32" if device == "cpu" else "float16") if compute_type == "auto" else compute_type
         if name not in DTYPES:
             raise EngineError(
                 f"engine.compute_type {name!r} is for the cpu; on a GPU it is one of auto, {', '.join(DTYPES)}"
             )
+        if fp8_cross and device == "cuda":
+            _require_fp8()
         found = checkpoints.read(path)
-        wanted = slots or memory.slots(found.shape, DTYPES[name].itemsize, _budget_bytes(device, budget_bytes))
-        return cls(_opened(found, vocabulary, device, name, wanted), vocabulary, compute_type=name, meter=meter)
+        item_bytes, audio_item_bytes = DTYPES[name].itemsize, FP8.itemsize if fp8_cross else 0
+        budget_bytes = _budget_bytes(device, budget_bytes)
+        wanted = slots or memory.slots(found.shape, item_bytes, budget_bytes, audio_item_bytes=audio_item_bytes)
+        runner = _opened(found, vocabulary, device, name, wanted, fp8_cross=fp8_cross)
+        return cls(runner, vocabulary, compute_type=name, meter=meter)
 
     @property
     def info(self) -> EngineInfo:
@@ -177,11 +188,19 @@ class CudaEngine:
     def _encode(self, windows: Sequence[Window]) -> None:
         if not windows:
             return
-        slots = self._free_slots[: len(windows)]
-        self._runner.encode([window.samples for window in windows], slots)
-        jobs = [_Job(window=window, slot=slot) for window, slot in zip(windows, slots, strict=True)]
-        self._find_languages(jobs)
-        del self._free_slots[: len(windows)]
+        found = {window.id: self._free_slots.holding(window.audio) for window in windows}  # before any is overwritten
+        jobs = [_Job(window=window, slot=found[window.id] or self._free_slots.oldest()) for window in windows]
+        new = [job for job in jobs if found[job.window.id] is None]
+        try:
+            if new:
+                self._runner.encode([job.window.samples for job in new], [job.slot.number for job in new])
+            self._find_languages(jobs)
+        except OutOfMemory:
+            for job in jobs:
+                self._free_slots.give_back(job.slot)
+            raise
+        for job in new:
+            job.slot.audio = job.window.audio
         for job in jobs:
             request = job.window.request
             job.plan = self.plan(job.window, job.language[0])
@@ -197,11 +216,18 @@ class CudaEngine:
         if not self.vocabulary.multilingual:
             for job in jobs:
                 job.language = ("en", 1.0)
-        elif unknown:
-            rows = self._free_rows[: len(unknown)]
-            found = self._runner.detect([job.slot for job in unknown], rows, tuple(self.vocabulary.languages.values()))
-            for job, probabilities in zip(unknown, found, strict=True):
-                job.language = self._likeliest(probabilities, job.window.request.languages)
+            return
+        self._detect([job.slot for job in unknown if not job.slot.languages])
+        for job in unknown:
+            job.language = self._likeliest(job.slot.languages, job.window.request.languages)
+
+    def _detect(self, slots: Sequence[Slot]) -> None:
+        if not slots:
+            return
+        rows, ids = self._free_rows[: len(slots)], tuple(self.vocabulary.languages.values())
+        found = self._runner.detect([slot.number for slot in slots], rows, ids)
+        for slot, probabilities in zip(slots, found, strict=True):
+            slot.languages = probabilities
 
     def _likeliest(self, probabilities: Sequence[float], among: Sequence[str]) -> tuple[str, float]:
         known = zip(self.vocabulary.languages, probabilities, strict=True)
@@ -219,7 +245,7 @@ class CudaEngine:
                 started.append((row, job))
         for at in range(0, len(started), self._encode_windows):  # prefixes need workspace, as audio does
             rows, theirs = zip(*started[at : at + self._encode_windows], strict=True)
-            self._runner.begin(rows, [job.slot for job in theirs], [job.plan for job in theirs])
+            self._runner.begin(rows, [job.slot.number for job in theirs], [job.plan for job in theirs])
 
     def _write(self) -> None:
         rows = sorted(row for job in self._jobs for row in job.rows)
@@ -227,14 +253,27 @@ class CudaEngine:
             return
         started_s = time.monotonic()
         self._runner.decode(rows, STEPS_PER_TURN)
-        done = self._runner.done(rows)
+        done, looping = self._runner.progress(rows)
         self._meter.batch(len(rows), time.monotonic() - started_s)
-        texts = dict(zip(done, self._runner.texts(done), strict=True)) if done else {}
+        texts = self._texts(done) | self._hopeless(looping)
         for job in self._jobs:
             ended = job.rows & texts.keys()
             job.texts += [texts[row] for row in sorted(ended)]
             job.rows -= ended
             self._free_rows += sorted(ended)
+
+    def _texts(self, rows: Sequence[int]) -> dict[int, RowText]:
+        return dict(zip(rows, self._runner.texts(rows), strict=True)) if rows else {}
+
+    def _hopeless(self, looping: Sequence[int]) -> dict[int, RowText]:
+        """Of texts that repeat themselves those that no longer pass: writing on would only take the place of others."""
+        limits = {row: job.window.request.compression_ratio_threshold for job in self._jobs for row in job.rows}
+        texts = self._texts([row for row in looping if limits[row] is not None])
+        return {
+            row: replace(text, looped=True)
+            for row, text in texts.items()
+            if compression_ratio(self.vocabulary.decode(text.tokens)) > (limits[row] or 0.0)
+        }
 
     def _complete(self) -> list[Outcome]:
         jobs = [job for job in self._jobs if job.complete]
@@ -263,7 +302,7 @@ class CudaEngine:
     def _spoken(self, job: _Job, text: RowText, row: int) -> Spoken:
         return Spoken(
             row=row,
-            window=job.slot,
+            window=job.slot.number,
             n_samples=len(job.window.samples),
             start=tuple(self.vocabulary.start(job.window.request.task, job.language[0])),
             tokens=tuple(token for token in text.tokens if token < self.vocabulary.eot),
@@ -271,15 +310,24 @@ class CudaEngine:
 
     def _leave(self, job: _Job) -> None:
         self._jobs.remove(job)
-        self._free_slots.append(job.slot)
+        self._free_slots.give_back(job.slot)
         self._free_rows += sorted(job.rows)
 
 
-def _opened(found: checkpoints.Checkpoint, vocabulary: Vocabulary, device: str, dtype: str, slots: int) -> Runner:
+def _require_fp8() -> None:
+    missing = fp8_obstacle(torch.cuda.get_device_capability(), hip=torch.version.hip is not None)
+    if missing is not None:
+        raise EngineError(f"engine.fp8_cross is set, but {missing}; set it to false")
+
+
+def _opened(
+    found: checkpoints.Checkpoint, vocabulary: Vocabulary, device: str, dtype: str, slots: int, *, fp8_cross: bool
+) -> Runner:
     """Half as many slots where the memory, whoever used it meanwhile, holds no more."""
+    place, number = torch.device(device), DTYPES[dtype]
     while True:
         try:
-            return Runner(found, vocabulary, device=torch.device(device), dtype=DTYPES[dtype], slots=slots)
+            return Runner(found, vocabulary, device=place, dtype=number, slots=slots, fp8_cross=fp8_cross)
         except OutOfMemory:
             if slots == 1:
                 raise
@@ -314,4 +362,5 @@ def _hypothesis(job: _Job, text: RowText, times: tuple[TokenTime, ...] | None) -
         no_speech_prob=text.no_speech_prob,
         temperature=job.window.request.temperature,
         alignment=times,
+        looped=text.looped,
     )

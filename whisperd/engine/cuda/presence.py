@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+FP8_CAPABILITY = (8, 9)  # Ada; Triton converts no 8-bit floats for older ones
 DEVICE_NODES = ("/dev/nvidiactl", "/dev/nvhost-gpu", "/dev/kfd", "/dev/dxg")  # NVIDIA, Jetson, AMD, Windows' WSL
 
 
@@ -22,4 +23,14 @@ def obstacle(nodes: tuple[str, ...] = DEVICE_NODES) -> str | None:
         return (
             f"PyTorch {torch.__version__} finds no usable GPU: its driver may be older than CUDA {torch.version.cuda}"
         )
+    return None
+
+
+def fp8_obstacle(capability: tuple[int, int], *, hip: bool) -> str | None:
+    """None when a GPU of this compute capability converts 8-bit floats while it loads them; else what is missing."""
+    if hip:
+        return "the 8-bit floats of AMD's GPUs are others"
+    if capability < FP8_CAPABILITY:
+        needed, found = (".".join(map(str, pair)) for pair in (FP8_CAPABILITY, capability))
+        return f"this GPU has compute capability {found}, and 8-bit floats need {needed} (Ada, Hopper or newer)"
     return None

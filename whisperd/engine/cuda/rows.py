@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from whisperd.engine.base import MAX_NEW_TOKENS
+from whisperd.engine.cuda.loops import Loops
 from whisperd.engine.cuda.rules import History, TokenRules
+from whisperd.engine.cuda.transfer import uploaded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,11 +32,12 @@ class RowPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowText:
-    """What one row wrote, without the end token; ``sum_logprob`` includes it."""
+    """What one row wrote, without the end token; ``sum_logprob`` includes it. ``looped``: it was broken off."""
 
     tokens: tuple[int, ...]
     sum_logprob: float
     no_speech_prob: float
+    looped: bool = False
 
 
 class Rows:
@@ -62,12 +65,13 @@ class Rows:
         self._timestamps = torch.zeros_like(self.done)
         self._temperature = torch.zeros_like(self.no_speech)
         self._sum_logprob = torch.zeros_like(self.no_speech)
+        self._loops = Loops(n_rows, device)
 
     def begin(self, rows: Tensor, windows: Sequence[int], plans: Sequence[RowPlan]) -> None:
         """Resets rows for new plans; ``position`` is where the first written token will stand."""
 
         def put(target: Tensor, values: Sequence[float]) -> None:
-            target[rows] = torch.tensor(values, dtype=target.dtype, device=self._device)
+            target[rows] = uploaded(values, self._device, target.dtype)
 
         put(self.window, windows)
         put(self.position, [len(plan.prefix) for plan in plans])
@@ -78,6 +82,7 @@ class Rows:
         for target in (self._n_tokens, self._last, self._previous, self._sum_logprob, self.no_speech, self.done):
             target[rows] = 0
         self._last_timestamp[rows] = -1
+        self._loops.begin(rows)
 
     def last(self, rows: Tensor) -> Tensor:
         """int64 [rows]: what was written last."""
@@ -97,6 +102,10 @@ class Rows:
         self._append(rows, picked, text, history)
         self._sum_logprob[rows] += torch.where(alive, logprob, 0.0)
         self.done[rows] |= (picked == self._eot) | (self._n_tokens[rows] >= self._max_tokens[rows])
+
+    def progress(self, rows: Tensor) -> Tensor:
+        """bool [2, rows]: whose text is complete, and whose repeats itself."""
+        return torch.stack([self.done[rows], self._loops.going(rows)])
 
     def texts(self, rows: Tensor) -> list[RowText]:
         """What rows wrote; the host waits for it."""
@@ -136,3 +145,4 @@ class Rows:
         self._last[rows] = torch.where(text, picked, history.last)
         timestamp = text & (picked >= self._timestamp_begin)
         self._last_timestamp[rows] = torch.where(timestamp, picked, history.last_timestamp)
+        self._loops.append(rows, picked, text & (picked < self._eot))
