@@ -132,12 +132,25 @@ class EngineTable(Table):
         help="Memory of the GPU that one model may take; it decides how many windows are decoded together. "
         "0: nine tenths of what is free when the model is loaded, which leaves no room for a second one.",
     )
+    own_process: bool = option(
+        False,
+        reload="restart",
+        help="Run the cpu's engine in a process of its own, as that of a GPU always is: when it dies or is killed for "
+        "memory, the daemon opens it again and loses no request. It costs a second process.",
+    )
+    cpu_fallback: bool = option(
+        False,
+        reload="restart",
+        help="While a GPU that was there cannot be used, serve on the cpu and say so everywhere; "
+        "false: answer 503 until it is back.",
+    )
     stall_timeout_s: float = option(
         300.0,
         reload="restart",
         ge=0.1,
         le=86400,
-        help="When no batch ends for this long while some run, the engine hangs, and systemd restarts the daemon.",
+        help="When no batch ends for this long while some run, the engine hangs: its own process is replaced, or "
+        "without one systemd restarts the daemon.",
     )
 
 

@@ -68,6 +68,9 @@ def engine_settings(config: Config) -> EngineSettings:
         threads_per_worker=engine.threads_per_worker,
         short_windows=engine.short_windows,
         gpu_bytes=engine.gpu_bytes,
+        own_process=engine.own_process,
+        cpu_fallback=engine.cpu_fallback,
+        stall_timeout_s=engine.stall_timeout_s,
     )
 
 
