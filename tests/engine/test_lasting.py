@@ -12,7 +12,8 @@ import pytest
 from tests.fakes import FakeEngine, written
 from tests.speech import silence
 from whisperd.engine.base import DecodeRequest, EngineInfo, Hypothesis, Outcome, Window, WindowFailure
-from whisperd.engine.lasting import LastingEngine, Openers
+from whisperd.engine.lasting import LastingEngine
+from whisperd.engine.surgeon import Openers
 from whisperd.errors import EngineError, ModelLoading
 from whisperd.meter import ModelMeter
 from whisperd.tokens import Vocabulary
@@ -43,6 +44,8 @@ class Machine:
         self.poison: frozenset[int] = frozenset()
         self.gate = threading.Event()
         self.gate.set()
+        self.cpu_gate = threading.Event()  # holds back the opening of the CPU
+        self.cpu_gate.set()
         self.opened: list[Device] = []
         self.meter = Counted()
         self.tried = threading.Semaphore(0)  # one for each try to open the GPU
@@ -54,6 +57,7 @@ class Machine:
         return self.open("cuda")
 
     def open_cpu(self) -> Device:
+        assert self.cpu_gate.wait(PATIENCE_S)
         return self.open("cpu")
 
     def open(self, device: str) -> Device:
@@ -149,7 +153,7 @@ def test_windows_survive_their_engine(machine: Machine, opened: Opener) -> None:
     machine.break_gpu(for_good=False)
     found = until(engine, lambda found: len(found) == 3)
     assert texts(machine, found) == {1: "cuda", 2: "cuda", 3: "cuda"}
-    assert (machine.meter.died, machine.meter.restarted, len(machine.opened)) == (1, 1, 2)
+    assert (machine.meter.died, machine.meter.restarted, engine.info.restarts, len(machine.opened)) == (1, 1, 1, 2)
     assert machine.opened[0].closed
     assert engine.info.outage == engine.info.fallback == ""
 
@@ -248,6 +252,19 @@ def test_a_stand_in_serves_until_the_gpu_is_back(machine: Machine, opened: Opene
     assert [one.info.device for one in machine.opened] == ["cuda", "cpu", "cuda"]
 
 
+def test_windows_wait_for_the_stand_in(machine: Machine, opened: Opener) -> None:
+    """A stand-in may take long to open: nobody is sent away meanwhile."""
+    engine = opened(stand_in=True)
+    admit(engine, 1)
+    machine.cpu_gate.clear()
+    machine.break_gpu()
+    for _ in range(3):
+        until(engine, lambda _: machine.tried.acquire(blocking=False))
+    assert [list(engine.step()) for _ in range(3)] == [[], [], []]
+    machine.cpu_gate.set()
+    assert texts(machine, until(engine, lambda found: 1 in found)) == {1: "cpu"}
+
+
 def test_the_stand_in_dies_too(machine: Machine, opened: Opener) -> None:
     """Another one takes its place and its windows."""
     engine = opened(stand_in=True, wait_first_s=0.05)
@@ -268,7 +285,7 @@ def test_one_bad_window(machine: Machine, opened: Opener) -> None:
     assert texts(machine, found) == {1: "cuda", 2: "failed", 3: "cuda"}
     failure = found[2]
     assert isinstance(failure, WindowFailure)
-    assert "died 3 times over this audio" in str(failure.error)
+    assert "died 3 times over this audio; last: an illegal memory access" in str(failure.error)
     assert [window.id for window in machine.opened[2].seen][:1] == [1], "alone, after two deaths"
     assert machine.meter.died == 3
     admit(engine, 4)

@@ -66,7 +66,7 @@ def test_requests_survive_the_engine(
         status = daemon.client.status()
         assert (status["pid"], daemon.socket_path.stat().st_ino) == (daemon.process.pid, inode)
         assert (status["requests"]["done"], status["requests"]["failed"]) == (REQUESTS, 0)
-        assert figure(daemon, "whisperd_engine_restarts_total") == 1
+        assert figure(daemon, "whisperd_engine_restarts_total") == status["models"][0]["engine_restarts"] == 1
         assert figure(daemon, "whisperd_engine_failures_total") == 1
         assert daemon.messages.count("READY=1") == 1
         assert daemon.client.ready()

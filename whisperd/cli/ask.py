@@ -84,5 +84,6 @@ def _model_line(model: Mapping[str, Any]) -> str:
     return (
         f"{model['name']} on {model['device']} ({model['compute_type']}): {model['windows_running']} of "
         f"{model['slots']} slots, {model['windows_waiting']} windows wait"
+        + (f"; engine replaced {model['engine_restarts']} times" if model["engine_restarts"] else "")
         + (f"; IN PLACE OF A GPU: {model['fallback']}" if model["fallback"] else "")
     )

@@ -14,7 +14,8 @@ import numpy as np
 from whisperd.batcher import Batcher
 from whisperd.engine import EngineSettings, open_engine
 from whisperd.engine.base import DecodeRequest, Engine, Outcome, Window, WindowFailure
-from whisperd.engine.lasting import LastingEngine, Open, Openers
+from whisperd.engine.lasting import LastingEngine
+from whisperd.engine.surgeon import Open, Openers
 from whisperd.errors import EngineError, OutOfMemory
 from whisperd.meter import ModelMeter
 from whisperd.pipeline import LoadedModel

@@ -260,6 +260,7 @@ class DaemonService:
             "failure": failure or None,
             "fallback": info.fallback or None,
             "engine_pid": info.pid,
+            "engine_restarts": info.restarts,
             "memory_bytes": model.memory_bytes,
             "engine": info.engine,
             "device": info.device,

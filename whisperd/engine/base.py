@@ -104,8 +104,9 @@ Outcome = Hypothesis | WindowFailure
 class EngineInfo:
     """Facts for status, logs and responses.
 
-    ``pid`` is that of an engine in a process of its own. ``fallback`` says why this engine serves in place of one on a
-    GPU, and ``outage`` why nothing serves at the moment; both are empty when all is well.
+    ``pid`` is that of an engine in a process of its own, ``restarts`` how often an engine took the
+    place of one that had died. ``fallback`` says why this engine serves instead of one on a GPU, and ``outage`` why
+    nothing serves at the moment; both are empty when all is well.
     """
 
     engine: str
@@ -115,6 +116,7 @@ class EngineInfo:
     languages: tuple[str, ...]
     slots: int
     pid: int | None = None
+    restarts: int = 0
     fallback: str = ""
     outage: str = ""
 

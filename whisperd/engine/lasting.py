@@ -20,6 +20,7 @@ from functools import partial
 from queue import Empty, SimpleQueue
 
 from whisperd.engine.base import STEP_S, Engine, EngineInfo, Hypothesis, Outcome, Restless, Window, WindowFailure
+from whisperd.engine.surgeon import TRIES, WAIT_FIRST_S, Openers, Surgeon, closed
 from whisperd.errors import EngineError, Error, ModelLoading
 from whisperd.meter import ModelMeter
 
@@ -27,21 +28,7 @@ log = logging.getLogger(__name__)
 
 DEATHS_ALONE = 2  # a window that was there so often is decoded alone
 DEATHS_MAX = 3  # and is given up after so many
-TRIES = 2  # that fail before clients are told, or the stand-in comes: what holds the memory may need a moment to end
-WAIT_FIRST_S = 1.0
-WAIT_MAX_S = 120.0  # between two tries
-DEATHS_USELESS = 4  # without anything done in between: more than one bad window can cause
 PATIENCE_S = 120.0  # how long windows wait while the first tries go on
-
-Open = Callable[[], Engine]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Openers:
-    """How engines are opened: each call gives a new one that has proven to work, or raises Error."""
-
-    main: Open
-    stand_in: Open | None = None
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -82,12 +69,13 @@ class LastingEngine:
         self._waiting: list[Window] = []
         self._deaths: Counter[int] = Counter()
         self._info = engine.info
-        self._outage = ""
+        self._last_words = ""
+        self._restarts = 0
         self._down_since_s = 0.0
         self._failures = 0  # of the main engine, in a row
         self._nudge: Callable[[], None] = lambda: None
         self._fresh: SimpleQueue[_Place] = SimpleQueue()
-        self._surgeon = _Surgeon(openers, name=name, hand_over=self._hand_over, wait_first_s=wait_first_s)
+        self._surgeon = Surgeon(openers, name=name, hand_over=self._hand_over, wait_first_s=wait_first_s)
         self._listen_to(engine)
         if lost:
             self._surgeon.begin(lost, n_deaths=0, n_refused=TRIES, stand_in=False)
@@ -97,8 +85,9 @@ class LastingEngine:
         """Facts about what serves now, or served last."""
         now = self._now
         if now is None:
-            return replace(self._info, pid=None, outage=self._surgeon.reason or self._outage)
-        return replace(now.engine.info, fallback=now.lost)
+            outage = self._surgeon.reason or self._last_words
+            return replace(self._info, pid=None, restarts=self._restarts, outage=outage)
+        return replace(now.engine.info, restarts=self._restarts, fallback=now.lost)
 
     @property
     def free_slots(self) -> int:
@@ -131,7 +120,9 @@ class LastingEngine:
 
     def cancel(self, window_ids: frozenset[int]) -> None:
         """Forgets windows."""
-        self._waiting = [window for window in self._waiting if window.id not in window_ids]
+        for window in [window for window in self._waiting if window.id in window_ids]:
+            self._waiting.remove(window)
+            self._deaths.pop(window.id, None)
         for place in [*([self._now] if self._now else []), *self._leaving]:
             inside = frozenset(window_ids & place.windows.keys())
             for key in inside:
@@ -144,9 +135,9 @@ class LastingEngine:
         self._surgeon.close()
         with suppress(Empty):
             while True:
-                _close(self._fresh.get_nowait().engine)
+                closed(self._fresh.get_nowait().engine)
         for place in [*([self._now] if self._now else []), *self._leaving]:
-            _close(place.engine)
+            closed(place.engine)
         self._now, self._leaving = None, []
 
     def _hand_over(self, engine: Engine, lost: str) -> None:
@@ -169,8 +160,9 @@ class LastingEngine:
             if self._now is not None:
                 self._leaving.append(self._now)
             else:
+                self._restarts += 1
                 self._meter.engine_restarted()
-            self._now, self._info, self._outage = fresh, fresh.engine.info, ""
+            self._now, self._info = fresh, fresh.engine.info
             self._listen_to(fresh.engine)
             info = fresh.engine.info
             if fresh.lost:
@@ -220,13 +212,14 @@ class LastingEngine:
         self._meter.engine_died()
         self._deaths.update(place.windows.keys())
         self._waiting[:0] = place.windows.values()
-        _close(place.engine)
+        closed(place.engine)
         if place is not self._now:
             self._leaving.remove(place)
             return
-        self._now, self._outage, self._down_since_s = None, why, time.monotonic()
+        self._now, self._last_words, self._down_since_s = None, why, time.monotonic()
         self._failures += not place.lost
-        self._surgeon.begin(why, n_deaths=self._failures)
+        if self._fresh.empty():
+            self._surgeon.begin(why, n_deaths=self._failures)
 
     def _forsaken(self) -> list[Outcome]:
         """Windows that are not worth another try, and all of them when nothing serves for too long."""
@@ -234,11 +227,12 @@ class LastingEngine:
         lost: list[Outcome] = []
         for window in self._waiting:
             if self._deaths[window.id] >= DEATHS_MAX:
-                error = EngineError(f"the engine died {DEATHS_MAX} times over this audio; last: {self._outage}")
+                error = EngineError(f"the engine died {DEATHS_MAX} times over this audio; last: {self._last_words}")
                 lost.append(WindowFailure(window_id=window.id, error=error))
         if self._now is None and self._is_hopeless():
+            how = "cannot be opened again" if self._surgeon.is_at_a_loss else "is still being opened again"
             error = ModelLoading(
-                f"the engine of {self._name} died, and cannot be opened again: {self._surgeon.reason or self._outage}",
+                f"the engine of {self._name} died and {how}: {self._surgeon.reason or self._last_words}",
                 retry_after_s=self._surgeon.next_try_s,
             )
             lost = [WindowFailure(window_id=window.id, error=error) for window in self._waiting]
@@ -249,7 +243,8 @@ class LastingEngine:
         return lost
 
     def _is_hopeless(self) -> bool:
-        return self._surgeon.is_at_a_loss or time.monotonic() - self._down_since_s > PATIENCE_S
+        at_a_loss = self._surgeon.is_at_a_loss and self._fresh.empty()  # in this order: it hands over first
+        return at_a_loss or time.monotonic() - self._down_since_s > PATIENCE_S
 
     def _forget(self, place: _Place, window_id: int) -> None:
         place.windows.pop(window_id, None)
@@ -259,117 +254,4 @@ class LastingEngine:
         """Closes stand-ins that have done their last window; beside, as an engine first ends the batch that runs."""
         for place in [place for place in self._leaving if not place.windows]:
             self._leaving.remove(place)
-            threading.Thread(target=_close, args=(place.engine,), name=f"close-{self._name}").start()
-
-
-class _Surgeon:
-    """Opens the main engine again, in a thread of its own for as long as that takes; and the stand-in meanwhile.
-
-    ``reason`` is why the last try failed.
-    """
-
-    def __init__(
-        self, openers: Openers, *, name: str, hand_over: Callable[[Engine, str], None], wait_first_s: float
-    ) -> None:
-        self._openers = openers
-        self._name = name
-        self._hand_over = hand_over
-        self._wait_first_s = wait_first_s
-        self._changed = threading.Condition()
-        self._working = False
-        self._closed = False
-        self._cases = 0
-        self._n_deaths = 0
-        self._n_refused = 0
-        self._stand_in_wanted = False
-        self._next_try_at_s = 0.0
-        self.reason = ""
-
-    @property
-    def is_at_a_loss(self) -> bool:
-        """Whether the first tries were in vain, so that nothing will serve soon."""
-        return self._n_refused >= TRIES
-
-    @property
-    def next_try_s(self) -> float:
-        """When it is worth asking again."""
-        return max(1.0, self._next_try_at_s - time.monotonic() + 1.0)
-
-    def begin(self, why: str, *, n_deaths: int, n_refused: int = 0, stand_in: bool = True) -> None:
-        """The main engine is lost, or its stand-in is.
-
-        Args:
-            why: in words.
-            n_deaths: of the main engine without anything done in between.
-            n_refused: tries to open it that have failed already.
-            stand_in: whether one is needed.
-        """
-        with self._changed:
-            self._cases += 1
-            self._n_deaths, self._n_refused = n_deaths, n_refused
-            self._stand_in_wanted = stand_in
-            self.reason = why
-            self._changed.notify()
-            if not self._working and not self._closed:
-                self._working = True
-                threading.Thread(target=self._work, name=f"surgeon-{self._name}", daemon=True).start()
-
-    def close(self) -> None:
-        """Ends the work; what is just being opened is closed when it is open."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify()
-
-    def _work(self) -> None:
-        while self._wait():
-            stand_in = self._stand_in_due()
-            if stand_in is not None:
-                self._stand_in_wanted = False
-                self._open(stand_in, lost=self.reason or "it died")
-            elif self._open(self._openers.main, lost=""):
-                return
-
-    def _stand_in_due(self) -> Open | None:
-        useless = self._n_refused >= TRIES or self._n_deaths >= DEATHS_USELESS
-        return self._openers.stand_in if useless and self._stand_in_wanted else None
-
-    def _wait(self) -> bool:
-        """Until the next try is due; False when there is none."""
-        with self._changed:
-            case, n_failed = self._cases, self._n_refused + max(0, self._n_deaths - 1)
-            at_once = not n_failed or self._stand_in_due() is not None
-            due_s = 0.0 if at_once else min(WAIT_MAX_S, self._wait_first_s * 2.0 ** (n_failed - 1))
-            self._next_try_at_s = time.monotonic() + due_s
-            self._changed.wait_for(lambda: self._closed or self._cases != case, due_s)
-            return not self._closed
-
-    def _open(self, opener: Open, *, lost: str) -> bool:
-        try:
-            engine = opener()
-        except Error as error:
-            self._failed(str(error))
-            return False
-        except Exception as error:
-            log.exception("the engine of %s could not be opened", self._name)
-            self._failed(f"{type(error).__name__}: {error}")
-            return False
-        with self._changed:
-            self._working = bool(lost)
-            if not self._closed:
-                self._hand_over(engine, lost)
-                return True
-        _close(engine)
-        return True
-
-    def _failed(self, why: str) -> None:
-        with self._changed:
-            self._n_refused += 1
-            self.reason = why
-        log.warning("the engine of %s cannot be opened: %s", self._name, why)
-
-
-def _close(engine: Engine) -> None:
-    try:
-        engine.close()
-    except Exception:
-        log.exception("an engine that is not needed any more did not close")
+            threading.Thread(target=closed, args=(place.engine,), name=f"close-{self._name}").start()

@@ -31,9 +31,6 @@ log = logging.getLogger(__name__)
 LIFELINE = 0  # standard input: a pipe to which nobody writes
 CALL_THREADS = 4
 IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # meant for the daemon, which finishes what runs first
-# F_SETSIG of fcntl(2), which the module does not name: the kernel itself sends the signal, to a process that is
-# stopped or stuck in a library as well
-F_SETSIG = 10
 OOM_SCORE = Path("/proc/self/oom_score_adj")
 FIRST_TO_GO = "500"  # this process can be replaced, the daemon with its socket cannot
 
@@ -54,9 +51,9 @@ def main() -> None:
 
 
 def die_with_parent() -> None:
-    """Has the kernel kill this process when the other end of the lifeline is closed."""
+    """Has the kernel kill this process when the other end of the lifeline is closed: stopped or stuck ones as well."""
     fcntl.fcntl(LIFELINE, fcntl.F_SETOWN, os.getpid())
-    fcntl.fcntl(LIFELINE, F_SETSIG, signal.SIGKILL)
+    fcntl.fcntl(LIFELINE, fcntl.F_SETSIG, signal.SIGKILL)
     fcntl.fcntl(LIFELINE, fcntl.F_SETFL, fcntl.fcntl(LIFELINE, fcntl.F_GETFL) | os.O_ASYNC)
 
 
