@@ -86,6 +86,9 @@ class FakeService:
             ModelCard(id="local"),
         ]
 
+    def device(self, model: str | None) -> str | None:
+        return None if model == "nope" else "cpu (fallback)"
+
     def status(self) -> Mapping[str, object]:
         return {"models": [MODEL], "queued": 0}
 

@@ -25,6 +25,9 @@ class ModelMeter:
     def engine_died(self) -> None:
         """The engine stopped by itself; nothing runs on it any more."""
 
+    def engine_restarted(self) -> None:
+        """An engine serves again after one had died."""
+
 
 class HttpMeter:
     """Told of every HTTP request; on the event loop."""

@@ -37,6 +37,7 @@ class ModelFigures:
     device: str = ""
     compute_type: str = ""
     loaded: bool = False
+    fallback: bool = False
     waiting: int = 0
     running: int = 0
     memory_bytes: int = 0
@@ -104,7 +105,7 @@ class Metrics(HttpMeter):
         """A model was loaded; ``again`` because its engine had died."""
         self._load_s.labels(model).set(took_s)
         if again:
-            self._restarts.labels(model).inc()
+            self.restarts.labels(model).inc()
 
     def reloaded(self, *, ok: bool) -> None:
         """The configuration was read again."""
@@ -205,8 +206,8 @@ class Metrics(HttpMeter):
             registry=registry,
         )
         self.died = Counter("whisperd_engine_failures", "Engines that stopped by themselves.", model, registry=registry)
-        self._restarts = Counter(
-            "whisperd_engine_restarts", "Models loaded anew after their engine died.", model, registry=registry
+        self.restarts = Counter(
+            "whisperd_engine_restarts", "Engines opened anew after one had died.", model, registry=registry
         )
 
     def _declare_daemon(self) -> None:
@@ -226,6 +227,7 @@ class Metrics(HttpMeter):
         self._waiting = gauge("windows_waiting", "Windows that wait for a slot.", ["model"])
         self._running = gauge("windows_running", "Windows in the engine.", ["model"])
         self._loaded = gauge("model_loaded", "1 when the model is in memory.", ["model", "device", "compute_type"])
+        self._fallback = gauge("model_fallback", "1 while the cpu serves in place of a lost GPU.", ["model"])
         self._memory = gauge("model_memory_bytes", "What the model is counted as in limits.model_bytes.", ["model"])
         self._load_s = gauge("model_load_seconds", "How long the last load took.", ["model"])
         self._reload_ok = gauge("config_last_reload_successful", "0 when the last reload failed.")
@@ -243,12 +245,13 @@ class Metrics(HttpMeter):
         self._queue_audio.set(figures.queue_audio_s)
         self._spool_bytes.set(figures.spool_bytes)
         self._spool_files.set(figures.spool_files)
-        for family in (self._waiting, self._running, self._loaded, self._memory):
+        for family in (self._waiting, self._running, self._loaded, self._fallback, self._memory):
             family.clear()
         for model in figures.models:
             self._waiting.labels(model.name).set(model.waiting)
             self._running.labels(model.name).set(model.running)
             self._loaded.labels(model.name, model.device, model.compute_type).set(model.loaded)
+            self._fallback.labels(model.name).set(model.fallback)
             self._memory.labels(model.name).set(model.memory_bytes)
 
 
@@ -260,6 +263,7 @@ class _ModelMetrics(ModelMeter):
         self._batch_size = metrics.batch_size.labels(model)
         self._batch_duration = metrics.batch_duration.labels(model)
         self._died = metrics.died.labels(model)
+        self._restarts = metrics.restarts.labels(model)
         for outcome in OUTCOMES:
             metrics.windows.labels(model, outcome)
 
@@ -278,3 +282,6 @@ class _ModelMetrics(ModelMeter):
 
     def engine_died(self) -> None:
         self._died.inc()
+
+    def engine_restarted(self) -> None:
+        self._restarts.inc()

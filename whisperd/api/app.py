@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from functools import partial
 from http import HTTPStatus
 from typing import Any
 
@@ -86,6 +87,7 @@ class Audio:
         parameters = parse_fields(upload.fields, self._task, self._service.default_options())
         exchange = Exchange.of(request)
         exchange.model = parameters.model or next((card.id for card in self._service.models()), None)
+        exchange.device = partial(self._service.device, parameters.model)
         job = Job(
             audio=upload.file.rewound(),
             filename=upload.filename,

@@ -101,6 +101,10 @@ class Service(Protocol):
         """The declared models, the default one first."""
         ...
 
+    def device(self, model: str | None) -> str | None:
+        """Where a model computes now, as in ``cuda`` or ``cpu (fallback)``; None when it is not in memory."""
+        ...
+
     def status(self) -> Mapping[str, object]:
         """Figures for people, JSON-able."""
         ...

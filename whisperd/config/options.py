@@ -138,12 +138,25 @@ class EngineTable(Table):
         help="Keep audio in the memory of the GPU in 8 bits: more windows at a time, and less to read for each token. "
         "Needs a card with 8-bit floats (Ada, Hopper); tested for accuracy on tiny.en only.",
     )
+    own_process: bool = option(
+        False,
+        reload="restart",
+        help="Run the cpu's engine in a process of its own, as that of a GPU always is: when it dies or is killed for "
+        "memory, the daemon opens it again and loses no request. It costs a second process.",
+    )
+    cpu_fallback: bool = option(
+        False,
+        reload="restart",
+        help="While a GPU that was there cannot be used, serve on the cpu and say so everywhere; "
+        "false: answer 503 until it is back.",
+    )
     stall_timeout_s: float = option(
         300.0,
         reload="restart",
         ge=0.1,
         le=86400,
-        help="When no batch ends for this long while some run, the engine hangs, and systemd restarts the daemon.",
+        help="When no batch ends for this long while some run, the engine hangs: its own process is replaced, or "
+        "without one systemd restarts the daemon.",
     )
 
 

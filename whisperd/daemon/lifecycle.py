@@ -19,6 +19,7 @@ from whisperd.daemon import settings
 from whisperd.daemon.logs import set_level
 from whisperd.daemon.models import Loader
 from whisperd.daemon.orders import carry_out, report_members
+from whisperd.daemon.queueing import LoaderQueue
 from whisperd.daemon.registry import Registry
 from whisperd.daemon.service import DaemonService, State
 from whisperd.daemon.supervision import Supervision
@@ -71,14 +72,13 @@ class Daemon:
             notifier, self._state, self._registry, engine_stall_s=config.engine.stall_timeout_s
         )
         self._metrics = Metrics()
-        self._loader = Loader(
-            self._registry, settings.engine_settings(config), settings.conversions_dir(config, environ), self._metrics
-        )
+        work_dir = settings.conversions_dir(config, environ)
+        self._loader = LoaderQueue(Loader(self._registry, settings.engine_settings(config), work_dir, self._metrics))
         self._service = DaemonService(
             self._state,
             self._registry,
             self._metrics,
-            load_one=self._load_one,
+            load_one=self._loader.load_one,
             reload=self._reload_and_wait,
             reconcile=self._reconcile,
         )
@@ -148,7 +148,7 @@ class Daemon:
 
     async def _switch(self, config: Config, snapshots: Mapping[str, Path]) -> None:
         self._supervision.loading(snapshots)
-        await asyncio.to_thread(self._loader.switch, config, snapshots)
+        await self._loader.switch(config, snapshots)
         self._state.revisions = {name: _commit(path) for name, path in snapshots.items()}
         self._hold(snapshots)
 
@@ -274,15 +274,12 @@ class Daemon:
         spool = self._app.state.spool
         spool.upload_bytes, spool.budget_bytes = config.limits.upload_bytes, config.limits.spool_bytes
 
-    async def _load_one(self, name: str) -> None:
-        await asyncio.to_thread(self._loader.load_one, name)
-
     async def _tend(self) -> None:
         """Unloads models that nobody needs."""
         while True:
             idle_s = self._state.loaded.config.limits.model_idle_s
             if idle_s:
-                await asyncio.to_thread(self._loader.unload_idle, idle_s)
+                await self._loader.unload_idle(idle_s)
             await asyncio.sleep(min(TEND_EVERY_S, idle_s / 4) if idle_s else TEND_EVERY_S)
 
     async def _drain(self, serving: asyncio.Task[None], failure: Error | None) -> None:

@@ -6,13 +6,16 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from whisperd.batcher import Batcher
 from whisperd.engine import EngineSettings, open_engine
-from whisperd.engine.base import DecodeRequest, Engine, WindowFailure
+from whisperd.engine.base import DecodeRequest, Engine, Outcome, Window, WindowFailure
+from whisperd.engine.lasting import LastingEngine
+from whisperd.engine.surgeon import Open, Openers
 from whisperd.errors import EngineError, OutOfMemory
 from whisperd.meter import ModelMeter
 from whisperd.pipeline import LoadedModel
@@ -21,6 +24,9 @@ from whisperd.transcript import SAMPLE_RATE_HZ
 from whisperd.vad import SpeechDetector
 
 log = logging.getLogger(__name__)
+
+CPU_COMPUTE_TYPES = ("auto", "int8", "int8_float32", "float32")
+FIRST_WINDOW = 0  # requests' windows begin at 1
 
 Opener = Callable[[Path, Vocabulary, EngineSettings, Path, ModelMeter], Engine]
 
@@ -33,8 +39,10 @@ def load(
     detector: SpeechDetector,
     meter: ModelMeter | None = None,
     opener: Opener = open_engine,
+    *,
+    beside: bool = False,
 ) -> LoadedModel:
-    """Loads a model and runs one real inference.
+    """Loads a model and runs one real inference; from then on it is opened again whenever its engine dies.
 
     Where the memory is not enough, half the batch is tried, down to one window and one worker.
 
@@ -46,16 +54,53 @@ def load(
         detector: finds speech for it.
         meter: told what happens.
         opener: makes the engine.
+        beside: of models that are on their way out: less than the whole batch is no success then.
 
     Raises:
         SourceError: the files are no model.
         EngineError: the device cannot run it.
     """
     meter = meter or ModelMeter()
+    started_s = time.monotonic()
     vocabulary = Vocabulary.load(snapshot)
+
+    def opened(settings: EngineSettings) -> Engine:
+        return _proven(name, opener(snapshot, vocabulary, settings, work_dir, meter))
+
+    stand_in = partial(_fitting, name, opened, on_cpu(settings), meter)
+    has_stand_in = settings.cpu_fallback and settings.device != "cpu"
+    first = partial(opened, settings) if beside else partial(_fitting, name, opened, settings, meter)
+    engine, lost = _first(first, stand_in if has_stand_in else None, beside=beside)
+    info = engine.info
+    if info.device != "cpu":
+        settings = replace(settings, device="cuda")  # when a GPU that was there is gone, it is lost, also for "auto"
+    has_stand_in = has_stand_in and (bool(lost) or info.device != "cpu")
+    main = partial(_fitting, name, opened, settings, meter)
+    openers = Openers(main=main, stand_in=stand_in if has_stand_in else None)
+    lasting = LastingEngine(engine, openers, name=name, lost=lost, meter=meter)
+    log.info("model %s ready on %s (%s) in %.1f s", name, info.device, info.compute_type, time.monotonic() - started_s)
+    if lost:
+        log.warning("model %s is served by the cpu instead of the GPU: %s", name, lost)
+    batcher = Batcher(lasting, name=name, meter=meter)
+    return LoadedModel(name=name, vocabulary=vocabulary, batcher=batcher, detector=detector)
+
+
+def _first(main: Open, stand_in: Open | None, *, beside: bool) -> tuple[Engine, str]:
+    """An engine, and when it is the stand-in, why."""
+    try:
+        return main(), ""
+    except EngineError as error:
+        if stand_in is None or (beside and isinstance(error, OutOfMemory)):
+            raise
+        return stand_in(), str(error) or "it cannot be opened"
+
+
+def _fitting(
+    name: str, opened: Callable[[EngineSettings], Engine], settings: EngineSettings, meter: ModelMeter
+) -> Engine:
     while True:
         try:
-            return _loaded(name, vocabulary, opener(snapshot, vocabulary, settings, work_dir, meter), detector, meter)
+            return opened(settings)
         except OutOfMemory as error:
             if settings.batch_size == 1 and settings.workers == 1:
                 raise
@@ -71,31 +116,28 @@ def smaller(settings: EngineSettings) -> EngineSettings:
     return replace(settings, workers=1)
 
 
-def _loaded(
-    name: str, vocabulary: Vocabulary, engine: Engine, detector: SpeechDetector, meter: ModelMeter
-) -> LoadedModel:
-    started_s = time.monotonic()
-    batcher = Batcher(engine, name=name, meter=meter)
-    model = LoadedModel(name=name, vocabulary=vocabulary, batcher=batcher, detector=detector)
-    try:
-        warm_up(model)
-    except EngineError:
-        model.batcher.close()
-        raise
-    info = engine.info
-    took_s = time.monotonic() - started_s
-    log.info("model %s ready on %s (%s) in %.1f s", name, info.device, info.compute_type, took_s)
-    return model
+def on_cpu(settings: EngineSettings) -> EngineSettings:
+    """The same on the CPU, in a number format that it has."""
+    compute_type = settings.compute_type if settings.compute_type in CPU_COMPUTE_TYPES else "auto"
+    return replace(settings, device="cpu", compute_type=compute_type)
 
 
-def warm_up(model: LoadedModel) -> None:
+def _proven(name: str, engine: Engine) -> Engine:
     """Decodes a second of silence: whatever is wrong with the device shows here and not in a user's request."""
-    ticket = model.batcher.ticket()
     try:
-        ticket.submit(np.zeros(SAMPLE_RATE_HZ, np.float32), DecodeRequest(language="en"))
-        outcome = ticket.collect()
-    finally:
-        ticket.close()
+        _warm_up(name, engine)
+    except BaseException:
+        engine.close()
+        raise
+    return engine
+
+
+def _warm_up(name: str, engine: Engine) -> None:
+    silence, request = np.zeros(SAMPLE_RATE_HZ, np.float32), DecodeRequest(language="en")
+    engine.admit([Window(id=FIRST_WINDOW, samples=silence, request=request)])
+    outcome: Outcome | None = None
+    while outcome is None:
+        outcome = next(iter(engine.step()), None)
     if isinstance(outcome, WindowFailure):
         kind = OutOfMemory if isinstance(outcome.error, OutOfMemory) else EngineError
-        raise kind(f"model {model.name} failed its first inference: {outcome.error}") from outcome.error
+        raise kind(f"model {name} failed its first inference: {outcome.error}") from outcome.error

@@ -69,6 +69,9 @@ def engine_settings(config: Config) -> EngineSettings:
         short_windows=engine.short_windows,
         gpu_bytes=engine.gpu_bytes,
         fp8_cross=engine.fp8_cross,
+        own_process=engine.own_process,
+        cpu_fallback=engine.cpu_fallback,
+        stall_timeout_s=engine.stall_timeout_s,
     )
 
 

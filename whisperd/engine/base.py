@@ -6,9 +6,9 @@ drives it: ``admit`` up to ``free_slots`` windows, call ``step``, repeat.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -107,7 +107,12 @@ Outcome = Hypothesis | WindowFailure
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineInfo:
-    """Facts for status, logs and responses."""
+    """Facts for status, logs and responses.
+
+    ``pid`` is that of an engine in a process of its own, ``restarts`` how often an engine took the
+    place of one that had died. ``fallback`` says why this engine serves instead of one on a GPU, and ``outage`` why
+    nothing serves at the moment; both are empty when all is well.
+    """
 
     engine: str
     device: str
@@ -115,6 +120,10 @@ class EngineInfo:
     multilingual: bool
     languages: tuple[str, ...]
     slots: int
+    pid: int | None = None
+    restarts: int = 0
+    fallback: str = ""
+    outage: str = ""
 
 
 class Engine(Protocol):
@@ -144,4 +153,13 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Frees memory and threads; the engine is not used again."""
+        ...
+
+
+@runtime_checkable
+class Restless(Protocol):
+    """An engine in which something may happen while no window is inside, and which wants a ``step`` then."""
+
+    def on_news(self, nudge: Callable[[], None]) -> None:
+        """``nudge`` is called from any thread, and must return at once."""
         ...

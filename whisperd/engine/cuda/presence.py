@@ -9,12 +9,19 @@ FP8_CAPABILITY = (8, 9)  # Ada; Triton converts no 8-bit floats for older ones
 DEVICE_NODES = ("/dev/nvidiactl", "/dev/nvhost-gpu", "/dev/kfd", "/dev/dxg")  # NVIDIA, Jetson, AMD, Windows' WSL
 
 
-def obstacle(nodes: tuple[str, ...] = DEVICE_NODES) -> str | None:
-    """None when a GPU can be used; else what is missing. Cheap on machines without one: torch is asked last."""
+def absence(nodes: tuple[str, ...] = DEVICE_NODES) -> str | None:
+    """What is missing for a GPU at first sight, or None. Cheap, and leaves the GPU's libraries out of this process."""
     if not any(Path(node).exists() for node in nodes):
         return "this machine shows no GPU: its driver is not loaded, or the container was started without the device"
     if importlib.util.find_spec("torch") is None:
         return "PyTorch is not installed: pip install 'whisperd[cuda]'"
+    return None
+
+
+def obstacle(nodes: tuple[str, ...] = DEVICE_NODES) -> str | None:
+    """None when a GPU can be used; else what is missing. Asks PyTorch, which then stays in this process."""
+    if (missing := absence(nodes)) is not None:
+        return missing
     import torch
 
     if torch.version.cuda is None and torch.version.hip is None:
