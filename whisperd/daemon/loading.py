@@ -12,13 +12,13 @@ import numpy as np
 
 from whisperd.batcher import Batcher
 from whisperd.engine import EngineSettings, open_engine
-from whisperd.engine.base import DecodeRequest, Engine, WindowFailure
+from whisperd.engine.base import DecodeRequest, Engine, Hearing, WindowFailure
 from whisperd.errors import EngineError, OutOfMemory
 from whisperd.meter import ModelMeter
 from whisperd.pipeline import LoadedModel
 from whisperd.tokens import Vocabulary
 from whisperd.transcript import SAMPLE_RATE_HZ
-from whisperd.vad import SpeechDetector
+from whisperd.vad import SpeechNetwork, SpeechStream
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ def load(
     snapshot: Path,
     settings: EngineSettings,
     work_dir: Path,
-    detector: SpeechDetector,
+    detector: SpeechNetwork,
     meter: ModelMeter | None = None,
     opener: Opener = open_engine,
 ) -> LoadedModel:
@@ -43,7 +43,7 @@ def load(
         snapshot: its files.
         settings: how the engine is opened.
         work_dir: where conversions of this cache are kept.
-        detector: finds speech for it.
+        detector: finds speech for it, unless its engine does that itself.
         meter: told what happens.
         opener: makes the engine.
 
@@ -72,15 +72,16 @@ def smaller(settings: EngineSettings) -> EngineSettings:
 
 
 def _loaded(
-    name: str, vocabulary: Vocabulary, engine: Engine, detector: SpeechDetector, meter: ModelMeter
+    name: str, vocabulary: Vocabulary, engine: Engine, detector: SpeechNetwork, meter: ModelMeter
 ) -> LoadedModel:
     started_s = time.monotonic()
     batcher = Batcher(engine, name=name, meter=meter)
-    model = LoadedModel(name=name, vocabulary=vocabulary, batcher=batcher, detector=detector)
     try:
+        network = engine.speech if isinstance(engine, Hearing) else detector
+        model = LoadedModel(name=name, vocabulary=vocabulary, batcher=batcher, detector=network)
         warm_up(model)
     except EngineError:
-        model.batcher.close()
+        batcher.close()
         raise
     info = engine.info
     took_s = time.monotonic() - started_s
@@ -89,10 +90,12 @@ def _loaded(
 
 
 def warm_up(model: LoadedModel) -> None:
-    """Decodes a second of silence: whatever is wrong with the device shows here and not in a user's request."""
+    """Hears and decodes a second of silence: what is wrong with the device shows here and not in a user's request."""
+    silence = np.zeros(SAMPLE_RATE_HZ, np.float32)
+    SpeechStream(model.detector).feed(silence)
     ticket = model.batcher.ticket()
     try:
-        ticket.submit(np.zeros(SAMPLE_RATE_HZ, np.float32), DecodeRequest(language="en"))
+        ticket.submit(silence, DecodeRequest(language="en"))
         outcome = ticket.collect()
     finally:
         ticket.close()

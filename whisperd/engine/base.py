@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from whisperd.transcript import SAMPLE_RATE_HZ, Task
+from whisperd.vad import SpeechNetwork
 
 WINDOW_S = 30
 WINDOW_SAMPLES = WINDOW_S * SAMPLE_RATE_HZ
@@ -139,4 +140,14 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Frees memory and threads; the engine is not used again."""
+        ...
+
+
+@runtime_checkable
+class Hearing(Protocol):
+    """An engine that also finds speech, where its device does it faster than the CPU."""
+
+    @property
+    def speech(self) -> SpeechNetwork:
+        """The voice detector on its device; used from any thread, beside ``step``."""
         ...
