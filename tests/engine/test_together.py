@@ -88,6 +88,33 @@ def test_errors_reach_those_who_asked_together() -> None:
             answer.result(PATIENCE_S)
 
 
+def test_who_works_for_the_others_keeps_newcomers_waiting() -> None:
+    """Whoever comes while the second call is at work waits, as during the first."""
+    entered, go = threading.Semaphore(0), threading.Semaphore(0)
+    at_work: list[int] = []
+
+    def answer(questions: Sequence[int]) -> Sequence[int]:
+        at_work.extend(questions)
+        assert len(at_work) == 1
+        entered.release()
+        assert go.acquire(timeout=PATIENCE_S)
+        at_work.clear()
+        return questions
+
+    together = Counted(answer, size=lambda _: 1, most=1)
+    with ThreadPoolExecutor(3) as pool:
+        answers = []
+        for question in range(3):
+            answers.append(pool.submit(together, question))
+            if question:  # the one before is at work, and this one has come
+                while not together.waiting() and not answers[-1].done():
+                    threading.Event().wait(0.0001)
+                go.release()
+            assert entered.acquire(timeout=PATIENCE_S)
+        go.release()
+        assert [one.result(PATIENCE_S) for one in answers] == [0, 1, 2]
+
+
 def test_many_threads() -> None:
     """Whatever the order in which hundreds come and go, each has its own answer, and one works at a time."""
     busy = threading.Lock()
