@@ -77,8 +77,8 @@ def _loaded(
     started_s = time.monotonic()
     batcher = Batcher(engine, name=name, meter=meter)
     try:
-        network = engine.speech if isinstance(engine, Hearing) else detector
-        model = LoadedModel(name=name, vocabulary=vocabulary, batcher=batcher, detector=network)
+        own = engine.detector if isinstance(engine, Hearing) else None
+        model = LoadedModel(name=name, vocabulary=vocabulary, batcher=batcher, detector=own or detector)
         warm_up(model)
     except EngineError:
         batcher.close()

@@ -145,9 +145,9 @@ class Engine(Protocol):
 
 @runtime_checkable
 class Hearing(Protocol):
-    """An engine that also finds speech, where its device does it faster than the CPU."""
+    """An engine that may also find speech, where its device does it faster than the CPU."""
 
     @property
-    def speech(self) -> SpeechNetwork:
-        """The voice detector on its device; used from any thread, beside ``step``."""
+    def detector(self) -> SpeechNetwork | None:
+        """The voice detector on its device, used from any thread beside ``step``; None: no better one than the CPU's."""
         ...

@@ -112,7 +112,7 @@ class CudaEngine:
         return self._info
 
     @cached_property
-    def speech(self) -> DeviceSpeech:
+    def detector(self) -> DeviceSpeech:
         """The voice detector on the same device."""
         return DeviceSpeech(self._runner.device)
 
