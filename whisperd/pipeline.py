@@ -26,7 +26,7 @@ from whisperd.segmentation import Cut, CutOptions, Cutter
 from whisperd.timestamps import Piece, TimestampRule
 from whisperd.tokens import PROMPT_TOKENS_MAX, Vocabulary
 from whisperd.transcript import SAMPLE_RATE_HZ, Segment, Span, TokenScore, Transcript, WindowStatistics, Word
-from whisperd.vad import SpeechDetector
+from whisperd.vad import SpeechNetwork, SpeechStream
 
 Samples = NDArray[np.float32]
 
@@ -46,7 +46,7 @@ class LoadedModel:
     name: str
     vocabulary: Vocabulary
     batcher: Batcher
-    detector: SpeechDetector
+    detector: SpeechNetwork
     memory_bytes: int = 0
 
 
@@ -180,7 +180,7 @@ class Transcription:
         return self._transcript(buffer.end_samples)
 
     def _cuts(self, file: BinaryIO, name: str | None, buffer: SampleBuffer) -> Iterator[Cut]:
-        stream = self._model.detector.stream()
+        stream = SpeechStream(self._model.detector)
         cutter = Cutter(self._cutting)
         for block in audio.blocks(file, name=name, max_s=self._max_audio_s):
             self._check_cancelled()

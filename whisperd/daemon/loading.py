@@ -13,7 +13,8 @@ import numpy as np
 
 from whisperd.batcher import Batcher
 from whisperd.engine import EngineSettings, open_engine
-from whisperd.engine.base import DecodeRequest, Engine, Outcome, Window, WindowFailure
+from whisperd.engine.base import DecodeRequest, Engine, Hearing, Outcome, Window, WindowFailure
+from whisperd.engine.hearing import LastingNetwork
 from whisperd.engine.lasting import LastingEngine
 from whisperd.engine.surgeon import Open, Openers
 from whisperd.errors import EngineError, OutOfMemory
@@ -21,7 +22,7 @@ from whisperd.meter import ModelMeter
 from whisperd.pipeline import LoadedModel
 from whisperd.tokens import Vocabulary
 from whisperd.transcript import SAMPLE_RATE_HZ
-from whisperd.vad import SpeechDetector
+from whisperd.vad import SpeechNetwork, SpeechStream
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ def load(
     snapshot: Path,
     settings: EngineSettings,
     work_dir: Path,
-    detector: SpeechDetector,
+    detector: SpeechNetwork,
     meter: ModelMeter | None = None,
     opener: Opener = open_engine,
     *,
@@ -51,7 +52,7 @@ def load(
         snapshot: its files.
         settings: how the engine is opened.
         work_dir: where conversions of this cache are kept.
-        detector: finds speech for it.
+        detector: finds speech for it, unless its engine does that itself.
         meter: told what happens.
         opener: makes the engine.
         beside: of models that are on their way out: less than the whole batch is no success then.
@@ -82,7 +83,8 @@ def load(
     if lost:
         log.warning("model %s is served by the cpu instead of the GPU: %s", name, lost)
     batcher = Batcher(lasting, name=name, meter=meter)
-    return LoadedModel(name=name, vocabulary=vocabulary, batcher=batcher, detector=detector)
+    network = LastingNetwork(lasting, detector)
+    return LoadedModel(name=name, vocabulary=vocabulary, batcher=batcher, detector=network)
 
 
 def _first(main: Open, stand_in: Open | None, *, beside: bool) -> tuple[Engine, str]:
@@ -123,7 +125,7 @@ def on_cpu(settings: EngineSettings) -> EngineSettings:
 
 
 def _proven(name: str, engine: Engine) -> Engine:
-    """Decodes a second of silence: whatever is wrong with the device shows here and not in a user's request."""
+    """Hears and decodes a second of silence: what is wrong with the device shows here and not in a user's request."""
     try:
         _warm_up(name, engine)
     except BaseException:
@@ -134,6 +136,8 @@ def _proven(name: str, engine: Engine) -> Engine:
 
 def _warm_up(name: str, engine: Engine) -> None:
     silence, request = np.zeros(SAMPLE_RATE_HZ, np.float32), DecodeRequest(language="en")
+    if isinstance(engine, Hearing) and engine.detector is not None:
+        SpeechStream(engine.detector).feed(silence)
     engine.admit([Window(id=FIRST_WINDOW, samples=silence, request=request)])
     outcome: Outcome | None = None
     while outcome is None:

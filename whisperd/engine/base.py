@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from whisperd.transcript import SAMPLE_RATE_HZ, Task
+from whisperd.vad import SpeechNetwork
 
 WINDOW_S = 30
 WINDOW_SAMPLES = WINDOW_S * SAMPLE_RATE_HZ
@@ -162,4 +163,14 @@ class Restless(Protocol):
 
     def on_news(self, nudge: Callable[[], None]) -> None:
         """``nudge`` is called from any thread, and must return at once."""
+        ...
+
+
+@runtime_checkable
+class Hearing(Protocol):
+    """An engine that may also find speech, where its device does it faster than the CPU."""
+
+    @property
+    def detector(self) -> SpeechNetwork | None:
+        """The voice detector on its device, for any thread beside ``step``; None: none that is better than the CPU's."""
         ...

@@ -19,10 +19,21 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from queue import Empty, SimpleQueue
 
-from whisperd.engine.base import STEP_S, Engine, EngineInfo, Hypothesis, Outcome, Restless, Window, WindowFailure
+from whisperd.engine.base import (
+    STEP_S,
+    Engine,
+    EngineInfo,
+    Hearing,
+    Hypothesis,
+    Outcome,
+    Restless,
+    Window,
+    WindowFailure,
+)
 from whisperd.engine.surgeon import TRIES, WAIT_FIRST_S, Openers, Surgeon, closed
 from whisperd.errors import EngineError, Error, ModelLoading
 from whisperd.meter import ModelMeter
+from whisperd.vad import SpeechNetwork
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +52,7 @@ class _Place:
 
 
 class LastingEngine:
-    """Behind the contract of ``whisperd.engine.base``, and ``Restless``.
+    """Behind the contract of ``whisperd.engine.base``, ``Restless`` and ``Hearing``.
 
     Args:
         engine: the first one.
@@ -88,6 +99,12 @@ class LastingEngine:
             outage = self._surgeon.reason or self._last_words
             return replace(self._info, pid=None, restarts=self._restarts, outage=outage)
         return replace(now.engine.info, restarts=self._restarts, fallback=now.lost)
+
+    @property
+    def detector(self) -> SpeechNetwork | None:
+        """That of the engine that serves now."""
+        now = self._now
+        return now.engine.detector if now is not None and isinstance(now.engine, Hearing) else None
 
     @property
     def free_slots(self) -> int:

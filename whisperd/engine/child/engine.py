@@ -244,7 +244,7 @@ HANDLERS: Mapping[Kind, Callable[[ChildEngine, Any], None]] = {
 
 
 class ChildDetector:
-    """The voice detector of an engine that has one, as ``whisperd.vad.SpeechDetector`` would be."""
+    """The voice detector of an engine that has one: a ``whisperd.vad.SpeechNetwork``."""
 
     def __init__(self, engine: ChildEngine) -> None:
         self._engine = engine

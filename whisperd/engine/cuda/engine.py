@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from whisperd.engine.cuda.presence import fp8_obstacle
 from whisperd.engine.cuda.rows import RowPlan, RowText
 from whisperd.engine.cuda.runner import Runner, Spoken
 from whisperd.engine.cuda.slots import Slot, Slots
+from whisperd.engine.cuda.vad import DeviceSpeech
 from whisperd.errors import EngineError, OutOfMemory
 from whisperd.meter import ModelMeter
 from whisperd.tokens import Vocabulary
@@ -119,6 +121,11 @@ class CudaEngine:
     def info(self) -> EngineInfo:
         """Constant facts about the loaded model."""
         return self._info
+
+    @cached_property
+    def detector(self) -> DeviceSpeech:
+        """The voice detector on the same device."""
+        return DeviceSpeech(self._runner.device)
 
     @property
     def free_slots(self) -> int:
