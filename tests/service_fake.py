@@ -15,8 +15,9 @@ from typing import Any
 from starlette.applications import Starlette
 from starlette.types import ASGIApp
 
-from whisperd.api import ApiSettings, Job, ModelCard, Readiness, ReconcileOrder, Tell, create_app
+from whisperd.api import ApiSettings, Job, ModelCard, Readiness, ReconcileOrder, Seat, Tell, create_app
 from whisperd.api.app import refuse_unready
+from whisperd.daemon.backlog import Backlog
 from whisperd.decoding import Options
 from whisperd.errors import Error, ModelNotFound
 from whisperd.server import Server, ServerSettings, bind_unix
@@ -64,6 +65,8 @@ class FakeService:
         self.error: Exception | None = None  # raised before the first segment
         self.late_error: Exception | None = None  # raised after the last one
         self.reload_error: Error | None = None
+        self.requests_max = 64
+        self.backlog = Backlog()
         self.waits_first = False  # before the first segment
         self.waits_last = False  # after the last segment
         self.jobs: list[Job] = []
@@ -77,8 +80,13 @@ class FakeService:
     def readiness(self) -> Readiness:
         return self.now
 
-    async def admitted(self) -> None:
+    async def admitted(self) -> Seat:
         refuse_unready(self)
+        return self.backlog.enter(self.requests_max)
+
+    def check_model(self, name: str) -> None:
+        if name == "nope":
+            raise ModelNotFound("no model 'nope' is served here", param="model")
 
     def models(self) -> Sequence[ModelCard]:
         return [
@@ -126,8 +134,8 @@ class FakeService:
         self._loop.call_soon_threadsafe(self._gate.set)
 
     async def _work(self, job: Job) -> Transcript:
-        if job.model == "nope":
-            raise ModelNotFound("no model 'nope' is served here", param="model")
+        if job.model is not None:
+            self.check_model(job.model)
         if self.waits_first:
             await self._gate.wait()
         if self.error is not None:
@@ -227,7 +235,7 @@ class Daemon:
         """Waits for the end of a request; its upload must be gone. Returns its line in the log."""
         line = self.log.next()
         spool = self.app.state.spool
-        assert (spool.open_files, spool.used_bytes) == (0, 0)
+        assert (spool.open_files, spool.used_bytes, self.service.backlog.n_requests) == (0, 0, 0)
         return line
 
 

@@ -219,7 +219,7 @@ class Metrics(HttpMeter):
 
         self._ready = gauge("ready", "1 when a request sent now would be served.")
         self._draining = gauge("draining", "1 while the daemon stops.")
-        self._in_flight = gauge("requests_in_flight", "Transcriptions that wait or run.")
+        self._in_flight = gauge("requests_in_flight", "Transcriptions that arrive, wait or run.")
         self._queue_audio = gauge("queue_audio_seconds", "Audio of theirs that is not transcribed yet.")
         self._spool_bytes = gauge("spool_bytes", "Uploads on disk.")
         self._spool_files = gauge("spool_files", "Uploads on disk.")

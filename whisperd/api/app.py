@@ -21,7 +21,7 @@ from whisperd.api.guard import Guard
 from whisperd.api.openapi import description
 from whisperd.api.params import Parameters, parse_fields
 from whisperd.api.peers import refuse_stranger
-from whisperd.api.service import ApiSettings, Job, ModelCard, Service
+from whisperd.api.service import ApiSettings, Job, ModelCard, Seat, Service
 from whisperd.api.spool import Spool
 from whisperd.api.store import Reconcile
 from whisperd.api.streaming import stream, while_connected
@@ -76,17 +76,19 @@ class Audio:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI; the file is closed when the answer is out."""
-        await self._service.admitted()  # before the body: nobody uploads an hour of audio to hear "later"
-        request = Request(scope, receive)
-        upload = await receive_upload(request, self._spool, self._pace)
-        with upload.file:
-            await self._answer(request, upload, send)
+        # before the body: nobody uploads an hour of audio to hear "later", and uploads count as requests
+        with await self._service.admitted() as seat:
+            request = Request(scope, receive)
+            upload = await receive_upload(request, self._spool, self._pace, self._service.check_model)
+            with upload.file:
+                await self._answer(request, upload, seat, send)
 
-    async def _answer(self, request: Request, upload: Upload, send: Send) -> None:
+    async def _answer(self, request: Request, upload: Upload, seat: Seat, send: Send) -> None:
         parameters = parse_fields(upload.fields, self._task, self._service.default_options())
         exchange = Exchange.of(request)
         exchange.model = parameters.model or next((card.id for card in self._service.models()), None)
         job = Job(
+            seat=seat,
             audio=upload.file.rewound(),
             filename=upload.filename,
             model=parameters.model,

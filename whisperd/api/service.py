@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Protocol
+from typing import Any, BinaryIO, NamedTuple, Protocol, Self
 
 from whisperd.decoding import Options
 from whisperd.transcript import Segment, Transcript
@@ -55,14 +55,41 @@ class Chunking:
     silence_ms: int | None = None
 
 
+class Seat(Protocol):
+    """A place among the requests that are served at the same time, from the headers to the answer; given back at the
+    end of a ``with`` block."""
+
+    def __enter__(self) -> Self:
+        """The seat itself."""
+        ...
+
+    def __exit__(self, *_: object) -> None:
+        """Gives it back."""
+        ...
+
+    def begin(self) -> None:
+        """All of the request has arrived."""
+        ...
+
+    def announce(self, total_s: float, limit_s: float) -> None:
+        """So long is the audio; raises QueueFull when all together would be over ``limit_s``."""
+        ...
+
+    def progress(self, done_s: float) -> None:
+        """The audio is transcribed up to here."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
     """One request for a transcription.
 
-    ``audio`` stands at its beginning and stays open until ``transcribe`` has ended. A ``model`` of None is the
-    default one; a ``bulk`` of None goes by the length of the audio. The callbacks may be called from any thread.
+    ``seat`` is what ``admitted`` gave for it. ``audio`` stands at its beginning and stays open until ``transcribe`` has
+    ended. A ``model`` of None is the default one; a ``bulk`` of None goes by the length of the audio. The callbacks may
+    be called from any thread.
     """
 
+    seat: Seat
     audio: BinaryIO
     filename: str
     model: str | None
@@ -93,8 +120,12 @@ class Service(Protocol):
         """Whether requests are served now."""
         ...
 
-    async def admitted(self) -> None:
+    async def admitted(self) -> Seat:
         """Returns when a request for a transcription may go on; raises Unavailable when that is not soon."""
+        ...
+
+    def check_model(self, name: str) -> None:
+        """Raises ModelNotFound when no declared model has this name."""
         ...
 
     def models(self) -> Sequence[ModelCard]:

@@ -11,9 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from whisperd.api import Job, ModelCard, Readiness, ReconcileOrder, Tell
+from whisperd.api import Job, ModelCard, Readiness, ReconcileOrder, Seat, Tell
 from whisperd.config import Loaded, effective
-from whisperd.daemon.backlog import Backlog, Place
+from whisperd.daemon.backlog import Backlog
 from whisperd.daemon.registry import Registry
 from whisperd.daemon.settings import cut_options, decode_options
 from whisperd.decoding import Options
@@ -119,12 +119,21 @@ class DaemonService:
             return Readiness(ready=False, reason=state.doing, retry_after_s=RETRY_AFTER_S)
         return Readiness(ready=True)
 
-    async def admitted(self) -> None:
-        """Returns when a request may go on.
+    async def admitted(self) -> Seat:
+        """Returns when a request may go on; raises QueueFull at once when too many are there.
 
         A request that comes while the models load waits for them, as it would have waited in the socket. One that
         comes during a drain is served: its connection was accepted before, and nobody else will answer it.
         """
+        seat = self._state.backlog.enter(self._state.loaded.config.limits.requests)
+        try:
+            await self._booted()
+        except BaseException:
+            seat.leave()
+            raise
+        return seat
+
+    async def _booted(self) -> None:
         state = self._state
         await state.decided.wait()
         if state.booted:
@@ -133,6 +142,10 @@ class DaemonService:
             reason = f"the daemon could not start: {state.failure}" if state.failure else "the daemon is stopping"
             raise Draining(reason, retry_after_s=BOOT_RETRY_AFTER_S)
         raise ModelLoading(state.doing, retry_after_s=BOOT_RETRY_AFTER_S)
+
+    def check_model(self, name: str) -> None:
+        """Raises ModelNotFound when no declared model has this name."""
+        self._registry.served.resolve(name)
 
     def models(self) -> Sequence[ModelCard]:
         """The declared models, the default one first."""
@@ -192,14 +205,12 @@ class DaemonService:
 
     async def transcribe(self, job: Job) -> Transcript:
         """Does the job; cancelling the task cancels the work, and ends when the audio is no longer read."""
-        place = self._state.backlog.enter(self._state.loaded.config.limits.requests)
+        job.seat.begin()
         try:
-            transcript = await self._transcribe(job, place)
+            transcript = await self._transcribe(job)
         except BaseException:
             self._state.requests_failed += 1
             raise
-        finally:
-            place.leave()
         self._state.requests_done += 1
         self._state.audio_s += transcript.duration_s
         return transcript
@@ -253,10 +264,10 @@ class DaemonService:
             "windows_running": load.running,
         }
 
-    async def _transcribe(self, job: Job, place: Place) -> Transcript:
+    async def _transcribe(self, job: Job) -> Transcript:
         """Where the engine dies before the client has heard anything, the request survives it once."""
         name = self._registry.served.resolve(job.model)
-        hearer = _Hearer(job, place, self._state.loaded.config.limits.queue_audio_s, self._metrics, name)
+        hearer = _Hearer(job, self._state.loaded.config.limits.queue_audio_s, self._metrics, name)
         try:
             transcript = await self._attempt(name, job, hearer)
         except EngineError as error:
@@ -307,9 +318,8 @@ class _Hearer:
     ``silent`` until the client has heard of a segment.
     """
 
-    def __init__(self, job: Job, place: Place, queue_audio_s: float, metrics: Metrics, model: str) -> None:
+    def __init__(self, job: Job, queue_audio_s: float, metrics: Metrics, model: str) -> None:
         self._job = job
-        self._place = place
         self._queue_audio_s = queue_audio_s
         self._metrics = metrics
         self._model = model
@@ -326,7 +336,7 @@ class _Hearer:
         return Listener(on_length=self._length, on_segment=self._segment, on_progress=self._progress)
 
     def _length(self, total_s: float) -> None:
-        self._place.announce(total_s, self._queue_audio_s)
+        self._job.seat.announce(total_s, self._queue_audio_s)
 
     def _segment(self, segment: Segment) -> None:
         if self.silent:
@@ -335,5 +345,5 @@ class _Hearer:
         self._job.on_segment(segment)
 
     def _progress(self, done_s: float, total_s: float | None) -> None:
-        self._place.progress(done_s)
+        self._job.seat.progress(done_s)
         self._job.on_progress(done_s, total_s)
