@@ -90,7 +90,9 @@ class FakeService:
 
     def models(self) -> Sequence[ModelCard]:
         return [
-            ModelCard(id=MODEL, aliases=("whisper-1",), source=MODEL, revision="a" * 40, loaded=True),
+            ModelCard(
+                id=MODEL, aliases=("whisper-1",), source=MODEL, revision="a" * 40, loaded=True, languages=("en",)
+            ),
             ModelCard(id="local"),
         ]
 

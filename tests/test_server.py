@@ -293,9 +293,11 @@ CHILD = textwrap.dedent("""
     from whisperd.server import inherited_sockets
     os.environ["LISTEN_PID"] = str(os.getpid())
     try:
-        (found,) = inherited_sockets(os.environ)
+        (passed,) = inherited_sockets(os.environ)
     except ConfigError as error:
         sys.exit(str(error))
+    found = passed.socket
+    assert passed.name == "http"
     assert "LISTEN_FDS" not in os.environ and not found.get_inheritable() and found.fileno() == 3
     with found.accept()[0] as connection:
         connection.sendall(b"inherited")

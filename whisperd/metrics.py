@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from whisperd.meter import HttpMeter, ModelMeter, Stage
+from whisperd.meter import HttpMeter, ModelMeter, Stage, WyomingMeter
 from whisperd.transcript import Transcript
 from whisperd.version import VERSION
 
@@ -55,7 +55,7 @@ class Figures:
     models: Sequence[ModelFigures] = ()
 
 
-class Metrics(HttpMeter):
+class Metrics(HttpMeter, WyomingMeter):
     """All counters of one daemon; every method may be called from any thread."""
 
     def __init__(self) -> None:
@@ -64,6 +64,7 @@ class Metrics(HttpMeter):
         self._registry = CollectorRegistry()
         ProcessCollector(registry=self._registry)
         self._declare_http()
+        self._declare_wyoming()
         self._declare_work()
         self._declare_windows()
         self._declare_daemon()
@@ -85,6 +86,14 @@ class Metrics(HttpMeter):
             self._cancelled.inc()
         else:
             self._rejected.labels(code).inc()
+
+    def spoken(self, result: str, latency_s: float) -> None:
+        """An utterance over the Wyoming protocol is over."""
+        self._spoken.labels(result).inc()
+        if result == "ok":
+            self._spoken_latency.observe(latency_s)
+        else:
+            self.rejected(result)
 
     def first_segment(self, model: str, wait_s: float) -> None:
         """The first words of a request are there."""
@@ -141,6 +150,23 @@ class Metrics(HttpMeter):
         for reason in REJECTIONS:
             self._rejected.labels(reason)
         self._cancelled = Counter("whisperd_requests_cancelled", "Requests whose client went away.", registry=registry)
+
+    def _declare_wyoming(self) -> None:
+        from prometheus_client import Counter, Histogram
+
+        self._spoken = Counter(
+            "whisperd_wyoming_requests",
+            "Utterances over the Wyoming protocol, by how they ended.",
+            ["result"],
+            registry=self._registry,
+        )
+        self._spoken.labels("ok")
+        self._spoken_latency = Histogram(
+            "whisperd_wyoming_latency_seconds",
+            "From the end of an utterance to its transcript.",
+            buckets=DURATION_BUCKETS_S,
+            registry=self._registry,
+        )
 
     def _declare_work(self) -> None:
         from prometheus_client import Counter, Histogram

@@ -92,16 +92,28 @@ def bind_unix(path: Path, *, mode: int, group: str | None) -> socket.socket:
         raise _problem("socket", f"cannot listen at {path}: {error.strerror}") from error
 
 
-def inherited_sockets(environ: MutableMapping[str, str]) -> list[socket.socket]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inherited:
+    """A socket that systemd has passed, and what its unit calls it (``FileDescriptorName=``); no name where unknown."""
+
+    socket: socket.socket
+    name: str
+
+
+def inherited_sockets(environ: MutableMapping[str, str]) -> list[Inherited]:
     """The sockets that systemd passes, in its order; takes the variables out, so that no child believes them.
 
     Raises ConfigError when one of them is not a listening stream socket.
     """
     pid, count = environ.pop("LISTEN_PID", ""), environ.pop("LISTEN_FDS", "")
-    environ.pop("LISTEN_FDNAMES", None)
+    names = environ.pop("LISTEN_FDNAMES", "").split(":")
     if pid != str(os.getpid()) or not count.isdecimal():
         return []
-    return [_inherited(fd) for fd in range(FIRST_INHERITED_FD, FIRST_INHERITED_FD + int(count))]
+    names += [""] * (int(count) - len(names))
+    return [
+        Inherited(socket=_inherited(fd), name=name)
+        for fd, name in enumerate(names[: int(count)], start=FIRST_INHERITED_FD)
+    ]
 
 
 def turn_away(listeners: Sequence[socket.socket], error: Error, healed: Callable[[], bool]) -> int:
@@ -277,13 +289,13 @@ class _Listener(ServerBase):
         yield
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        await _stop_accepting(sockets or [])
+        await stop_accepting(sockets or [])
         await super().shutdown(sockets)
         if self.server_state.tasks:
             await asyncio.wait(self.server_state.tasks, timeout=CANCELLED_S)
 
 
-async def _stop_accepting(listeners: Sequence[socket.socket]) -> None:
+async def stop_accepting(listeners: Sequence[socket.socket]) -> None:
     """asyncio drops a connection that it has accepted and not yet set up when its server is closed in between."""
     loop = asyncio.get_running_loop()
     for listener in listeners:

@@ -36,13 +36,14 @@ class Readiness:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelCard:
-    """A declared model as ``/v1/models`` shows it."""
+    """A declared model as ``/v1/models`` shows it. Without ``languages`` it is not known which it has."""
 
     id: str
     aliases: tuple[str, ...] = ()
     source: str = ""
     revision: str | None = None
     loaded: bool = False
+    languages: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from whisperd import wyoming
 from whisperd.api import ReconcileOrder, Tell, create_app
 from whisperd.config import Config, Loaded, diff
 from whisperd.daemon import settings
@@ -47,7 +48,8 @@ class Daemon:
         read_config: reads it again for a reload; raises ConfigError.
         environ: the environment.
         notifier: how systemd hears of it.
-        sockets: where it listens.
+        sockets: where it listens for HTTP.
+        wyoming_sockets: where it listens for the Wyoming protocol.
     """
 
     def __init__(
@@ -58,11 +60,13 @@ class Daemon:
         environ: Mapping[str, str],
         notifier: Notifier,
         sockets: Sequence[socket.socket],
+        wyoming_sockets: Sequence[socket.socket] = (),
     ) -> None:
         self._read_config = read_config
         self._environ = environ
         self._notifier = notifier
         self._sockets = sockets
+        self._wyoming_sockets = wyoming_sockets
         config = loaded.config
         self._state = State(loaded=loaded, cache_dir=str(settings.store_settings(config, environ).cache_dir))
         self._seen = config
@@ -86,6 +90,13 @@ class Daemon:
         spool = self._app.state.spool
         self._service.spool_usage = lambda: (spool.used_bytes, spool.open_files)
         self._server = Server(settings.server_settings(config))
+        self._wyoming = wyoming.Listener(
+            self._service,
+            spool,
+            settings.wyoming_settings(config, lambda: self._state.loaded.config.limits.audio_s),
+            drain_s=config.server.shutdown_timeout_s,
+            meter=self._metrics,
+        )
         self._reloads: asyncio.Queue[Waiter | None] = asyncio.Queue()
         self._at_the_cache = asyncio.Lock()
         self._held: Mapping[str, int | None] = {}
@@ -96,7 +107,7 @@ class Daemon:
     async def run(self) -> None:
         """Serves until SIGTERM or SIGINT; raises Error when the default model cannot be served."""
         self._handle_signals()
-        serving = asyncio.create_task(self._server.serve(self._app, self._sockets))
+        serving = asyncio.create_task(self._serve())
         working = asyncio.create_task(self._work())
         watching = asyncio.create_task(self._supervision.watch())
         tending = asyncio.create_task(self._tend())
@@ -111,6 +122,9 @@ class Daemon:
             await asyncio.to_thread(self._registry.close)
             self._service.close()
         _raise_failure(outcomes[0])
+
+    async def _serve(self) -> None:
+        await asyncio.gather(self._server.serve(self._app, self._sockets), self._wyoming.serve(self._wyoming_sockets))
 
     def _handle_signals(self) -> None:
         loop = asyncio.get_running_loop()
@@ -300,6 +314,7 @@ class Daemon:
             if waiter is not None and not waiter.done():
                 waiter.set_exception(Draining("the daemon is stopping"))
         self._server.stop()
+        self._wyoming.stop()
         await serving
 
 

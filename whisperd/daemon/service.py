@@ -150,6 +150,7 @@ class DaemonService:
     def models(self) -> Sequence[ModelCard]:
         """The declared models, the default one first."""
         loaded = self._registry.served.models
+        languages = {name: model.batcher.info.languages for name, model in loaded.items()}
         return [
             ModelCard(
                 id=model.served_name,
@@ -157,6 +158,7 @@ class DaemonService:
                 source=model.reference,
                 revision=self._state.revisions.get(model.served_name) or model.revision,
                 loaded=model.served_name in loaded and loaded[model.served_name].batcher.failure is None,
+                languages=languages.get(model.served_name, ()),
             )
             for model in self._state.loaded.config.models
         ]
