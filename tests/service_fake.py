@@ -84,9 +84,10 @@ class FakeService:
         refuse_unready(self)
         return self.backlog.enter(self.requests_max)
 
-    def check_model(self, name: str) -> None:
-        if name == "nope":
-            raise ModelNotFound("no model 'nope' is served here", param="model")
+    def resolve(self, name: str) -> str:
+        if name in {"nope", "gone", ""}:
+            raise ModelNotFound(f"no model {name!r} is served here", param="model")
+        return MODEL
 
     def models(self) -> Sequence[ModelCard]:
         return [
@@ -137,7 +138,7 @@ class FakeService:
 
     async def _work(self, job: Job) -> Transcript:
         if job.model is not None:
-            self.check_model(job.model)
+            self.resolve(job.model)
         if self.waits_first:
             await self._gate.wait()
         if self.error is not None:

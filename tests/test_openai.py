@@ -111,7 +111,7 @@ def test_models(client: OpenAI) -> None:
     assert [model.id for model in client.models.list()] == [MODEL, "local"]
     assert client.models.retrieve(MODEL).owned_by == "openai"
     assert client.models.retrieve("whisper-1").id == MODEL
-    with pytest.raises(openai.NotFoundError, match="no model 'gone' is declared here"):
+    with pytest.raises(openai.NotFoundError, match="no model 'gone' is served here"):
         client.models.retrieve("gone")
 
 

@@ -26,7 +26,7 @@ from whisperd.api.spool import Spool
 from whisperd.api.store import Reconcile
 from whisperd.api.streaming import stream, while_connected
 from whisperd.api.upload import Pace, Upload, receive_upload
-from whisperd.errors import Cancelled, Draining, ModelLoading, ModelNotFound
+from whisperd.errors import Cancelled, Draining, ModelLoading
 from whisperd.meter import HttpMeter
 from whisperd.transcript import Task
 
@@ -79,7 +79,7 @@ class Audio:
         # before the body: nobody uploads an hour of audio to hear "later", and uploads count as requests
         with await self._service.admitted() as seat:
             request = Request(scope, receive)
-            upload = await receive_upload(request, self._spool, self._pace, self._service.check_model)
+            upload = await receive_upload(request, self._spool, self._pace, self._service.resolve)
             with upload.file:
                 await self._answer(request, upload, seat, send)
 
@@ -138,14 +138,13 @@ class Routes:
         return JSONResponse({"object": "list", "data": [_card(card) for card in self._service.models()]})
 
     async def model(self, request: Request) -> Response:
-        """``GET /v1/models/{id}``, by name or alias."""
+        """``GET /v1/models/{id}``, by every name that a request may use."""
+        cards = {name: card for card in self._service.models() for name in (card.id, *card.aliases)}
         wanted = request.path_params["id"]
-        cards = self._service.models()
-        for card in cards:
-            if wanted == card.id or wanted in card.aliases:
-                return JSONResponse(_card(card))
-        known = ", ".join(card.id for card in cards) or "none"
-        raise ModelNotFound(f"no model {wanted!r} is declared here; declared: {known}", param="model")
+        card = cards.get(wanted) or cards.get(self._service.resolve(wanted))
+        if card is None:
+            raise ModelLoading(f"model {wanted!r} comes or goes with a reload at this moment")
+        return JSONResponse(_card(card))
 
     async def live(self, _: Request) -> Response:
         """``GET /livez``: the loop answers."""

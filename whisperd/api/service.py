@@ -125,8 +125,8 @@ class Service(Protocol):
         """Returns when a request for a transcription may go on; raises Unavailable when that is not soon."""
         ...
 
-    def check_model(self, name: str) -> None:
-        """Raises ModelNotFound when no declared model has this name."""
+    def resolve(self, name: str) -> str:
+        """The declared model that a name means; raises ModelNotFound, or ModelLoading while that is not known."""
         ...
 
     def models(self) -> Sequence[ModelCard]:

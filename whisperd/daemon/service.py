@@ -143,9 +143,9 @@ class DaemonService:
             raise Draining(reason, retry_after_s=BOOT_RETRY_AFTER_S)
         raise ModelLoading(state.doing, retry_after_s=BOOT_RETRY_AFTER_S)
 
-    def check_model(self, name: str) -> None:
-        """Raises ModelNotFound when no declared model has this name."""
-        self._registry.served.resolve(name)
+    def resolve(self, name: str) -> str:
+        """The declared model that a name means; raises ModelNotFound, or ModelLoading before the first load."""
+        return self._registry.served.resolve(name)
 
     def models(self) -> Sequence[ModelCard]:
         """The declared models, the default one first."""

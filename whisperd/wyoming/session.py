@@ -189,7 +189,7 @@ class Session:
     def _parsed(self, event: Event) -> Request:
         request = parse_request(event.data, self._service.default_options())
         if request.model is not None:
-            self._service.check_model(request.model)
+            self._service.resolve(request.model)
         return request
 
     async def _turn(self, first: Event) -> None:
