@@ -19,7 +19,7 @@ from whisperd.config import Config, Loaded, diff
 from whisperd.daemon import settings
 from whisperd.daemon.logs import set_level
 from whisperd.daemon.models import Loader
-from whisperd.daemon.orders import carry_out, report_members
+from whisperd.daemon.orders import carry_out, counted, report_members
 from whisperd.daemon.registry import Registry
 from whisperd.daemon.service import DaemonService, State
 from whisperd.daemon.supervision import Supervision
@@ -183,7 +183,8 @@ class Daemon:
         async with self._at_the_cache:
             config = self._state.loaded.config
             try:
-                report = await carry_out(order, config, self._environ, tell, self._supervision.fetched)
+                work = carry_out(order, config, self._environ, tell, self._supervision.fetched)
+                report = await (work if order.check else counted(work, self._metrics))
             finally:
                 self._supervision.fetching_ended()
             moved = {name: path for name, path in report.snapshots.items() if self._paths.get(name) not in (None, path)}
@@ -200,9 +201,11 @@ class Daemon:
         store = settings.store_settings(config, self._environ)
         self._supervision.note("checking the cache")
         if not store.force:
+            started_s = time.monotonic()
             found = await asyncio.to_thread(snapshots_without_network, wanted, store)
             if len(found) == len(wanted):
                 self._state.problems = ()
+                self._metrics.reconciled("ok", time.monotonic() - started_s)
                 return found
         report = await self._reconciled(wanted, store)
         failed = {result.name: result.error for result in report.results if result.error is not None}
@@ -223,7 +226,7 @@ class Daemon:
             self._supervision.fetched(progress)
 
         try:
-            return await asyncio.to_thread(
+            work = asyncio.to_thread(
                 reconcile,
                 wanted,
                 store,
@@ -231,6 +234,7 @@ class Daemon:
                 on_progress=on_progress,
                 cancel=self._cancel_store,
             )
+            return await counted(work, self._metrics)
         finally:
             self._supervision.fetching_ended()
             self._state.wait_again()

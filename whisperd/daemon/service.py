@@ -174,17 +174,18 @@ class DaemonService:
             queue_audio_s=state.backlog.audio_s,
             spool_bytes=used_bytes,
             spool_files=n_files,
-            models=[self._model_figures(card.id) for card in self.models()],
+            models=[self._model_figures(card) for card in self.models()],
         )
         return self._metrics.render(accept, figures)
 
-    def _model_figures(self, name: str) -> ModelFigures:
-        model = self._registry.served.models.get(name)
+    def _model_figures(self, card: ModelCard) -> ModelFigures:
+        model = self._registry.served.models.get(card.id)
         if model is None:
-            return ModelFigures(name=name)
+            return ModelFigures(name=card.id, revision=card.revision or "")
         info, load = model.batcher.info, model.batcher.load
         return ModelFigures(
-            name=name,
+            name=card.id,
+            revision=card.revision or "",
             device=info.device,
             compute_type=info.compute_type,
             loaded=model.batcher.failure is None,
