@@ -20,7 +20,9 @@ from whisperd.api.app import refuse_unready
 from whisperd.daemon.backlog import Backlog
 from whisperd.decoding import Options
 from whisperd.errors import Error, ModelNotFound
-from whisperd.server import Server, ServerSettings, bind_unix
+from whisperd.meter import HttpMeter
+from whisperd.server import Server, ServerSettings
+from whisperd.sockets import bind_unix
 from whisperd.transcript import Segment, TokenScore, Transcript, WindowStatistics, Word
 
 PATIENCE_S = 20.0
@@ -198,9 +200,11 @@ def requests_log() -> Iterator[LogLines]:
 
 
 @contextmanager
-def serving(app: ASGIApp, path: Path, settings: ServerSettings | None = None) -> Iterator[Callable[[], None]]:
+def serving(
+    app: ASGIApp, path: Path, settings: ServerSettings | None = None, meter: HttpMeter | None = None
+) -> Iterator[Callable[[], None]]:
     """The real server in a thread at ``path``; yields what stops it."""
-    server = Server(settings or ServerSettings(drain_s=10))
+    server = Server(settings or ServerSettings(drain_s=10), meter)
     listener = bind_unix(path, mode=0o600, group=None)
     loop: queue.Queue[asyncio.AbstractEventLoop] = queue.Queue()
 

@@ -29,7 +29,7 @@ from whisperd.config.options import ServerTable
 from whisperd.decoding import Options
 from whisperd.errors import ConfigError, QueueFull, RequestError
 from whisperd.meter import WyomingMeter
-from whisperd.server import bind_unix
+from whisperd.sockets import bind_unix
 from whisperd.wyoming import Listener, Settings, listener, require, session, wire
 from whisperd.wyoming.request import Format, parse_format, parse_request, wav_header
 from whisperd.wyoming.wire import ProtocolError, read_event

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from whisperd.config import Config
     from whisperd.notify import Notifier
-    from whisperd.server import Inherited
+    from whisperd.sockets import Inherited
 
 WYOMING = "wyoming"  # FileDescriptorName= of its socket unit
 UNIX = "unix:"
@@ -37,7 +37,7 @@ def serve(config_file: Path | None, overrides: Sequence[str]) -> None:
     import faulthandler
 
     from whisperd.notify import Notifier
-    from whisperd.server import inherited_sockets
+    from whisperd.sockets import inherited_sockets
 
     faulthandler.enable()  # the watchdog's SIGABRT shows where every thread was
     notifier = Notifier(os.environ)
@@ -92,7 +92,7 @@ def _own_socket(config: Config) -> socket.socket:
 
 
 def _unix_socket(path: Path, config: Config) -> socket.socket:
-    from whisperd.server import bind_unix
+    from whisperd.sockets import bind_unix
 
     log.info("listening at %s", path)
     return bind_unix(path, mode=int(config.server.socket_mode, 8), group=config.server.socket_group)

@@ -89,7 +89,7 @@ class Daemon:
         self._app = create_app(self._service, settings.api_settings(config, environ), self._metrics)
         spool = self._app.state.spool
         self._service.spool_usage = lambda: (spool.used_bytes, spool.open_files)
-        self._server = Server(settings.server_settings(config))
+        self._server = Server(settings.server_settings(config), self._metrics)
         self._wyoming = wyoming.Listener(
             self._service,
             spool,
