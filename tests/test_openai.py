@@ -160,6 +160,29 @@ def test_errors_by_class(client: OpenAI, whisperd: Daemon) -> None:
     assert (loading.value.status_code, loading.value.code) == (503, "model_loading")
 
 
+def test_a_request_ends_with_the_patience_of_its_client(client: OpenAI, whisperd: Daemon) -> None:
+    """Shortly before the SDK would give up and send the file again, it hears that this is final; a stream goes on."""
+    create = client.with_options(max_retries=2).audio.transcriptions.create
+    sent = client.audio.transcriptions.with_raw_response.create(file=AUDIO, model="whisper-1").http_request.headers
+    assert float(sent["x-stainless-read-timeout"]) == PATIENCE_S
+    whisperd.finished()
+    whisperd.service.jobs.clear()
+    whisperd.service.waits_first = True
+    hint = {"x-stainless-read-timeout": "0.1"}
+    with pytest.raises(openai.InternalServerError, match="stream=true") as caught:
+        create(file=AUDIO, model="whisper-1", extra_headers=hint)
+    assert (caught.value.status_code, caught.value.code) == (504, "deadline_exceeded")
+    assert whisperd.service.cancelled.is_set()
+    assert len(whisperd.service.jobs) == 1
+    whisperd.finished()
+    whisperd.service.waits_first, whisperd.service.waits_last = False, True
+    events = create(file=AUDIO, model="whisper-1", stream=True, extra_headers=hint)
+    first = next(iter(events))
+    assert first.type == "transcript.text.delta"
+    whisperd.service.release()
+    assert list(events)[-1].type == "transcript.text.done"
+
+
 def test_the_sdk_retries_what_passes(client: OpenAI, whisperd: Daemon) -> None:
     """With retries on, the SDK comes back after the time that it was told."""
     whisperd.service.error = QueueFull("one waits", retry_after_s=0.01)

@@ -25,6 +25,7 @@ REASONS = ("compression_ratio", "avg_logprob", "end_past_audio")
 REJECTIONS = (
     "queue_full", "model_loading", "draining", "spool_full", "file_too_large", "audio_too_long", "audio_decode_error",
     "invalid_value", "model_not_found", "engine_error", "out_of_memory",
+    "deadline_exceeded", "malformed_request", "headers_too_long",
 )  # fmt: skip
 RECONCILED = ("ok", "unchecked", "failed", "cancelled")
 OUTCOMES = ("decoded", "retried", "dropped", "continued")

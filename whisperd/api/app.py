@@ -16,6 +16,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from whisperd.api.answers import envelope, transcript_response
+from whisperd.api.deadline import deadline
 from whisperd.api.exchange import Exchange, ExchangeMiddleware
 from whisperd.api.guard import Guard
 from whisperd.api.openapi import description
@@ -26,7 +27,7 @@ from whisperd.api.spool import Spool
 from whisperd.api.store import Reconcile
 from whisperd.api.streaming import stream, while_connected
 from whisperd.api.upload import Pace, Upload, receive_upload
-from whisperd.errors import Cancelled, Draining, ModelLoading
+from whisperd.errors import DeadlineExceeded, Draining, ModelLoading
 from whisperd.meter import HttpMeter
 from whisperd.transcript import Task
 
@@ -97,13 +98,14 @@ class Audio:
             request_id=exchange.request_id,
             bulk=parameters.bulk,
         )
+        last = deadline(parameters.timeout_s, request.headers, elapsed_s=exchange.wall_s, stream=parameters.stream)
         try:
-            async with asyncio.timeout(parameters.timeout_s):
+            async with asyncio.timeout(last.left_s if last else None):
                 await self._work(request, job, parameters, send)
         except TimeoutError as error:
-            if parameters.timeout_s is None:
+            if last is None:
                 raise
-            raise Cancelled(f"it was not done in the {parameters.timeout_s:g} s that the request gave it") from error
+            raise DeadlineExceeded(last.message) from error
 
     async def _work(self, request: Request, job: Job, parameters: Parameters, send: Send) -> None:
         exchange = Exchange.of(request)
