@@ -548,6 +548,44 @@ def test_node_sends_the_file_first(client: httpx2.Client, whisperd: Daemon) -> N
     assert (job.model, job.chunking.vad_filter) == ("whisper-1", True)
 
 
+FREE = {"model", "prompt", "keywords", "hotwords"}  # any text is one
+
+
+@pytest.mark.parametrize("name", sorted(set(FIELDS) - FREE))
+def test_an_unknown_value_is_refused_with_its_field(client: httpx2.Client, whisperd: Daemon, name: str) -> None:
+    """Whatever the field, a value that it does not have is a 400 that names it as the client has spelled it."""
+    for spelled in (name, f"{name}[]"):
+        response = client.post(URL, files=[AUDIO], data={spelled: "no such value"})
+        assert response.status_code == 400, spelled
+        assert error_of(response)["param"] == spelled
+    assert not whisperd.service.jobs
+
+
+ARRAYS = {
+    "timestamp_granularities": ("word", "segment"),
+    "include": ("logprobs",),
+    "languages": ("de", "fr"),
+    "keywords": ("PBX", "Zoë"),
+}
+
+
+def test_arrays_in_both_spellings_and_parts_in_both_orders(client: httpx2.Client, whisperd: Daemon) -> None:
+    """Python sends the file last, Node first, curl users leave out the brackets: the same job comes of all of them."""
+    assert set(ARRAYS) == {name for name, field in FIELDS.items() if field.array}
+    for name, values in ARRAYS.items():
+        response_format = "json" if name == "include" else "verbose_json"
+        found = []
+        for spelled in (name, f"{name}[]"):
+            fields = [(spelled, (None, value.encode())) for value in values]
+            fields.append(("response_format", (None, response_format.encode())))
+            for parts in ([AUDIO, *fields], [*fields, AUDIO]):
+                assert client.post(URL, files=parts).status_code == 200
+                job = whisperd.service.jobs[-1]
+                found.append((job.options, job.chunking, job.model, whisperd.service.audio[-1]))
+        assert found == found[:1] * 4
+        assert found[0][0] != Options(), name
+
+
 def test_reload(client: httpx2.Client, whisperd: Daemon) -> None:
     """The daemon's own user may reload; a configuration with mistakes is refused in its own words."""
     assert client.post("/v1/whisperd/reload").json() == {"changed": []}
