@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -181,6 +182,22 @@ def test_a_request_ends_with_the_patience_of_its_client(client: OpenAI, whisperd
     assert first.type == "transcript.text.delta"
     whisperd.service.release()
     assert list(events)[-1].type == "transcript.text.done"
+
+
+def test_a_large_upload_to_a_full_queue(client: OpenAI, whisperd: Daemon) -> None:
+    """The SDK hears of the full queue before it has sent everything, and comes back when there is room."""
+    large = ("talk.wav", bytes(900_000))
+    create = client.with_options(max_retries=5).audio.transcriptions.create
+    whisperd.service.requests_max = 1
+    seat = whisperd.service.backlog.enter(1)
+    with pytest.raises(openai.RateLimitError) as caught:
+        client.audio.transcriptions.create(file=large, model="whisper-1")
+    assert caught.value.code == "queue_full"
+    assert not whisperd.service.jobs
+    freed = threading.Timer(0.2, seat.leave)
+    freed.start()
+    assert create(file=large, model="whisper-1").text == TEXT
+    freed.join()
 
 
 def test_the_sdk_retries_what_passes(client: OpenAI, whisperd: Daemon) -> None:

@@ -58,6 +58,7 @@ def test_help() -> None:
     for command in ("serve", "reconcile", "config", "transcribe", "status", "models", "reload", "demo"):
         assert f"\n  {command} " in done.stdout
     assert "78 wrong configuration" in done.stdout
+    assert "..." not in done.stdout, "what a command does fits on its line"
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 4 * HELP_CPU_S  # a loaded machine
 
 
@@ -324,6 +325,7 @@ def test_no_daemon(tmp_path: Path, clips: dict[str, Clip]) -> None:
         assert f"{tmp_path}/no.sock" in done.stderr
         assert "whisperd serve" in done.stderr
         assert len(done.stderr.splitlines()) == 1
+        assert ("--standalone" in done.stderr) == (command[0] == "transcribe")
 
 
 def test_reconcile_embedded(tmp_path: Path) -> None:
