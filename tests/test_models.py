@@ -14,10 +14,10 @@ from whisperd.config.options import LimitsTable
 from whisperd.daemon.loading import load, smaller
 from whisperd.daemon.memory import weights_bytes
 from whisperd.daemon.models import Loader
-from whisperd.daemon.registry import Registry
+from whisperd.daemon.registry import Registry, Served
 from whisperd.engine import EngineSettings
 from whisperd.engine.base import DecodeRequest, Engine
-from whisperd.errors import EngineError, ModelLoading, OutOfMemory, SourceError
+from whisperd.errors import EngineError, ModelLoading, ModelNotFound, OutOfMemory, SourceError
 from whisperd.meter import ModelMeter, Stage
 from whisperd.metrics import Metrics
 from whisperd.tokens import Vocabulary
@@ -192,6 +192,16 @@ def test_no_room_for_the_batch(snapshot: Path, tmp_path: Path, detector: SpeechD
     with pytest.raises(OutOfMemory):
         load("x", snapshot, settings, tmp_path, detector, Halvings(), opener)
     assert all(engine.closed for engine in opened)
+
+
+def test_openais_names_mean_the_default_model() -> None:
+    """Unless somebody declares one of them; others are told what there is."""
+    served = Served(names=("mine", "other"), aliases={"gpt-4o-transcribe": "other"})
+    for name in ("whisper-1", "gpt-transcribe", "gpt-4o-mini-transcribe", "gpt-4o-mini-transcribe-2025-12-15", None):
+        assert served.resolve(name) == "mine"
+    assert served.resolve("gpt-4o-transcribe") == "other"
+    with pytest.raises(ModelNotFound, match="this daemon has: mine, other, gpt-4o-transcribe"):
+        served.resolve("gpt-5")
 
 
 def test_smaller() -> None:

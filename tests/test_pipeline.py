@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 from tests.fakes import FakeEngine, Script, written
-from tests.speech import Clip, Samples, noise, plain, silence, wav
+from tests.speech import Clip, Samples, music, noise, plain, silence, wav
 from whisperd.batcher import Batcher, Ticket
 from whisperd.decoding import Options
 from whisperd.engine.base import DecodeRequest, Hypothesis, Window
@@ -163,11 +163,25 @@ def test_a_retry_says_whose_audio_it_is(
         noise(35.0, level=0.05),
         noise(10.0, level=0.5),
         np.sin(2 * np.pi * 50 * np.arange(160_000) / SAMPLE_RATE_HZ).astype(np.float32) * 0.3,
+        silence(60.0),
+        noise(60.0, level=0.1),
+        music(60.0),
     ],
-    ids=["blink", "silence", "long silence", "hiss", "noise", "loud noise", "hum"],
+    ids=[
+        "blink",
+        "silence",
+        "long silence",
+        "hiss",
+        "noise",
+        "loud noise",
+        "hum",
+        "60 s silence",
+        "60 s noise",
+        "60 s music",
+    ],
 )
 def test_no_invention(tiny: LoadedModel, sound: Samples) -> None:
-    """Silence and noise give no text."""
+    """Silence, noise and music give no text."""
     assert transcribe(tiny, sound).text == ""
 
 

@@ -37,3 +37,10 @@ class HttpMeter:
 
     def rejected(self, code: str) -> None:
         """A request got an error of this code."""
+
+
+class WyomingMeter:
+    """Told of every utterance over the Wyoming protocol; on the event loop."""
+
+    def spoken(self, result: str, latency_s: float) -> None:
+        """It is over: ``ok`` or the code of an error, so long after the end of its audio."""

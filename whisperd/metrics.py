@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
-from whisperd.meter import HttpMeter, ModelMeter, Stage
+from whisperd.meter import HttpMeter, ModelMeter, Stage, WyomingMeter
 from whisperd.transcript import Transcript
 from whisperd.version import VERSION
 
@@ -24,7 +25,9 @@ REASONS = ("loop", "compression_ratio", "avg_logprob", "end_past_audio")
 REJECTIONS = (
     "queue_full", "model_loading", "draining", "spool_full", "file_too_large", "audio_too_long", "audio_decode_error",
     "invalid_value", "model_not_found", "engine_error", "out_of_memory",
+    "deadline_exceeded", "malformed_request", "headers_too_long",
 )  # fmt: skip
+RECONCILED = ("ok", "unchecked", "failed", "cancelled")
 OUTCOMES = ("decoded", "retried", "dropped", "continued")
 STAGES: tuple[Stage, ...] = ("load", "decode")
 
@@ -34,6 +37,7 @@ class ModelFigures:
     """A declared model as it is now."""
 
     name: str
+    revision: str = ""
     device: str = ""
     compute_type: str = ""
     loaded: bool = False
@@ -56,7 +60,7 @@ class Figures:
     models: Sequence[ModelFigures] = ()
 
 
-class Metrics(HttpMeter):
+class Metrics(HttpMeter, WyomingMeter):
     """All counters of one daemon; every method may be called from any thread."""
 
     def __init__(self) -> None:
@@ -65,9 +69,11 @@ class Metrics(HttpMeter):
         self._registry = CollectorRegistry()
         ProcessCollector(registry=self._registry)
         self._declare_http()
+        self._declare_wyoming()
         self._declare_work()
         self._declare_windows()
         self._declare_daemon()
+        self._declare_store()
         info = Gauge("whisperd_build_info", "Always 1.", ["version", "python"], registry=self._registry)
         info.labels(VERSION, platform.python_version()).set(1)
 
@@ -86,6 +92,14 @@ class Metrics(HttpMeter):
             self._cancelled.inc()
         else:
             self._rejected.labels(code).inc()
+
+    def spoken(self, result: str, latency_s: float) -> None:
+        """An utterance over the Wyoming protocol is over."""
+        self._spoken.labels(result).inc()
+        if result == "ok":
+            self._spoken_latency.observe(latency_s)
+        else:
+            self.rejected(result)
 
     def first_segment(self, model: str, wait_s: float) -> None:
         """The first words of a request are there."""
@@ -113,6 +127,17 @@ class Metrics(HttpMeter):
         self._reload_ok.set(ok)
         if ok:
             self._reload_ok_at.set(time.time())
+
+    def reconciled(self, result: str, wall_s: float, fetched_bytes: Mapping[str, int] = MappingProxyType({})) -> None:
+        """A reconcile is over: one of RECONCILED, with the bytes of the models that have arrived."""
+        self._reconciles.labels(result).inc()
+        self._reconcile_duration.observe(wall_s)
+        if result != "cancelled":  # by somebody who knows
+            self._reconcile_ok.set(result == "ok")
+        if result == "ok":
+            self._reconcile_ok_at.set(time.time())
+        for model, n_bytes in fetched_bytes.items():
+            self._downloaded.labels(model).inc(n_bytes)
 
     def render(self, accept: str, figures: Figures) -> tuple[bytes, str]:
         """The exposition and its content type, in what the scraper accepts."""
@@ -142,6 +167,23 @@ class Metrics(HttpMeter):
         for reason in REJECTIONS:
             self._rejected.labels(reason)
         self._cancelled = Counter("whisperd_requests_cancelled", "Requests whose client went away.", registry=registry)
+
+    def _declare_wyoming(self) -> None:
+        from prometheus_client import Counter, Histogram
+
+        self._spoken = Counter(
+            "whisperd_wyoming_requests",
+            "Utterances over the Wyoming protocol, by how they ended.",
+            ["result"],
+            registry=self._registry,
+        )
+        self._spoken.labels("ok")
+        self._spoken_latency = Histogram(
+            "whisperd_wyoming_latency_seconds",
+            "From the end of an utterance to its transcript.",
+            buckets=DURATION_BUCKETS_S,
+            registry=self._registry,
+        )
 
     def _declare_work(self) -> None:
         from prometheus_client import Counter, Histogram
@@ -220,7 +262,7 @@ class Metrics(HttpMeter):
 
         self._ready = gauge("ready", "1 when a request sent now would be served.")
         self._draining = gauge("draining", "1 while the daemon stops.")
-        self._in_flight = gauge("requests_in_flight", "Transcriptions that wait or run.")
+        self._in_flight = gauge("requests_in_flight", "Transcriptions that arrive, wait or run.")
         self._queue_audio = gauge("queue_audio_seconds", "Audio of theirs that is not transcribed yet.")
         self._spool_bytes = gauge("spool_bytes", "Uploads on disk.")
         self._spool_files = gauge("spool_files", "Uploads on disk.")
@@ -238,6 +280,35 @@ class Metrics(HttpMeter):
         for result in ("ok", "failed"):
             self._reloads.labels(result)
 
+    def _declare_store(self) -> None:
+        from prometheus_client import Counter, Gauge, Histogram
+
+        registry = self._registry
+        self._reconciles = Counter(
+            "whisperd_reconcile_runs",
+            "Reconciles of boots, reloads and orders; unchecked: served, but the Hub could not be asked.",
+            ["result"],
+            registry=registry,
+        )
+        for result in RECONCILED:
+            self._reconciles.labels(result)
+        self._reconcile_duration = Histogram(
+            "whisperd_reconcile_duration_seconds",
+            "How long a reconcile took.",
+            buckets=DURATION_BUCKETS_S,
+            registry=registry,
+        )
+        self._reconcile_ok = Gauge(
+            "whisperd_reconcile_last_run_successful", "0 when the last reconcile was not ok.", registry=registry
+        )
+        self._reconcile_ok_at = Gauge(
+            "whisperd_reconcile_last_success_timestamp_seconds", "When a reconcile was last ok.", registry=registry
+        )
+        self._downloaded = Counter(
+            "whisperd_model_download_bytes", "Fetched of models that arrived whole.", ["model"], registry=registry
+        )
+        self._info = Gauge("whisperd_model_info", "Always 1.", ["model", "revision"], registry=registry)
+
     def _set(self, figures: Figures) -> None:
         self._ready.set(figures.ready)
         self._draining.set(figures.draining)
@@ -245,9 +316,10 @@ class Metrics(HttpMeter):
         self._queue_audio.set(figures.queue_audio_s)
         self._spool_bytes.set(figures.spool_bytes)
         self._spool_files.set(figures.spool_files)
-        for family in (self._waiting, self._running, self._loaded, self._fallback, self._memory):
+        for family in (self._waiting, self._running, self._loaded, self._fallback, self._memory, self._info):
             family.clear()
         for model in figures.models:
+            self._info.labels(model.name, model.revision).set(1)
             self._waiting.labels(model.name).set(model.waiting)
             self._running.labels(model.name).set(model.running)
             self._loaded.labels(model.name, model.device, model.compute_type).set(model.loaded)

@@ -41,7 +41,7 @@ def models(config_file: Path | None, overrides: Sequence[str], socket_file: Path
         click.echo(f"{names}  {model['source']}{revision}  {'loaded' if model['loaded'] else 'not loaded'}")
 
 
-@click.command()
+@click.command(short_help="Make the daemon read its configuration again.")
 @config_options
 @socket_option
 def reload(config_file: Path | None, overrides: Sequence[str], socket_file: Path | None) -> None:

@@ -53,9 +53,19 @@ def _tcp_address(text: str | None) -> str | None:
     return text
 
 
+def _wyoming_address(text: str | None) -> str | None:
+    if text is None or re.fullmatch(r"unix:/.+", text):
+        return text
+    try:
+        return _tcp_address(text)
+    except ValueError:
+        raise ValueError(f'expects "127.0.0.1:10300", "[::1]:10300" or "unix:/path", got {text!r}') from None
+
+
 Text = Annotated[str | None, BeforeValidator(_empty_is_unset)]
 PathText = Annotated[Text, AfterValidator(_absolute)]
 TcpAddress = Annotated[Text, AfterValidator(_tcp_address)]
+WyomingAddress = Annotated[Text, AfterValidator(_wyoming_address)]
 Url = Annotated[Text, AfterValidator(_url)]
 Mode = Annotated[str, AfterValidator(_octal_mode)]
 Temperature = Annotated[float, Field(ge=0, le=1)]
@@ -87,6 +97,13 @@ class ServerTable(Table):
     )
     tcp_hosts: tuple[str, ...] = option(
         (), reload="restart", help="Further names by which clients reach the TCP listener; others are refused."
+    )
+
+    wyoming: WyomingAddress = option(
+        None,
+        reload="restart",
+        help='Speak the Wyoming protocol at "127.0.0.1:10300" or "unix:/path" (whisperd[wyoming]); it knows no keys: '
+        "whoever reaches it may transcribe.",
     )
 
     @model_validator(mode="after")

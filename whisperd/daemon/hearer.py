@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 
 from whisperd.api import Job
-from whisperd.daemon.backlog import Place
 from whisperd.metrics import Metrics
 from whisperd.pipeline import Listener
 from whisperd.transcript import Segment
@@ -17,9 +16,8 @@ class Hearer:
     ``silent`` until the client has heard of a segment.
     """
 
-    def __init__(self, job: Job, place: Place, queue_audio_s: float, metrics: Metrics, model: str) -> None:
+    def __init__(self, job: Job, queue_audio_s: float, metrics: Metrics, model: str) -> None:
         self._job = job
-        self._place = place
         self._queue_audio_s = queue_audio_s
         self._metrics = metrics
         self._model = model
@@ -36,7 +34,7 @@ class Hearer:
         return Listener(on_length=self._length, on_segment=self._segment, on_progress=self._progress)
 
     def _length(self, total_s: float) -> None:
-        self._place.announce(total_s, self._queue_audio_s)
+        self._job.seat.announce(total_s, self._queue_audio_s)
 
     def _segment(self, segment: Segment) -> None:
         if self.silent:
@@ -45,5 +43,5 @@ class Hearer:
         self._job.on_segment(segment)
 
     def _progress(self, done_s: float, total_s: float | None) -> None:
-        self._place.progress(done_s)
+        self._job.seat.progress(done_s)
         self._job.on_progress(done_s, total_s)

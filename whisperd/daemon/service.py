@@ -11,9 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from whisperd.api import Job, ModelCard, Readiness, ReconcileOrder, Tell
+from whisperd.api import Job, ModelCard, Readiness, ReconcileOrder, Seat, Tell
 from whisperd.config import Loaded, effective
-from whisperd.daemon.backlog import Backlog, Place
+from whisperd.daemon.backlog import Backlog
 from whisperd.daemon.hearer import Hearer
 from whisperd.daemon.registry import Registry
 from whisperd.daemon.settings import cut_options, decode_options
@@ -120,12 +120,21 @@ class DaemonService:
             return Readiness(ready=False, reason=state.doing, retry_after_s=RETRY_AFTER_S)
         return Readiness(ready=True)
 
-    async def admitted(self) -> None:
-        """Returns when a request may go on.
+    async def admitted(self) -> Seat:
+        """Returns when a request may go on; raises QueueFull at once when too many are there.
 
         A request that comes while the models load waits for them, as it would have waited in the socket. One that
         comes during a drain is served: its connection was accepted before, and nobody else will answer it.
         """
+        seat = self._state.backlog.enter(self._state.loaded.config.limits.requests)
+        try:
+            await self._booted()
+        except BaseException:
+            seat.leave()
+            raise
+        return seat
+
+    async def _booted(self) -> None:
         state = self._state
         await state.decided.wait()
         if state.booted:
@@ -135,9 +144,14 @@ class DaemonService:
             raise Draining(reason, retry_after_s=BOOT_RETRY_AFTER_S)
         raise ModelLoading(state.doing, retry_after_s=BOOT_RETRY_AFTER_S)
 
+    def resolve(self, name: str) -> str:
+        """The declared model that a name means; raises ModelNotFound, or ModelLoading before the first load."""
+        return self._registry.served.resolve(name)
+
     def models(self) -> Sequence[ModelCard]:
         """The declared models, the default one first."""
         loaded = self._registry.served.models
+        languages = {name: model.batcher.info.languages for name, model in loaded.items()}
         return [
             ModelCard(
                 id=model.served_name,
@@ -145,6 +159,7 @@ class DaemonService:
                 source=model.reference,
                 revision=self._state.revisions.get(model.served_name) or model.revision,
                 loaded=model.served_name in loaded and not failure_of(loaded[model.served_name]),
+                languages=languages.get(model.served_name, ()),
             )
             for model in self._state.loaded.config.models
         ]
@@ -160,17 +175,18 @@ class DaemonService:
             queue_audio_s=state.backlog.audio_s,
             spool_bytes=used_bytes,
             spool_files=n_files,
-            models=[self._model_figures(card.id) for card in self.models()],
+            models=[self._model_figures(card) for card in self.models()],
         )
         return self._metrics.render(accept, figures)
 
-    def _model_figures(self, name: str) -> ModelFigures:
-        model = self._registry.served.models.get(name)
+    def _model_figures(self, card: ModelCard) -> ModelFigures:
+        model = self._registry.served.models.get(card.id)
         if model is None:
-            return ModelFigures(name=name)
+            return ModelFigures(name=card.id, revision=card.revision or "")
         info, load = model.batcher.info, model.batcher.load
         return ModelFigures(
-            name=name,
+            name=card.id,
+            revision=card.revision or "",
             device=info.device,
             compute_type=info.compute_type,
             loaded=not failure_of(model),
@@ -206,14 +222,12 @@ class DaemonService:
 
     async def transcribe(self, job: Job) -> Transcript:
         """Does the job; cancelling the task cancels the work, and ends when the audio is no longer read."""
-        place = self._state.backlog.enter(self._state.loaded.config.limits.requests)
+        job.seat.begin()
         try:
-            transcript = await self._transcribe(job, place)
+            transcript = await self._transcribe(job)
         except BaseException:
             self._state.requests_failed += 1
             raise
-        finally:
-            place.leave()
         self._state.requests_done += 1
         self._state.audio_s += transcript.duration_s
         return transcript
@@ -270,10 +284,10 @@ class DaemonService:
             "windows_running": load.running,
         }
 
-    async def _transcribe(self, job: Job, place: Place) -> Transcript:
+    async def _transcribe(self, job: Job) -> Transcript:
         """Where the engine dies before the client has heard anything, the request survives it once."""
         name = await self._loaded(job.model)
-        hearer = Hearer(job, place, self._state.loaded.config.limits.queue_audio_s, self._metrics, name)
+        hearer = Hearer(job, self._state.loaded.config.limits.queue_audio_s, self._metrics, name)
         try:
             transcript = await self._attempt(name, job, hearer)
         except EngineError as error:
