@@ -24,7 +24,7 @@ from whisperd.tokens import Vocabulary
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
-from whisperd.engine.cuda.checkpoint import Checkpoint
+from whisperd.engine.cuda.checkpoint import Checkpoint, Shape
 from whisperd.engine.cuda.engine import CudaEngine
 from whisperd.engine.cuda.rows import RowPlan, RowText
 from whisperd.engine.cuda.runner import Runner
@@ -36,9 +36,9 @@ SPREAD = 0.3  # large enough that audio, position and history change what comes 
 END_GROWTH = 0.7  # how much each position calls for the end, so that texts have one, and each its own
 
 
-def talkative(vocabulary: Vocabulary) -> Checkpoint:
+def talkative(vocabulary: Vocabulary, shape: Shape = SHAPES["smoke"]) -> Checkpoint:
     """Random weights whose texts end."""
-    found = drawn(replace(SHAPES["smoke"], vocabulary_size=vocabulary.size), seed=1, spread=SPREAD)
+    found = drawn(replace(shape, vocabulary_size=vocabulary.size), seed=1, spread=SPREAD)
     tensors = dict(found.tensors)
     end = tensors["model.decoder.embed_tokens.weight"][vocabulary.eot]
     places = np.arange(found.shape.positions, dtype=np.float32)[:, None]
