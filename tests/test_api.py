@@ -359,6 +359,14 @@ def test_an_unexpected_exception(client: httpx2.Client, whisperd: Daemon) -> Non
     whisperd.finished()
 
 
+@pytest.mark.parametrize("fields", [{}, {"stream": "true"}])
+def test_the_device_is_told(client: httpx2.Client, fields: dict[str, str]) -> None:
+    """Each transcript's header says where its model computes; nothing else has that header."""
+    response = client.post(URL, files=[AUDIO], data=fields)
+    assert response.headers["x-whisperd-device"] == "cpu (fallback)"
+    assert "x-whisperd-device" not in client.get("/livez").headers
+
+
 @pytest.mark.parametrize(("given", "kept"), [("abc 123", True), ("x" * 129, False), ("a\tb", False)])
 def test_request_ids(client: httpx2.Client, given: str, kept: bool) -> None:
     """A client's own id is used when it is short and printable, else one is made."""

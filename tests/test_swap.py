@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.fakes import FakeEngine
-from tests.speech import Clip, plain
+from tests.speech import Clip, plain, silence
 from tests.test_models import linked
 from whisperd.config import Config, ModelTable
 from whisperd.daemon.loading import Opener
@@ -164,10 +164,12 @@ def test_old_requests_that_do_not_end(house: Builder) -> None:
         with pytest.raises(OutOfMemory, match=r"requests still hold these after 0\.05 s"):
             one.switch("b")
         assert one.registry.served.models["a"] is held
-    with one.registry.lease("a") as again:
-        assert again is held
-        assert memory.used, "it was closed although it serves"
-    assert memory.opened == ["a"]
+    assert one.registry.left([held], PATIENCE_S), "it is not on its way out any more"
+    assert one.registry.served.models["a"] is held
+    ticket = held.batcher.ticket()
+    ticket.submit(silence(1.0), DecodeRequest())
+    assert isinstance(ticket.collect(), Hypothesis)
+    assert (memory.opened, len(memory.used)) == (["a"], 1)
 
 
 def test_what_stays_is_not_touched(house: Builder) -> None:

@@ -108,6 +108,8 @@ class Echo:
         for window in done:
             if len(window.samples) == 9:
                 os.kill(os.getpid(), signal.SIGKILL)
+            if len(window.samples) == 29:
+                sum(range(10**15))  # in C, and no other thread of the process runs meanwhile
             if len(window.samples) == 19:
                 os.kill(os.getpid(), signal.SIGSTOP)
         return [
