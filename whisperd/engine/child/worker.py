@@ -29,7 +29,7 @@ from whisperd.meter import ModelMeter, Stage
 log = logging.getLogger(__name__)
 
 LIFELINE = 0  # standard input: a pipe to which nobody writes
-CALL_THREADS = 4
+CALL_THREADS = 32  # they wait for the device together: streams of speech cost little beside each other
 IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # meant for the daemon, which finishes what runs first
 OOM_SCORE = Path("/proc/self/oom_score_adj")
 FIRST_TO_GO = "500"  # this process can be replaced, the daemon with its socket cannot
