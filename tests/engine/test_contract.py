@@ -174,6 +174,15 @@ def test_audio_that_comes_again(engine: Engine, speech: Samples, clips: dict[str
     assert together.avg_logprob == pytest.approx(fresh.avg_logprob, abs=1e-4)
 
 
+def test_beams(engine: Engine, speech: Samples, vocabulary: Vocabulary) -> None:
+    """A window may be searched; the text is at least as likely as the greedy one, or nearly."""
+    greedy = decode(engine, speech, DecodeRequest())
+    found = decode(engine, speech, DecodeRequest(beam_size=3))
+    assert found.avg_logprob >= greedy.avg_logprob - 0.1
+    assert found.tokens[0] >= vocabulary.timestamp_begin
+    assert engine.free_slots == engine.info.slots
+
+
 def test_cancel_frees_slots(engine: Engine, speech: Samples) -> None:
     """Cancelled windows may come out or not; their slots are free again, and the next window is served."""
     n_windows = engine.info.slots
