@@ -205,17 +205,18 @@ def test_out_of_memory(
 ) -> None:
     """A batch that does not fit is halved until it does: every window comes out right, and the next batch fits."""
     meter = Halvings()
+    windows = [Window(id=key, samples=speech, request=DecodeRequest(), audio=key) for key in range(6)]
     engine = opener(snapshot, vocabulary, 2, meter)
     try:
         expected = decode(engine, speech, DecodeRequest())
         assert expected.halvings == 0
-        engine.admit([Window(id=key, samples=speech, request=DecodeRequest()) for key in range(6)])
+        engine.admit(windows)
         outcomes = [outcome for outcome in drain(engine, 6).values() if isinstance(outcome, Hypothesis)]
         assert [outcome.tokens for outcome in outcomes] == [expected.tokens] * 6
         halvings = meter.count
         assert halvings >= 1
         assert max(outcome.halvings for outcome in outcomes) >= 1
-        engine.admit([Window(id=key, samples=speech, request=DecodeRequest()) for key in range(6)])
+        engine.admit(windows)
         assert len(drain(engine, 6)) == 6
         assert meter.count == halvings, "what was too much once is not tried again at once"
     finally:
