@@ -180,6 +180,15 @@ def test_audio_that_comes_again(engine: Engine, speech: Samples, clips: dict[str
     assert together.avg_logprob == pytest.approx(fresh.avg_logprob, abs=1e-4)
 
 
+def test_beams(engine: Engine, speech: Samples, vocabulary: Vocabulary) -> None:
+    """A window may be searched; the text is at least as likely as the greedy one, or nearly."""
+    greedy = decode(engine, speech, DecodeRequest())
+    found = decode(engine, speech, DecodeRequest(beam_size=3))
+    assert found.avg_logprob >= greedy.avg_logprob - 0.1
+    assert found.tokens[0] >= vocabulary.timestamp_begin
+    assert engine.free_slots == engine.info.slots
+
+
 def test_cancel_frees_slots(engine: Engine, speech: Samples) -> None:
     """Cancelled windows may come out or not; their slots are free again, and the next window is served."""
     n_windows = engine.info.slots
@@ -202,17 +211,18 @@ def test_out_of_memory(
 ) -> None:
     """A batch that does not fit is halved until it does: every window comes out right, and the next batch fits."""
     meter = Halvings()
+    windows = [Window(id=key, samples=speech, request=DecodeRequest(), audio=key) for key in range(6)]
     engine = opener(snapshot, vocabulary, 2, meter)
     try:
         expected = decode(engine, speech, DecodeRequest())
         assert expected.halvings == 0
-        engine.admit([Window(id=key, samples=speech, request=DecodeRequest()) for key in range(6)])
+        engine.admit(windows)
         outcomes = [outcome for outcome in drain(engine, 6).values() if isinstance(outcome, Hypothesis)]
         assert [outcome.tokens for outcome in outcomes] == [expected.tokens] * 6
         halvings = meter.count
         assert halvings >= 1
         assert max(outcome.halvings for outcome in outcomes) >= 1
-        engine.admit([Window(id=key, samples=speech, request=DecodeRequest()) for key in range(6)])
+        engine.admit(windows)
         assert len(drain(engine, 6)) == 6
         assert meter.count == halvings, "what was too much once is not tried again at once"
     finally:

@@ -172,20 +172,6 @@ def test_the_likeliest_sample_is_kept(checkpoint: Checkpoint, vocabulary: Vocabu
     engine.close()
 
 
-def test_beams_are_refused(checkpoint: Checkpoint, vocabulary: Vocabulary) -> None:
-    """A window that asks for beams fails with what to change, and gives its slot back."""
-    engine = opened(checkpoint, vocabulary, 2)
-    engine.admit([Window(id=1, samples=audio(1), request=DecodeRequest(beam_size=5)), window(2)])
-    assert engine.free_slots == 0
-    outcomes = drain(engine, 2)
-    failure = outcomes[1]
-    assert isinstance(failure, WindowFailure)
-    assert "beam_size" in str(failure.error)
-    assert isinstance(outcomes[2], Hypothesis)
-    assert engine.free_slots == 2
-    engine.close()
-
-
 class NotingRunner(Runner):
     """Remembers which audio came in, by its length, in order."""
 

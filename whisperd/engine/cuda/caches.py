@@ -70,6 +70,11 @@ class Caches:
         _put_small(self.cross_keys[layer], scales.keys, windows, keys)
         _put_small(self.cross_values[layer], scales.values, windows, values)
 
+    def copy_text(self, source: Tensor, rows: Tensor, bound: int) -> None:
+        """Rows (int64 [n]) remember what others (int64 [n]) do, up to a position."""
+        for cache in (self.self_keys, self.self_values):
+            cache[:, rows, :, :bound] = cache[:, source, :, :bound]
+
     def audio_keys(self, layer: int, head: int, windows: Tensor) -> Tensor:
         """float32 [n, frames, head width]."""
         scales = self.scales_of(layer)

@@ -47,7 +47,7 @@ def first_columns(costs: Tensor, n_rows: Tensor, n_columns: Tensor) -> Tensor:
     if costs.is_cuda and _has_triton():
         from whisperd.engine.cuda.dtw_kernel import first_columns as by_kernel
 
-        return by_kernel(costs, n_rows, n_columns)
+        return by_kernel(skewed(costs), n_rows, n_columns)
     return _walked(_steps(skewed(costs)), n_rows, n_columns)
 
 

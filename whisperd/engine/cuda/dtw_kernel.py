@@ -10,8 +10,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from whisperd.engine.cuda.dtw import INFINITE, skewed
-
 
 @triton.jit
 def _forward(diagonals, totals, steps, length, n_rows, BLOCK: tl.constexpr):
@@ -51,14 +49,13 @@ def _backward(steps, firsts, rows, columns, length, n_rows):
         column -= tl.where(step != 1, 1, 0)
 
 
-def first_columns(costs: Tensor, n_rows: Tensor, n_columns: Tensor) -> Tensor:
-    """The same as ``dtw.first_columns``."""
-    diagonals = skewed(costs)
+def first_columns(diagonals: Tensor, n_rows: Tensor, n_columns: Tensor) -> Tensor:
+    """The same as ``dtw.first_columns``, for what ``dtw.skewed`` gives."""
     count, length, most_rows = diagonals.shape
-    totals = diagonals.new_full((count, 3, most_rows + 1), INFINITE)
+    totals = diagonals.new_full((count, 3, most_rows + 1), float("inf"))
     totals[:, 1, 0] = 0.0
     steps = torch.empty_like(diagonals, dtype=torch.int8)
-    firsts = torch.zeros((count, most_rows), dtype=torch.int64, device=costs.device)
+    firsts = torch.zeros((count, most_rows), dtype=torch.int64, device=diagonals.device)
     _forward[(count,)](diagonals, totals, steps, length, most_rows, BLOCK=triton.next_power_of_2(most_rows))
     sizes = (n_rows.contiguous(), n_columns.contiguous())
     _backward[(count,)](steps, firsts, *sizes, length, most_rows, num_warps=1)

@@ -1,6 +1,6 @@
 """What an engine asks of the device: encode, detect, begin, decode, align. Rows and windows are numbers here.
 
-Nothing here waits for the device but ``detect``, ``progress``, ``texts`` and ``align``.
+Nothing here waits for the device but ``detect``, ``progress``, ``texts``, ``beam_texts`` and ``align``.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from whisperd.engine.base import TokenTime
 from whisperd.engine.cuda import dtw, memory
 from whisperd.engine.cuda.align import attention_matrix, token_times
 from whisperd.engine.cuda.attention import SlotAttention, gathered
+from whisperd.engine.cuda.beams import Beams
 from whisperd.engine.cuda.caches import Caches
 from whisperd.engine.cuda.checkpoint import Checkpoint
 from whisperd.engine.cuda.graphs import FixedSteps, FixedWindows, recorder
@@ -84,6 +85,7 @@ class Runner:
             caches = Caches.allocate(shape, self.windows, slots + 1, device, dtype, fp8_cross=fp8_cross)
             self._decoder = Decoder(decoder, shape.decoder_heads, caches, _attention(device))
             self._rows = Rows(slots + 1, eot=vocabulary.eot, timestamp_begin=vocabulary.timestamp_begin, device=device)
+            self._beams = Beams(self._rows, caches, eot=vocabulary.eot)
             self._rules = _rules(checkpoint, vocabulary, device)
             self.fixed: FixedSteps | None = None
             self.fixed_windows: FixedWindows | None = None
@@ -111,28 +113,44 @@ class Runner:
 
     def begin(self, rows: Sequence[int], windows: Sequence[int], plans: Sequence[RowPlan]) -> None:
         """Shows rows their prefixes and writes their first tokens."""
-        fitting = [_fitting(plan, self.shape.positions) for plan in plans]
+        logits = self._shown(rows, windows, plans)
+        sampled = any(plan.temperature > 0 for plan in plans)
         with translated(), torch.inference_mode():
-            self._rows.begin(self._index(rows), windows, fitting)
-            logits = self._read_prefixes(rows, windows, fitting)
-            sampled = any(plan.temperature > 0 for plan in fitting)
             self._rows.write(self._index(rows), logits, self._rules, sampled=sampled)
-        for row, plan in zip(rows, fitting, strict=True):
-            self._ends[row] = len(plan.prefix)
-            self._sampled.discard(row)
-            if plan.temperature > 0:
-                self._sampled.add(row)
+        self._sampled.difference_update(rows)
+        self._sampled.update(row for row, plan in zip(rows, plans, strict=True) if plan.temperature > 0)
+
+    def begin_beams(self, group: Sequence[int], window: int, plan: RowPlan) -> None:
+        """The same for rows that search the text of one window together."""
+        logits = self._shown(group, [window] * len(group), [plan] * len(group))
+        with translated(), torch.inference_mode():
+            rows = self._index([list(group)])
+            self._beams.begin(rows)
+            self._beams.write(rows, logits, self._rules, self._ends[group[0]])
+        self._sampled.difference_update(group)
+
+    def decode_beams(self, groups: Sequence[Sequence[int]], n_steps: int) -> None:
+        """Writes up to so many further tokens in each group; all have the same number of rows."""
+        flat = [row for group in groups for row in group]
+        bound = self._reach(flat, n_steps)
+        with translated(), torch.inference_mode():
+            rows, at = self._index([list(group) for group in groups]), self._index(flat)
+            for _ in range(n_steps):
+                self._beams.write(rows, self._next_logits(at, bound), self._rules, bound)
+
+    def beam_texts(self, group: Sequence[int]) -> list[RowText]:
+        """What a search has found."""
+        return self._beams.texts(self._index(group))
 
     def decode(self, rows: Sequence[int], n_steps: int) -> None:
         """Writes up to so many further tokens in each row."""
         sampled = not self._sampled.isdisjoint(rows)
-        for row in rows:
-            self._ends[row] = min(self._ends[row] + n_steps, self.shape.positions)
+        bound = self._reach(rows, n_steps)
         with translated(), torch.inference_mode():
             if self.fixed is not None:
                 self.fixed(rows, n_steps, sampled=sampled)
                 return
-            at, bound = self._index(rows), max(self._ends[row] for row in rows)
+            at = self._index(rows)
             for _ in range(n_steps):
                 self._step(at, bound, sampled=sampled)
 
@@ -165,7 +183,16 @@ class Runner:
 
     def close(self) -> None:
         """Lets go of all tensors."""
-        del self.fixed, self.fixed_windows, self._encoder, self._decoder, self._rows, self._rules, self._log_mel
+        del (
+            self.fixed,
+            self.fixed_windows,
+            self._encoder,
+            self._decoder,
+            self._rows,
+            self._beams,
+            self._rules,
+            self._log_mel,
+        )
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -186,12 +213,31 @@ class Runner:
             self.read_windows, most=memory.ENCODE_WINDOWS, spectrogram=spectrogram, record=record
         )
 
+    def _reach(self, rows: Sequence[int], n_steps: int) -> int:
+        """Moves the ends of rows on; returns the furthest."""
+        for row in rows:
+            self._ends[row] = min(self._ends[row] + n_steps, self.shape.positions)
+        return max(self._ends[row] for row in rows)
+
     def _step(self, rows: Tensor, bound: int, *, sampled: bool) -> None:
+        self._rows.write(rows, self._next_logits(rows, bound), self._rules, sampled=sampled)
+
+    def _next_logits(self, rows: Tensor, bound: int) -> Tensor:
+        """float32 [rows, vocabulary], behind what each row wrote last."""
         position = self._rows.position[rows]
         tokens = self._rows.last(rows)[:, None]
         states, _ = self._decoder(tokens, position, rows, self._rows.window[rows], bound)
-        self._rows.write(rows, self._decoder.logits(states[:, 0]), self._rules, sampled=sampled)
         self._rows.position[rows] = (position + 1).clamp(max=self.shape.positions - 1)
+        return self._decoder.logits(states[:, 0])
+
+    def _shown(self, rows: Sequence[int], windows: Sequence[int], plans: Sequence[RowPlan]) -> Tensor:
+        """Rows start anew and read their prefixes; float32 [rows, vocabulary]."""
+        fitting = [_fitting(plan, self.shape.positions) for plan in plans]
+        for row, plan in zip(rows, fitting, strict=True):
+            self._ends[row] = len(plan.prefix)
+        with translated(), torch.inference_mode():
+            self._rows.begin(self._index(rows), windows, fitting)
+            return self._read_prefixes(rows, windows, fitting)
 
     def _read_prefixes(self, rows: Sequence[int], windows: Sequence[int], plans: Sequence[RowPlan]) -> Tensor:
         """float32 [rows, vocabulary] behind each prefix; the no-speech probability is read at its start token.
