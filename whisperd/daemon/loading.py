@@ -102,7 +102,8 @@ def _fitting(
         try:
             return opened(settings)
         except OutOfMemory as error:
-            if settings.batch_size == 1 and settings.workers == 1:
+            # an engine on a GPU has tried fewer windows itself, and these options are not for it
+            if settings.device == "cuda" or (settings.batch_size == 1 and settings.workers == 1):
                 raise
             settings = smaller(settings)
             log.warning("model %s: %s; trying with batches of %d", name, error, settings.batch_size)
