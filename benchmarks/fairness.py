@@ -52,13 +52,13 @@ class Run:
 
 
 @contextmanager
-def daemon(directory: Path, device: str = "auto") -> Iterator[Client]:
-    """A daemon of its own, stopped at the end."""
+def daemon(directory: Path, device: str = "auto", options: str = "") -> Iterator[Client]:
+    """A daemon of its own, stopped at the end; ``options`` are lines for its [engine]."""
     config = directory / "whisperd.toml"
     config.write_text(
         f'models = ["{EMBEDDED}"]\ncache_dir = "{directory}/cache"\nlog_level = "warning"\n'
         f'[server]\nsocket = "{directory}/whisperd.sock"\nspool_dir = "{directory}"\n'
-        f'[engine]\ndevice = "{device}"\n'
+        f'[engine]\ndevice = "{device}"\n{options}\n'
     )
     process = subprocess.Popen([sys.executable, "-m", "whisperd", "serve", "-c", str(config)])
     client = Client(directory / "whisperd.sock", PATIENCE_S)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from tests.engine import openers
 from tests.fakes import FakeEngine
 from tests.speech import silence
 from whisperd.config import Config, ModelTable
@@ -17,6 +19,7 @@ from whisperd.daemon.models import Loader
 from whisperd.daemon.registry import Registry, Served
 from whisperd.engine import EngineSettings
 from whisperd.engine.base import DecodeRequest, Engine
+from whisperd.engine.child import ChildEngine
 from whisperd.errors import EngineError, ModelLoading, ModelNotFound, OutOfMemory, SourceError
 from whisperd.meter import ModelMeter, Stage
 from whisperd.metrics import Metrics
@@ -202,6 +205,22 @@ def test_openais_names_mean_the_default_model() -> None:
     assert served.resolve("gpt-4o-transcribe") == "other"
     with pytest.raises(ModelNotFound, match="this daemon has: mine, other, gpt-4o-transcribe"):
         served.resolve("gpt-5")
+
+
+def test_no_room_in_a_process_of_its_own(snapshot: Path, tmp_path: Path, detector: SpeechDetector) -> None:
+    """What the memory does not hold there is halved from here, and counted here."""
+
+    def opener(path: Path, _: Vocabulary, settings: EngineSettings, __: Path, meter: ModelMeter) -> Engine:
+        there = partial(openers.ct2_in_little_room, path, settings.batch_size, 2)
+        return ChildEngine(there, stall_timeout_s=60, meter=meter)
+
+    meter = Halvings()
+    model = load("x", snapshot, EngineSettings(batch_size=8), tmp_path, detector, meter, opener)
+    try:
+        assert (model.batcher.info.slots, meter.stages) == (2, ["load", "load"])
+        assert model.batcher.info.pid is not None
+    finally:
+        model.batcher.close()
 
 
 def test_smaller() -> None:

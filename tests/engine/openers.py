@@ -62,6 +62,14 @@ def cramped_ct2(snapshot: Path, room: int, meter: ModelMeter) -> Engine:
     return Ct2Engine(Cramped(model, room), Vocabulary.load(snapshot), batch_size=6, workers=1, meter=meter)
 
 
+def ct2_in_little_room(snapshot: Path, batch_size: int, room: int, meter: ModelMeter) -> Engine:
+    """Opens with at most so many windows in a batch."""
+    if batch_size > room:
+        raise OutOfMemory(f"no room for batches of {batch_size}")
+    model = ctranslate2.models.Whisper(str(snapshot), device="cpu", compute_type="float32")
+    return Ct2Engine(model, Vocabulary.load(snapshot), batch_size=batch_size, workers=1, meter=meter)
+
+
 def no_memory(_: ModelMeter) -> Engine:
     raise OutOfMemory("no room for the model")
 

@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 CPU_COMPUTE_TYPES = ("auto", "int8", "int8_float32", "float32")
 FIRST_WINDOW = 0  # requests' windows begin at 1
 
+OpenWith = Callable[[EngineSettings], Engine]
 Opener = Callable[[Path, Vocabulary, EngineSettings, Path, ModelMeter], Engine]
 
 
@@ -68,23 +69,28 @@ def load(
     def opened(settings: EngineSettings) -> Engine:
         return _proven(name, opener(snapshot, vocabulary, settings, work_dir, meter))
 
+    lasting = _lasting(name, opened, settings, meter, beside=beside)
+    info, took_s = lasting.info, time.monotonic() - started_s
+    log.info("model %s ready on %s (%s) in %.1f s", name, info.device, info.compute_type, took_s)
+    if info.fallback:
+        log.warning("model %s is served by the cpu instead of the GPU: %s", name, info.fallback)
+    batcher, network = Batcher(lasting, name=name, meter=meter), LastingNetwork(lasting, detector)
+    return LoadedModel(name=name, vocabulary=vocabulary, batcher=batcher, detector=network)
+
+
+def _lasting(
+    name: str, opened: OpenWith, settings: EngineSettings, meter: ModelMeter, *, beside: bool
+) -> LastingEngine:
     stand_in = partial(_fitting, name, opened, on_cpu(settings), meter)
     has_stand_in = settings.cpu_fallback and settings.device != "cpu"
     first = partial(opened, settings) if beside else partial(_fitting, name, opened, settings, meter)
     engine, lost = _first(first, stand_in if has_stand_in else None, beside=beside)
-    info = engine.info
-    if info.device != "cpu":
+    on_gpu = engine.info.device != "cpu"
+    if on_gpu:
         settings = replace(settings, device="cuda")  # when a GPU that was there is gone, it is lost, also for "auto"
-    has_stand_in = has_stand_in and (bool(lost) or info.device != "cpu")
     main = partial(_fitting, name, opened, settings, meter)
-    openers = Openers(main=main, stand_in=stand_in if has_stand_in else None)
-    lasting = LastingEngine(engine, openers, name=name, lost=lost, meter=meter)
-    log.info("model %s ready on %s (%s) in %.1f s", name, info.device, info.compute_type, time.monotonic() - started_s)
-    if lost:
-        log.warning("model %s is served by the cpu instead of the GPU: %s", name, lost)
-    batcher = Batcher(lasting, name=name, meter=meter)
-    network = LastingNetwork(lasting, detector)
-    return LoadedModel(name=name, vocabulary=vocabulary, batcher=batcher, detector=network)
+    openers = Openers(main=main, stand_in=stand_in if has_stand_in and (on_gpu or lost) else None)
+    return LastingEngine(engine, openers, name=name, lost=lost, meter=meter)
 
 
 def _first(main: Open, stand_in: Open | None, *, beside: bool) -> tuple[Engine, str]:
@@ -97,14 +103,13 @@ def _first(main: Open, stand_in: Open | None, *, beside: bool) -> tuple[Engine, 
         return stand_in(), str(error) or "it cannot be opened"
 
 
-def _fitting(
-    name: str, opened: Callable[[EngineSettings], Engine], settings: EngineSettings, meter: ModelMeter
-) -> Engine:
+def _fitting(name: str, opened: OpenWith, settings: EngineSettings, meter: ModelMeter) -> Engine:
     while True:
         try:
             return opened(settings)
         except OutOfMemory as error:
-            if settings.batch_size == 1 and settings.workers == 1:
+            # an engine on a GPU has tried fewer windows itself, and these options are not for it
+            if settings.device == "cuda" or (settings.batch_size == 1 and settings.workers == 1):
                 raise
             settings = smaller(settings)
             log.warning("model %s: %s; trying with batches of %d", name, error, settings.batch_size)

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -289,13 +290,13 @@ class DaemonService:
         name = await self._loaded(job.model)
         hearer = Hearer(job, self._state.loaded.config.limits.queue_audio_s, self._metrics, name)
         try:
-            transcript = await self._attempt(name, job, hearer)
+            transcript = await self._attempt(job, hearer)
         except EngineError as error:
             if not (hearer.silent and self._is_dead(name)):
                 raise
             log.warning("%s: %s; it is begun again", job.request_id, error)
             job.audio.seek(0)
-            transcript = await self._attempt(await self._loaded(name), job, hearer)
+            transcript = await self._attempt(job, hearer)
         self._metrics.transcribed(name, transcript, hearer.wall_s)
         return transcript
 
@@ -307,11 +308,18 @@ class DaemonService:
             name = self._registry.served.resolve(model)
         return name
 
-    async def _attempt(self, name: str, job: Job, hearer: Hearer) -> Transcript:
+    async def _held(self, model: str | None, held: ExitStack) -> LoadedModel:
+        """The model, which stays open as long as ``held``; a reload may take it away between two looks at it."""
+        while True:
+            name = await self._loaded(model)
+            with suppress(ModelLoading):
+                return held.enter_context(self._registry.lease(name))
+
+    async def _attempt(self, job: Job, hearer: Hearer) -> Transcript:
         config = self._state.loaded.config
-        with self._registry.lease(name) as model:
+        with ExitStack() as held:
             transcription = Transcription(
-                model,
+                await self._held(job.model, held),
                 job.options,
                 cut_options(config, job.chunking),
                 listener=hearer.listener(),

@@ -10,6 +10,7 @@ import faulthandler
 import fcntl
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -38,6 +39,7 @@ FIRST_TO_GO = "500"  # this process can be replaced, the daemon with its socket 
 def main() -> None:
     """Serves the daemon at the other end of the socket whose number is the last argument."""
     faulthandler.enable()  # a crash, or the SIGABRT of a daemon that lost patience, shows where every thread was
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # what is in memory are other people's recordings
     die_with_parent()
     for number in IGNORED:
         signal.signal(number, signal.SIG_IGN)
