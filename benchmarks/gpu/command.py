@@ -135,9 +135,11 @@ def measure(name: str, setup: Setup, report: Report, options: argparse.Namespace
     found = drawn(SHAPES[name])
     if "probes" in options.parts:
         probe(name, found, setup, report, smoke=options.smoke)
+    setup.start_afresh()
     rate = measure_engine(name, found, setup, report, options) if "engine" in options.parts else 0.0
     if "peers" in options.parts:
         measure_peers(name, found, setup, report, options)
+    setup.start_afresh()
     if "daemon" in options.parts:
         measure_daemon(name, found, setup, report, options, rate)
 

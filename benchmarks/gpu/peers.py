@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,81 +16,92 @@ import torch
 from benchmarks.gpu.meter import Meter, Spent
 from benchmarks.gpu.report import Report
 from benchmarks.gpu.setup import Setup, missing
-from benchmarks.gpu.work import MIXES, Work, check, padded, windows
+from benchmarks.gpu.work import MIXES, Work, WrongLengthError, check, padded, windows
 from benchmarks.random_whisper import written
 from whisperd.engine.cuda.checkpoint import Checkpoint
 from whisperd.engine.cuda.mel import DeviceLogMel
 
+FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, ImportError, OSError, WrongLengthError)
 Peer = Callable[[torch.Tensor, Sequence[int]], Sequence[int]]  # spectrograms and lengths to lengths of the texts
 
 
 def measure_peers(name: str, found: Checkpoint, setup: Setup, report: Report, options: argparse.Namespace) -> None:
-    """All that are installed; what is missing is said."""
-    if missing("transformers"):
-        report.add("missing", "transformers is not installed: not compared", what="transformers")
-    else:
-        _measure_transformers(name, found, setup, report, options)
-    if missing("whisper"):
-        report.add("missing", "openai-whisper is not installed: not compared", what="openai-whisper")
-    else:
-        peer = openai_whisper(found, setup)
-        _measure(f"openai-whisper, batch {options.batches[0]}", name, peer, options.batches[0], setup, report, options)
-    _measure_ctranslate2(name, found, setup, report, options)
+    """All that are installed; what is missing is said, and so is why one failed."""
+    measures: dict[str, Callable[[Bench], None]] = {
+        "transformers": measure_transformers,
+        "whisper": measure_openai_whisper,
+        "ctranslate2": measure_ctranslate2,
+    }
+    bench = Bench(name=name, found=found, setup=setup, report=report, options=options)
+    for module, measure in measures.items():
+        setup.start_afresh()
+        if missing(module):
+            report.add("missing", f"{module} is not installed: not compared", what=module)
+        else:
+            bench.attempt(module, partial(measure, bench))
 
 
-def _measure_transformers(
-    name: str, found: Checkpoint, setup: Setup, report: Report, options: argparse.Namespace
-) -> None:
-    model = reference(found, setup)
-    peer = partial(generate, model, setup)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bench:
+    """One model that peers are measured on."""
+
+    name: str
+    found: Checkpoint
+    setup: Setup
+    report: Report
+    options: argparse.Namespace
+
+    def attempt(self, system: str, measure: Callable[[], None]) -> None:
+        """A peer that fails must not cost the figures of the others."""
+        try:
+            measure()
+        except FAILURES as error:
+            why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            self.report.add("failed", f"{system} does not run here: {why}", what=system, why=why)
+
+    def measure(self, system: str, peer: Peer, batch: int, *, whole: bool = False) -> None:
+        """``whole``: only whole batches, for peers that are compiled for one size."""
+        for mix in self.options.mixes:
+            count = self.options.reference_windows
+            work = MIXES[mix](np.random.default_rng(3), max(batch, count // batch * batch) if whole else count)
+            self.run(peer, work[:batch], batch)  # warms up
+            runs = [self.run(peer, work, batch) for _ in range(self.options.rounds)]
+            self.report.throughput(self.name, system, mix, work, runs)
+
+    def run(self, peer: Peer, work: Sequence[Work], batch: int) -> Spent:
+        """Batch after batch; spectrograms are made on the device too."""
+        setup, everything = self.setup, windows(work)
+        log_mel = DeviceLogMel(self.found.shape.n_mels, setup.place)
+        with Meter(setup.device) as spent:
+            for at in range(0, len(work), batch):
+                samples = torch.from_numpy(padded(everything[at : at + batch])).to(setup.device)
+                lengths = [one.n_tokens for one in work[at : at + batch]]
+                for length, wanted in zip(peer(log_mel(samples).to(setup.dtype), lengths), lengths, strict=True):
+                    check(length, wanted)
+            setup.synchronize()
+        return spent
+
+
+def measure_transformers(bench: Bench) -> None:
+    """Batches of several sizes, then one compiled."""
+    model, options = reference(bench.found, bench.setup), bench.options
+    peer = partial(generate, model, bench.setup)
     for batch in options.batches:
-        _measure(f"transformers, batch {batch}", name, peer, batch, setup, report, options)
+        system = f"transformers, batch {batch}"
+        bench.attempt(system, partial(bench.measure, system, peer, batch))
     # as run_eval.py of the Open ASR leaderboard does it: one shape, so that nothing is compiled twice
     model.generation_config.cache_implementation = "static"
     if options.compile:
         model.forward = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True)
     batch = options.batches[-1]
     what = "static cache, compiled" if options.compile else "static cache"
-    _measure(f"transformers, {what}, batch {batch}", name, peer, batch, setup, report, options, whole=True)
+    bench.measure(f"transformers, {what}, batch {batch}", peer, batch, whole=True)
 
 
-def _measure(
-    system: str,
-    model: str,
-    peer: Peer,
-    batch: int,
-    setup: Setup,
-    report: Report,
-    options: argparse.Namespace,
-    *,
-    whole: bool = False,
-) -> None:
-    """``whole``: only whole batches, for peers that are compiled for one size."""
-    for mix in options.mixes:
-        count = options.reference_windows
-        work = MIXES[mix](np.random.default_rng(3), max(batch, count // batch * batch) if whole else count)
-        run_peer(peer, work[:batch], batch, setup)  # warms up
-        report.throughput(model, system, mix, work, [run_peer(peer, work, batch, setup) for _ in range(options.rounds)])
-
-
-def run_peer(peer: Peer, work: Sequence[Work], batch: int, setup: Setup) -> Spent:
-    """Batch after batch; spectrograms are made on the device too."""
-    log_mel = DeviceLogMel(setup_mels(peer), setup.place)
-    everything = windows(work)
-    with Meter(setup.device) as spent:
-        for at in range(0, len(work), batch):
-            samples = torch.from_numpy(padded(everything[at : at + batch])).to(setup.device)
-            lengths = [one.n_tokens for one in work[at : at + batch]]
-            for length, wanted in zip(peer(log_mel(samples).to(setup.dtype), lengths), lengths, strict=True):
-                check(length, wanted)
-        setup.synchronize()
-    return spent
-
-
-def setup_mels(peer: Any) -> int:
-    """How many bands the model of a peer hears."""
-    model = peer.args[0]
-    return int(model.dims.n_mels if hasattr(model, "dims") else model.config.num_mel_bins)
+def measure_openai_whisper(bench: Bench) -> None:
+    """Its own decoding, in the smallest of the batches."""
+    batch = bench.options.batches[0]
+    bench.measure(f"openai-whisper, batch {batch}", openai_whisper(bench.found, bench.setup), batch)
 
 
 def generate(model: Any, setup: Setup, spectrograms: torch.Tensor, lengths: Sequence[int]) -> list[int]:
@@ -172,9 +184,10 @@ def openai_whisper(found: Checkpoint, setup: Setup) -> Peer:
         n_text_layer=shape.decoder_layers,
     )
     torch.manual_seed(0)
-    model = whisper.Whisper(dims).to(setup.device, setup.dtype).eval()
+    model = whisper.Whisper(dims).to(setup.device).eval()  # it keeps float32 and rounds as it computes
     for parameter in model.parameters():
-        parameter.data.normal_(std=0.02) if parameter.dim() > 1 else parameter
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.02)
     return partial(_openai_decode, model, setup)
 
 
@@ -196,38 +209,29 @@ def _openai_decode(model: Any, setup: Setup, spectrograms: torch.Tensor, lengths
     return [len(result.tokens) for result in task.run(spectrograms)]
 
 
-def _measure_ctranslate2(
-    name: str, found: Checkpoint, setup: Setup, report: Report, options: argparse.Namespace
-) -> None:
-    """Only where it loads on the device: its wheels want CUDA 12's libraries. Lengths are those of the weights."""
-    if missing("ctranslate2"):
-        report.add("missing", "ctranslate2 is not installed: not compared", what="ctranslate2")
-        return
+def measure_ctranslate2(bench: Bench) -> None:
+    """Only where it loads on the device: its wheels want CUDA 12's libraries. Its lengths are those of the weights."""
     import ctranslate2
 
     from whisperd.convert import converted
 
-    n_tokens, batch = options.ctranslate2_tokens, options.batches[0]
-    vocabulary = setup.vocabulary
+    setup, options = bench.setup, bench.options
+    n_tokens, batch, sot = options.ctranslate2_tokens, options.batches[0], setup.vocabulary.sot
+    work = [Work(duration_s=23.3, n_tokens=n_tokens)] * (-(-options.reference_windows // batch) * batch)
+    features = np.zeros((batch, bench.found.shape.n_mels, 3000), np.float32)
     with tempfile.TemporaryDirectory() as directory:
-        snapshot = written(found, setup.snapshot, Path(directory) / "model", n_tokens=n_tokens)
-        try:
-            path = converted(snapshot, Path(directory), "float16")
-            model = ctranslate2.models.Whisper(str(path), device=setup.device, compute_type=setup.compute_type)
-            work = MIXES["constant"](np.random.default_rng(0), options.reference_windows)
-            features = np.zeros((batch, found.shape.n_mels, 3000), np.float32)
+        snapshot = written(bench.found, setup.snapshot, Path(directory) / "model", n_tokens=n_tokens)
+        path = converted(snapshot, Path(directory), "float16")
+        model = ctranslate2.models.Whisper(str(path), device=setup.device, compute_type=setup.compute_type)
 
-            def decode(_: Sequence[Work]) -> Spent:
-                with Meter(setup.device) as spent:
-                    for _at in range(0, len(work), batch):
-                        view = ctranslate2.StorageView.from_array(features)
-                        for result in model.generate(view, [[vocabulary.sot]] * batch, beam_size=1):
-                            check(len(result.sequences_ids[0]), n_tokens)
-                return spent
+        def decode() -> Spent:
+            with Meter(setup.device) as spent:
+                for _ in range(0, len(work), batch):
+                    view = ctranslate2.StorageView.from_array(features)
+                    for result in model.generate(view, [[sot]] * batch, beam_size=1):
+                        check(len(result.sequences_ids[0]), n_tokens)
+            return spent
 
-            decode(work)  # warms up
-            runs = [decode(work) for _ in range(options.rounds)]
-        except (RuntimeError, ValueError) as error:
-            report.add("missing", f"ctranslate2 does not run here: {error}", what="ctranslate2", why=str(error))
-            return
-    report.throughput(name, f"ctranslate2, batch {batch}", "constant", work, runs)
+        decode()  # warms up
+        runs = [decode() for _ in range(options.rounds)]
+    bench.report.throughput(bench.name, f"ctranslate2, batch {batch}", "constant", work, runs)

@@ -64,7 +64,9 @@ def serving(directory: Path, snapshot: Path, setup: Setup) -> Iterator[Served]:
         f'models = ["path:{snapshot}"]\ncache_dir = "{directory}/cache"\nlog_level = "warning"\n'
         f'[server]\nsocket = "{directory}/whisperd.sock"\nspool_dir = "{directory}"\n'
         f'[engine]\ndevice = "{setup.device}"\ncompute_type = "{setup.compute_type}"\n'
-        "[decode]\ntemperatures = [0.0]\n"
+        f"{'fp8_cross = true' if setup.fp8 else ''}\n[limits]\nrequests = 1000\n"
+        # its texts repeat themselves, and shall be written to their end
+        "[decode]\ntemperatures = [0.0]\ncompression_ratio_threshold = inf\n"
     )
     started_s = time.perf_counter()
     process = subprocess.Popen([sys.executable, "-m", "whisperd", "serve", "-c", str(config)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -72,6 +73,13 @@ class Setup:
         """Waits until the device has done all that it was told."""
         if self.device == "cuda":
             torch.cuda.synchronize()
+
+    def start_afresh(self) -> None:
+        """Gives back what nobody uses, for the next one looks at what is free; the peak of the memory counts anew."""
+        gc.collect()
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
 
     def _fitting(self, found: Checkpoint) -> int:
         free_bytes, _ = torch.cuda.mem_get_info()

@@ -66,10 +66,14 @@ def padded(part: Sequence[Window]) -> np.ndarray:
     return found
 
 
+class WrongLengthError(Exception):
+    """A system writes more or less than the others: it cannot be compared with them."""
+
+
 def check(length: int, expected: int) -> None:
-    """A system that writes more or less than the others is not measured."""
+    """Raises WrongLengthError."""
     if length != expected:
-        raise SystemExit(f"a text has {length} tokens instead of {expected}: this run compares nothing")
+        raise WrongLengthError(f"a text has {length} tokens instead of {expected}: this compares nothing")
 
 
 def percentile(values: Sequence[float], percent: int) -> float:
