@@ -21,7 +21,7 @@ def obstacle(nodes: tuple[str, ...] = DEVICE_NODES) -> str | None:
     if not torch.cuda.is_available():
         runtime = f"CUDA {torch.version.cuda}" if torch.version.hip is None else f"ROCm {torch.version.hip}"
         return (
-            f"PyTorch {torch.__version__} finds no usable GPU: its driver may be older than {runtime}, the GPU may be too "
+            f"PyTorch {torch.__version__} finds no usable GPU: its driver may be older than {runtime}, the GPU too "
             "old for this build, or CUDA_VISIBLE_DEVICES hides it"
         )
     return None
