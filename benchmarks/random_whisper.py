@@ -1,15 +1,28 @@
-"""Whisper with weights drawn by chance: true sizes to measure with where there is no model, small ones for tests."""
+"""Whisper with weights drawn by chance: true sizes to measure with where there is no model, small ones for tests.
+
+Such weights never end a text by themselves. ``written`` makes a model on disk that does, after so many tokens, for
+systems that cannot be told a length: positions are given an embedding that outweighs everything else.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import shutil
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from whisperd.engine.cuda.checkpoint import Checkpoint, Shape
+from whisperd.tokens import Vocabulary
 
 SPREAD = 0.02
+LOUD = 40.0  # the size of such an embedding: 32 layers add less to it
+TOKENS, POSITIONS = "model.decoder.embed_tokens.weight", "model.decoder.embed_positions.weight"
 
 
 def _shape(width: int, layers: tuple[int, int], n_mels: int, vocabulary_size: int, head_width: int = 64) -> Shape:
@@ -83,3 +96,60 @@ def _layer(name: str, shape: Shape, *, crossed: bool) -> Iterator[tuple[str, tup
 def _affine(name: str, *size: int) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield f"{name}.weight", size
     yield f"{name}.bias", size[:1]
+
+
+def ending(found: Checkpoint, vocabulary: Vocabulary, n_tokens: int) -> Checkpoint:
+    """The same model, whose texts are two timestamps around ``n_tokens - 2`` tokens, when the prefix is one token."""
+    tokens, positions = found.tensors[TOKENS].copy(), found.tensors[POSITIONS].copy()
+    begin, last = vocabulary.timestamp_begin, vocabulary.timestamp_begin + 1500
+    end_mark, last_mark, mark = np.random.default_rng(1).standard_normal((3, found.shape.width)).astype(np.float32)
+    tokens[begin:] = (
+        tokens[begin:] + mark
+    )  # timestamps lie in one direction, as do ids that the tokenizer does not know
+    tokens[last], tokens[vocabulary.eot] = last_mark, end_mark
+    positions[: n_tokens - 1] = -LOUD * (mark + end_mark + last_mark)
+    positions[n_tokens - 1] = LOUD * last_mark
+    positions[n_tokens:] = LOUD * end_mark
+    return replace(found, tensors={**found.tensors, TOKENS: tokens, POSITIONS: positions})
+
+
+def written(found: Checkpoint, tokenizer: Path, target: Path, *, n_tokens: int) -> Path:
+    """A snapshot in the layout of transformers, float16, with the tokenizer of another; its texts have a length."""
+    vocabulary = Vocabulary.load(tokenizer)
+    model = ending(found, vocabulary, n_tokens)
+    shape = found.shape
+    target.mkdir(parents=True)
+    shutil.copy(tokenizer / "tokenizer.json", target)
+    ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), vocabulary.eot)
+    config = {
+        "model_type": "whisper",
+        "vocab_size": shape.vocabulary_size,
+        "encoder_layers": shape.encoder_layers,
+        "decoder_layers": shape.decoder_layers,
+        "encoder_attention_heads": shape.encoder_heads,
+        "decoder_attention_heads": shape.decoder_heads,
+        "d_model": shape.width,
+        "encoder_ffn_dim": shape.hidden,
+        "decoder_ffn_dim": shape.hidden,
+        "num_mel_bins": shape.n_mels,
+        "decoder_start_token_id": vocabulary.sot,
+        **ends,
+    }
+    generation = {"alignment_heads": [list(pair) for pair in found.alignment_heads], "begin_suppress_tokens": []}
+    (target / "config.json").write_text(json.dumps(config))
+    (target / "generation_config.json").write_text(json.dumps(generation))
+    _write_safetensors(target / "model.safetensors", model.tensors)
+    return target
+
+
+def _write_safetensors(path: Path, tensors: Mapping[str, NDArray[Any]]) -> None:
+    header: dict[str, Any] = {}
+    at = 0
+    for name, tensor in tensors.items():
+        header[name] = {"dtype": "F16", "shape": list(tensor.shape), "data_offsets": [at, at + 2 * tensor.size]}
+        at += 2 * tensor.size
+    encoded = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(encoded)) + encoded)
+        for tensor in tensors.values():
+            file.write(tensor.astype("<f2").tobytes())

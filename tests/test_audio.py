@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import io
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
+from typing import BinaryIO, cast
 
 import av
 import numpy as np
@@ -54,8 +58,21 @@ def encoded(samples: Samples, container: str, codec: str, rate_hz: int, sample_f
     return file
 
 
+@contextmanager
+def on_disk(data: bytes) -> Iterator[BinaryIO]:
+    """A file without a name, as uploads are."""
+    with tempfile.TemporaryFile() as file:
+        file.write(data)
+        file.seek(0)
+        yield cast("BinaryIO", file)
+
+
 def read(file: io.BytesIO) -> Samples:
-    return np.concatenate(list(audio.blocks(file)))
+    """From memory and from disk: another way through ffmpeg, and the same samples."""
+    found = np.concatenate(list(audio.blocks(file)))
+    with on_disk(file.getvalue()) as other:
+        assert np.array_equal(np.concatenate(list(audio.blocks(other))), found)
+    return found
 
 
 @pytest.mark.parametrize(("container", "codec", "rate_hz", "sample_format"), CONTAINERS)
@@ -93,10 +110,12 @@ def test_samples_are_exact() -> None:
 )
 def test_not_audio(data: bytes, message: str) -> None:
     """Whatever cannot be decoded is an AudioError that names the file, and playlists open nothing."""
-    with pytest.raises(AudioError, match=message) as caught:
-        list(audio.blocks(io.BytesIO(data), name="talk.mp3"))
-    assert "talk.mp3" in str(caught.value)
-    assert "Errno" not in str(caught.value)
+    with on_disk(data) as file:
+        for source in (io.BytesIO(data), file):
+            with pytest.raises(AudioError, match=message) as caught:
+                list(audio.blocks(source, name="talk.mp3"))
+            assert "talk.mp3" in str(caught.value)
+            assert "Errno" not in str(caught.value)
 
 
 def test_video_without_sound(tmp_path: Path) -> None:
@@ -120,10 +139,33 @@ def test_cut_off(clips: dict[str, Clip]) -> None:
 
 def test_damaged_middle(clips: dict[str, Clip]) -> None:
     """A damaged stretch costs its own packets and not the rest."""
-    mp3 = bytearray(encoded(clips["instruct"].samples(), "mp3", "libmp3lame", 44_100, "fltp").getvalue())
-    middle = len(mp3) // 2
-    mp3[middle : middle + 2000] = bytes(2000)
-    assert len(read(io.BytesIO(bytes(mp3)))) > 70 * SAMPLE_RATE_HZ
+    for container, codec, sample_format in (("mp3", "libmp3lame", "fltp"), ("flac", "flac", "s16")):
+        damaged = bytearray(encoded(clips["instruct"].samples(), container, codec, 44_100, sample_format).getvalue())
+        middle = len(damaged) // 2
+        damaged[middle : middle + 2000] = bytes(2000)
+        assert len(read(io.BytesIO(bytes(damaged)))) > 70 * SAMPLE_RATE_HZ
+
+
+def test_the_first_of_several_streams(clips: dict[str, Clip]) -> None:
+    """Of two audio streams the first one is read, although the second has more channels."""
+    loud = (clips["agent"].samples() * 32767).astype(np.int16)
+    file = io.BytesIO()
+    with av.open(file, "w", format="matroska") as output:
+        streams = [output.add_stream("flac", rate=SAMPLE_RATE_HZ, layout=layout) for layout in ("mono", "stereo")]
+        for stream, samples in zip(streams, (loud[None], np.zeros((1, 2 * len(loud)), np.int16)), strict=True):
+            assert isinstance(stream, av.AudioStream)
+            frame = av.AudioFrame.from_ndarray(samples, format="s16", layout=stream.layout.name)
+            frame.sample_rate = SAMPLE_RATE_HZ
+            fifo = av.AudioFifo()
+            fifo.write(frame)
+            at = 0
+            while (chunk := fifo.read(stream.codec_context.frame_size or 1024, partial=True)) is not None:
+                chunk.pts, chunk.time_base = at, Fraction(1, SAMPLE_RATE_HZ)
+                at += chunk.samples
+                output.mux(stream.encode(chunk))
+            output.mux(stream.encode(None))
+    file.seek(0)
+    assert np.abs(read(file)).max() > 0.1
 
 
 def test_too_long() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, BinaryIO
+from itertools import chain, pairwise
+from typing import TYPE_CHECKING, BinaryIO, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +17,6 @@ from whisperd.transcript import SAMPLE_RATE_HZ
 if TYPE_CHECKING:
     from av.audio.fifo import AudioFifo
     from av.audio.frame import AudioFrame
-    from av.audio.resampler import AudioResampler
     from av.container import InputContainer
 
 Samples = NDArray[np.float32]
@@ -80,28 +81,74 @@ def _gathered(pieces: Iterator[Samples]) -> Iterator[Samples]:
 
 def _decoded(file: BinaryIO, label: str) -> Iterator[Samples]:
     import av
-    from av.audio.resampler import AudioResampler
 
     n_samples = 0
     with _open(file, label) as container, _translated(label):
         if not container.streams.audio:
             raise AudioError(f"{label} has no audio stream")
-        resampler = AudioResampler(format="flt", layout="mono", rate=SAMPLE_RATE_HZ)
-        for frame in _frames(container, av.error.FFmpegError):
-            for piece in _resampled(resampler, frame):
-                n_samples += len(piece)
-                yield piece
-        for piece in _resampled(resampler, None):
+        path = _path(file)
+        broken = av.error.FFmpegError
+        for piece in _by_packets(container, broken) if path is None else _by_filters(path, container, broken):
             n_samples += len(piece)
             yield piece
     if not n_samples:
         raise AudioError(f"{label} holds no audio that can be decoded; is the file damaged or cut off?")
 
 
+def _path(file: BinaryIO) -> str | None:
+    """Where ffmpeg can open the same file by itself, deleted or not; None: it is in memory, or who knows where."""
+    try:
+        path = f"/proc/self/fd/{file.fileno()}"
+    except (AttributeError, OSError):
+        return None
+    return path if os.access(path, os.R_OK) else None
+
+
+def _by_filters(path: str, container: InputContainer, broken: type[Exception]) -> Iterator[Samples]:
+    """All of the work in one graph of ffmpeg's filters, which Python asks for seconds and not for packets.
+
+    Packets are many and small: in Python, one request at a time would be busy with them. Damaged ones are skipped.
+    """
+    from av.filter import Graph
+
+    graph = Graph()
+    rate = str(SAMPLE_RATE_HZ)
+    options = f"format_whitelist={','.join(DEMUXERS)}:protocol_whitelist=file"
+    links = [
+        graph.add("amovie", filename=path, format_name=container.format.name, streams="a:0", format_opts=options),
+        graph.add("aformat", sample_fmts="flt", sample_rates=rate, channel_layouts="mono"),
+        graph.add("asetnsamples", nb_out_samples=rate, pad="0"),
+        graph.add("abuffersink"),
+    ]
+    for one, other in pairwise(links):
+        one.link_to(other)
+    graph.configure()
+    n_bad = 0
+    while n_bad <= MAX_BAD_PACKETS:
+        try:
+            frame = cast("AudioFrame", links[-1].pull())
+        except EOFError:
+            return
+        except broken:
+            n_bad += 1
+        else:
+            yield _samples(frame)
+
+
+def _by_packets(container: InputContainer, broken: type[Exception]) -> Iterator[Samples]:
+    """The same for a file that only Python can read."""
+    from av.audio.resampler import AudioResampler
+
+    resampler = AudioResampler(format="flt", layout="mono", rate=SAMPLE_RATE_HZ)
+    for frame in chain(_frames(container, broken), (None,)):
+        for out in resampler.resample(frame):
+            yield _samples(out)
+
+
 def _frames(container: InputContainer, broken: type[Exception]) -> Iterator[AudioFrame]:
     """The first audio stream in frames of about a second; damaged packets are skipped, a damaged end is the end.
 
-    Packets are many and small, and what Python does for each it does for one request at a time: hence so little.
+    What Python does for each packet, it does for one request at a time: hence so little.
     """
     from av.audio.fifo import AudioFifo
 
@@ -128,10 +175,8 @@ def _read(fifo: AudioFifo) -> Iterator[AudioFrame]:
         yield frame
 
 
-def _resampled(resampler: AudioResampler, frame: AudioFrame | None) -> Iterator[Samples]:
-    """float32 [n] pieces; None flushes what the resampler still holds."""
-    for out in resampler.resample(frame):
-        yield np.asarray(out.to_ndarray(), np.float32).reshape(-1)
+def _samples(frame: AudioFrame) -> Samples:
+    return np.asarray(frame.to_ndarray(), np.float32).reshape(-1)
 
 
 @contextmanager

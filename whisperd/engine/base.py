@@ -172,5 +172,5 @@ class Hearing(Protocol):
 
     @property
     def detector(self) -> SpeechNetwork | None:
-        """The voice detector on its device, for any thread beside ``step``; None: none better than the CPU's."""
+        """The one on its device, used from any thread beside ``step``; None: it has no better one than the CPU's."""
         ...

@@ -27,8 +27,10 @@ def obstacle(nodes: tuple[str, ...] = DEVICE_NODES) -> str | None:
     if torch.version.cuda is None and torch.version.hip is None:
         return f"PyTorch {torch.__version__} was built for the CPU: install a build for CUDA or ROCm"
     if not torch.cuda.is_available():
+        runtime = f"CUDA {torch.version.cuda}" if torch.version.hip is None else f"ROCm {torch.version.hip}"
         return (
-            f"PyTorch {torch.__version__} finds no usable GPU: its driver may be older than CUDA {torch.version.cuda}"
+            f"PyTorch {torch.__version__} finds no usable GPU: its driver may be older than {runtime}, the GPU too "
+            "old for this build, or CUDA_VISIBLE_DEVICES hides it"
         )
     return None
 

@@ -50,7 +50,7 @@ class DeviceSpeech:
         # a stream of its own: behind the decode steps of the engine a short call would wait for all of them
         self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
         self._together = Together(self.run_all, size=lambda call: len(call.frames), most=FRAMES_TOGETHER)
-        with translated():
+        with translated(), self._on_stream():
             self._network = _Network(device)
 
     def run(self, frames: Floats, hidden: Floats, cell: Floats) -> Found:

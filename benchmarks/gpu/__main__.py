@@ -1,0 +1,5 @@
+"""``python -m benchmarks.gpu``."""
+
+from benchmarks.gpu.command import main
+
+main()
