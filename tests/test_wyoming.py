@@ -201,6 +201,7 @@ def test_mistakes(tmp_path: Path, asked: Transcribe, audio_format: dict[str, int
             assert message in error.data["text"]
             assert await client.read_event() is None
             assert not found.service.jobs
+            assert await found.results(1) == [code]
 
     run(main())
 
@@ -447,6 +448,7 @@ def test_an_event_of_a_terabyte(tmp_path: Path) -> None:
                     assert b"protocol_error" in await reader.read()
                 writer.close()
                 await writer.wait_closed()
+                assert await found.results(1) == ["protocol_error"]
 
     run(main())
 
