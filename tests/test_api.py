@@ -491,6 +491,17 @@ def test_a_silent_stream_is_kept_alive(tmp_path: Path) -> None:
         whisperd.finished()
 
 
+def test_a_stream_for_a_client_with_little_patience(tmp_path: Path) -> None:
+    """It hears something before it gives up."""
+    with daemon(tmp_path, keep_alive_s=10 * PATIENCE_S) as whisperd, client_of(whisperd.path) as client:
+        whisperd.service.waits_first = True
+        patience = {"x-stainless-read-timeout": "1.0"}
+        with client.stream("POST", URL, files=[AUDIO], data={"stream": "true"}, headers=patience) as response:
+            assert next(response.iter_lines()) == ": keep-alive"
+            whisperd.service.release()
+        whisperd.finished()
+
+
 def test_a_bug_in_mid_stream_ends_with_an_error(client: httpx2.Client, whisperd: Daemon) -> None:
     """Whatever is raised after the first words, the stream ends with an error in the envelope."""
     whisperd.service.late_error = ValueError("secret detail")

@@ -74,7 +74,7 @@ TestBacklog = BacklogMachine.TestCase
 
 
 def test_the_time_to_come_back_follows_the_speed() -> None:
-    """A daemon that does 50 s of audio a second says so of the 100 s that are too much."""
+    """A daemon that does 50 s of audio a second says so of the 150 s that are too much."""
     now_s = 0.0
     backlog = Backlog(lambda: now_s)
     first = backlog.enter(9)
@@ -83,6 +83,6 @@ def test_the_time_to_come_back_follows_the_speed() -> None:
     first.announce(1000, 1000)
     now_s = 110.0
     first.progress(500)
-    with pytest.raises(QueueFull, match=r"500 s of audio wait already and this is 600 s more") as caught:
-        backlog.enter(9).announce(600, 1000)
-    assert caught.value.retry_after_s == pytest.approx(2.0)
+    with pytest.raises(QueueFull, match=r"500 s of audio wait already and this is 650 s more") as caught:
+        backlog.enter(9).announce(650, 1000)
+    assert caught.value.retry_after_s == pytest.approx(3.0)

@@ -219,9 +219,12 @@ def test_no_daemon(tmp_path: Path) -> None:
 
 
 def test_no_permission(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A socket of another group says which group to join."""
+    """A socket of another group says which group to join; nobody is asked to join one that may not either."""
     path = tmp_path / "whisperd.sock"
     path.touch()
+    if os.geteuid() == 0:
+        os.chown(path, -1, next(one.gr_gid for one in grp.getgrall() if one.gr_gid))
+    path.chmod(0o660)
     group = grp.getgrgid(path.stat().st_gid).gr_name
 
     def refuse(_self: object, _address: object) -> None:
@@ -231,6 +234,9 @@ def test_no_permission(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(SocketPermissionError, match=f"permission denied.*join the group {group} ") as caught:
         Client(path).status()
     assert caught.value.exit_code == 77
+    path.chmod(0o640)
+    with pytest.raises(SocketPermissionError, match=f"is for uid {os.geteuid()} alone; .*socket_group"):
+        Client(path).status()
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from whisperd.api.deadline import deadline
+from whisperd.api.deadline import deadline, silence_s
 
 PYTHON = "x-stainless-read-timeout"
 NODE = "x-stainless-timeout"
@@ -35,6 +35,12 @@ def test_deadlines(timeout_s: float | None, headers: Mapping[str, str], stream: 
     """After an upload of 10 s: Python's patience begins now, Node's began before; what cannot be read is no hint."""
     found = deadline(timeout_s, headers, elapsed_s=10.0, stream=stream)
     assert (found and found.left_s) == (None if left_s is None else pytest.approx(left_s))
+
+
+@pytest.mark.parametrize(("hint", "expected_s"), [("600", 15.0), ("10", 5.0), ("0.1", 0.5), ("x", 15.0)])
+def test_silence(hint: str, expected_s: float) -> None:
+    """A stream says something twice in the time that its client bears."""
+    assert silence_s({PYTHON: hint}, 15.0) == expected_s
 
 
 @given(text=st.text(max_size=12), other=st.floats().map(str))

@@ -201,6 +201,7 @@ def test_mistakes(tmp_path: Path, asked: Transcribe, audio_format: dict[str, int
             assert message in error.data["text"]
             assert await client.read_event() is None
             assert not found.service.jobs
+            assert await found.results(1) == [code]
 
     run(main())
 
@@ -440,13 +441,18 @@ def test_an_event_of_a_terabyte(tmp_path: Path) -> None:
 
     async def main() -> None:
         async with house(tmp_path) as found:
-            for line in (b'{"type": "x", "payload_length": 1099511627776}\n', b"x" * 100_000):
+            for line, said in (
+                (b'{"type": "x", "payload_length": 1099511627776}\n', b"payload_length must be"),
+                (b'{"type": "x", "data_length": 1099511627776}\n', b"data_length must be"),
+                (b"x" * 100_000, b"longer than 65536 bytes"),
+            ):
                 reader, writer = await asyncio.open_unix_connection(found.path)
                 writer.write(line)
                 async with asyncio.timeout(PATIENCE_S):
-                    assert b"protocol_error" in await reader.read()
+                    assert said in await reader.read()
                 writer.close()
                 await writer.wait_closed()
+                assert await found.results(1) == ["protocol_error"]
 
     run(main())
 

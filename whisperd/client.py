@@ -7,6 +7,7 @@ import json
 import os
 import select
 import socket
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
@@ -185,9 +186,15 @@ def _who_may(path: Path) -> str:
     import grp
 
     try:
-        group = grp.getgrgid(path.stat().st_gid).gr_name
+        found = path.stat()
+        group = grp.getgrgid(found.st_gid).gr_name
     except (OSError, KeyError):  # a directory that cannot be entered, a group without a name
         return f"permission denied: {path}; ask whoever runs the daemon for access"
+    if found.st_gid == 0 or not found.st_mode & stat.S_IWGRP:  # nobody should join that one
+        return (
+            f"permission denied: {path} is for uid {found.st_uid} alone; become that user, or have a group named in "
+            "server.socket_group (and join it)"
+        )
     return (
         f"permission denied: {path} is for the group {group}; join the group {group} "
         f"(as root: usermod -aG {group} USER) and log in again"

@@ -15,6 +15,7 @@ from wyoming.asr import Transcribe
 from wyoming.client import AsyncUnixClient
 
 from tests.integration.daemon import EMBEDDED, PATIENCE_S, DaemonProcess, running
+from tests.integration.test_daemon import until
 from tests.integration.test_wyoming import pcm, transcribed
 from tests.speech import Clip, plain
 
@@ -81,15 +82,13 @@ def test_a_full_queue(daemon: DaemonProcess, client: OpenAI, clips: dict[str, Cl
     with socket.socket(socket.AF_UNIX) as slow:
         slow.connect(str(daemon.socket_path))
         slow.sendall(head.encode())
-        while not daemon.client.status()["requests"]["active"]:
-            pass
+        until(lambda: daemon.client.status()["requests"]["active"])
         with pytest.raises(openai.RateLimitError) as caught:
             client.audio.transcriptions.create(file=clips["monkeys"].path, model="whisper-1")
         assert caught.value.code == "queue_full"
         assert float(caught.value.response.headers["retry-after-ms"]) > 0
         assert daemon.client.ready()
-    while daemon.client.status()["requests"]["active"]:
-        pass
+    until(lambda: not daemon.client.status()["requests"]["active"])
     assert plain(client.audio.transcriptions.create(file=clips["monkeys"].path, model="whisper-1").text)
 
 

@@ -17,7 +17,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from whisperd.api.answers import envelope, transcript_response
-from whisperd.api.deadline import deadline
+from whisperd.api.deadline import deadline, silence_s
 from whisperd.api.exchange import Exchange, ExchangeMiddleware
 from whisperd.api.guard import Guard
 from whisperd.api.openapi import description
@@ -126,7 +126,7 @@ class Audio:
             job,
             exchange,
             extended=request.headers.get(EVENTS_HEADER) == "1",
-            keep_alive_s=self._settings.keep_alive_s,
+            keep_alive_s=silence_s(request.headers, self._settings.keep_alive_s),
         )
         exchange.audio_s = (await while_connected(told, request.receive)).duration_s
 

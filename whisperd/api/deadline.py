@@ -14,6 +14,7 @@ READ_HEADER = "x-stainless-read-timeout"  # of Python: seconds of silence, and s
 WHOLE_HEADER = "x-stainless-timeout"  # of Node: seconds from its first byte to ours
 MARGIN = 0.05
 MARGIN_MAX_S = 1.0
+SILENCE_MIN_S = 0.5  # nobody needs a sign of life more often
 HINT = "send stream=true, or give the client a longer timeout"
 
 
@@ -39,6 +40,12 @@ def deadline(timeout_s: float | None, headers: Mapping[str, str], *, elapsed_s: 
         message = f"it was not done in the {timeout_s:g} s that the request gave it"
         found.append(Deadline(left_s=timeout_s, message=message))
     return min(found, key=lambda one: one.left_s, default=None)
+
+
+def silence_s(headers: Mapping[str, str], most_s: float) -> float:
+    """How long a stream may say nothing: less than its client bears, and no longer than ``most_s``."""
+    patience_s = _seconds(headers.get(READ_HEADER, ""))
+    return most_s if patience_s is None else min(most_s, max(SILENCE_MIN_S, patience_s / 2))
 
 
 def _hints(headers: Mapping[str, str], elapsed_s: float) -> Iterator[Deadline]:

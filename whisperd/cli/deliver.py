@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from collections.abc import Callable, Mapping
@@ -31,6 +32,13 @@ class Output:
             return []
         name = self.names[path]
         return [self.directory / name.with_name(f"{name.name}.{kind}") for kind in self.formats]
+
+    def prepare(self) -> None:
+        """Makes the directory; raises OSError where nothing could be written, before anything is sent."""
+        if self.directory is not None:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            if not os.access(self.directory, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self.directory))
 
     def is_done(self, path: Path) -> bool:
         """Whether all of them are there already."""

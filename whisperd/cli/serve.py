@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from whisperd.sockets import Inherited
 
 WYOMING = "wyoming"  # FileDescriptorName= of its socket unit
+FOR_WYOMING = " for the Wyoming protocol"
 UNIX = "unix:"
 
 log = logging.getLogger(__name__)
@@ -91,11 +92,12 @@ def _own_socket(config: Config) -> socket.socket:
     return _unix_socket(socket_path(config, os.environ, uid=os.getuid()), config)
 
 
-def _unix_socket(path: Path, config: Config) -> socket.socket:
+def _unix_socket(path: Path, config: Config, purpose: str = "") -> socket.socket:
     from whisperd.sockets import bind_unix
 
-    log.info("listening at %s", path)
-    return bind_unix(path, mode=int(config.server.socket_mode, 8), group=config.server.socket_group)
+    listener = bind_unix(path, mode=int(config.server.socket_mode, 8), group=config.server.socket_group)
+    log.info("listening at %s%s", path, purpose)
+    return listener
 
 
 def _tcp_sockets(config: Config) -> Sequence[socket.socket]:
@@ -121,9 +123,10 @@ def _wyoming_sockets(config: Config, passed: Sequence[socket.socket]) -> Sequenc
     if passed or address is None:
         return passed
     if address.startswith(UNIX):
-        return (_unix_socket(Path(address.removeprefix(UNIX)), config),)
-    log.info("listening at tcp://%s for the Wyoming protocol", address)
-    return (bind_tcp(address, option="server.wyoming"),)
+        return (_unix_socket(Path(address.removeprefix(UNIX)), config, FOR_WYOMING),)
+    listener = bind_tcp(address, option="server.wyoming")
+    log.info("listening at %s%s", address, FOR_WYOMING)
+    return (listener,)
 
 
 def _say_why(error: Error, notifier: Notifier) -> None:

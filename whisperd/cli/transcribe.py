@@ -79,6 +79,11 @@ def transcribe(  # click passes each option as an argument
     an output directory files are written; what has its files already is skipped, so that a batch can be resumed.
     """
     output = replace(plan_output(files, formats, directory), layout=_layout(given))
+    try:
+        output.prepare()
+    except OSError as error:
+        click.echo(f"whisperd: cannot write {output.directory}: {error.strerror}", err=True)
+        sys.exit(CANNOT_CREATE)
     with (
         _daemon(standalone, socket_file, config_file, overrides, quiet=given["quiet"]) as daemon,
         progress("transcribing", shown=_shows_progress(given["quiet"]), live=given["live"]) as shown,

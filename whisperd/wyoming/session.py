@@ -108,8 +108,6 @@ class Session:
         self._events: asyncio.Queue[Event | Error | None] = asyncio.Queue(EVENTS_AHEAD)
         self._gone = asyncio.Event()
         self._one_at_a_time = asyncio.Lock()
-        self._request: Request | None = None
-        self._talking = False
         self._stopping = False
         self._idle: asyncio.Task[Event | None] | None = None
 
@@ -146,6 +144,10 @@ class Session:
         except Error as error:
             await self._events.put(error)
             return
+        except Exception:
+            log.exception("a Wyoming connection is closed: unexpected error")
+            await self._events.put(Error("internal error; the log of the daemon has more"))
+            return
         self._gone.set()
         await self._events.put(None)
 
@@ -162,9 +164,7 @@ class Session:
 
     async def _converse(self) -> None:
         while not self._stopping and (event := await self._between()) is not None:
-            if event.type == "transcribe":
-                self._request = self._parsed(event)
-            elif event.type in {"audio-start", "audio-chunk"}:
+            if event.type in {"transcribe", "audio-start", "audio-chunk"}:
                 await self._turn(event)
 
     async def _between(self) -> Event | None:
@@ -175,6 +175,9 @@ class Session:
             return None if self._idle.cancelled() else self._idle.result()
         except TimeoutError:
             return None
+        except Error as error:
+            self._meter.spoken(error.code, 0.0)
+            raise
         finally:
             await ended(self._idle)
             self._idle = None
@@ -208,7 +211,6 @@ class Session:
             log.exception("%s: unexpected error", turn.request_id)
             raise Error(f"internal error; the log of the daemon has more under {turn.request_id}") from error
         finally:
-            self._request = None
             turn.report()
             heard_s = time.monotonic() if turn.heard_s is None else turn.heard_s
             self._meter.spoken(turn.result, time.monotonic() - heard_s)
@@ -216,22 +218,24 @@ class Session:
     async def _served(self, turn: _Turn, first: Event) -> Transcript:
         with await self._service.admitted() as seat, self._spool.create() as file:
             turn.recording = Recording(file, self._settings.audio_s())
-            await self._record(turn.recording, first)
+            request = await self._recorded(turn.recording, first)
             turn.heard_s = time.monotonic()
-            return await self._transcribed(turn, seat, turn.recording)
+            return await self._transcribed(turn, seat, turn.recording, request)
 
-    async def _record(self, recording: Recording, first: Event) -> None:
-        """Takes what comes until ``audio-stop``."""
+    async def _recorded(self, recording: Recording, first: Event) -> Request:
+        """Takes what comes until ``audio-stop``; returns what was asked for."""
+        request = Request(options=self._service.default_options())
         started_s, event = time.monotonic(), first
         pace = self._settings.pace
         while event.type != "audio-stop":
             if event.type == "audio-chunk":
                 recording.add(event)
             elif event.type == "transcribe":
-                self._request = self._parsed(event)
+                request = self._parsed(event)
             if not pace.allows(recording.n_bytes, time.monotonic() - started_s):
                 raise UploadStalled(f"the audio is slower than {pace.bytes_per_s:g} bytes a second")
             event = await self._heard(pace.idle_s)
+        return request
 
     async def _heard(self, patience_s: float) -> Event:
         try:
@@ -242,9 +246,8 @@ class Session:
             raise Cancelled("the client went away")
         return event
 
-    async def _transcribed(self, turn: _Turn, seat: Seat, recording: Recording) -> Transcript:
+    async def _transcribed(self, turn: _Turn, seat: Seat, recording: Recording, request: Request) -> Transcript:
         """Sends each segment as soon as it is known; clients that want the whole wait for ``transcript``."""
-        request = self._request or Request(options=self._service.default_options())
         turn.model = request.model or next((card.id for card in self._service.models()), "-")
         loop = asyncio.get_running_loop()
         told: asyncio.Queue[Segment | None] = asyncio.Queue()
