@@ -147,7 +147,7 @@ def _scales(dtype: torch.dtype, setup: Setup, size: tuple[int, ...]) -> list[Any
     from whisperd.engine.cuda import attention
 
     ones = torch.ones(size, device=setup.device)
-    return [attention.Scales(keys=ones, values=ones)]  # type: ignore[attr-defined]
+    return [attention.Scales(keys=ones, values=ones)]
 
 
 def probe_steps(name: str, runner: Runner, setup: Setup, report: Report) -> None:
