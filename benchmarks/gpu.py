@@ -35,8 +35,8 @@ from benchmarks.fairness import ask, daemon, make_long, percentile
 from benchmarks.random_whisper import SHAPES, drawn
 from benchmarks.roofline import H200, Device, window_s
 from whisperd.engine.base import MAX_NEW_TOKENS, DecodeRequest, Hypothesis, Window
+from whisperd.engine.checkpoint import Checkpoint
 from whisperd.engine.cuda import memory
-from whisperd.engine.cuda.checkpoint import Checkpoint
 from whisperd.engine.cuda.engine import DTYPES, CudaEngine
 from whisperd.engine.cuda.rows import RowPlan
 from whisperd.engine.cuda.runner import Runner

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from whisperd.engine.cuda.checkpoint import Checkpoint, Shape
+from whisperd.engine.checkpoint import Checkpoint, Shape
 
 SPREAD = 0.02
 

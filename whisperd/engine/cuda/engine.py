@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
+from whisperd.engine import checkpoint as checkpoints
 from whisperd.engine.base import DecodeRequest, EngineInfo, Hypothesis, Outcome, TokenTime, Window, WindowFailure
-from whisperd.engine.cuda import checkpoint as checkpoints
 from whisperd.engine.cuda import memory
 from whisperd.engine.cuda.rows import RowPlan, RowText
 from whisperd.engine.cuda.runner import Runner, Spoken

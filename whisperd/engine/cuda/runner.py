@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from whisperd.engine.base import WINDOW_SAMPLES, TokenTime
+from whisperd.engine.checkpoint import Checkpoint
 from whisperd.engine.cuda.align import attention_matrix, first_frames, token_times
 from whisperd.engine.cuda.attention import SlotAttention, gathered
-from whisperd.engine.cuda.checkpoint import Checkpoint
 from whisperd.engine.cuda.graphs import FixedSteps, Step, recorder
 from whisperd.engine.cuda.mel import DeviceLogMel
 from whisperd.engine.cuda.model import Caches, Decoder, Encoder
