@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from whisperd.engine.cuda.checkpoint import Checkpoint, Shape
+from whisperd.engine.checkpoint import Checkpoint, Shape
 from whisperd.tokens import Vocabulary
 
 SPREAD = 0.02

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from whisperd.engine.cuda.checkpoint import Shape
+from whisperd.engine.checkpoint import Shape
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

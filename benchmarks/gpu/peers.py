@@ -18,7 +18,7 @@ from benchmarks.gpu.report import Report
 from benchmarks.gpu.setup import Setup, missing
 from benchmarks.gpu.work import MIXES, Work, WrongLengthError, check, padded, windows
 from benchmarks.random_whisper import written
-from whisperd.engine.cuda.checkpoint import Checkpoint
+from whisperd.engine.checkpoint import Checkpoint
 from whisperd.engine.cuda.mel import DeviceLogMel
 
 FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, ImportError, OSError, WrongLengthError)

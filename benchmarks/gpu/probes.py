@@ -15,8 +15,8 @@ from benchmarks.gpu.report import Report
 from benchmarks.gpu.setup import Setup
 from benchmarks.roofline import encoder_flops
 from whisperd.engine.base import WINDOW_SAMPLES
+from whisperd.engine.checkpoint import Checkpoint
 from whisperd.engine.cuda.attention import gathered
-from whisperd.engine.cuda.checkpoint import Checkpoint
 from whisperd.engine.cuda.graphs import FixedSteps, sizes
 from whisperd.engine.cuda.mel import DeviceLogMel
 from whisperd.engine.cuda.model import Encoder

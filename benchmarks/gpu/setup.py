@@ -12,8 +12,8 @@ import torch
 
 from benchmarks.roofline import Device
 from whisperd.engine.base import Window
+from whisperd.engine.checkpoint import Checkpoint
 from whisperd.engine.cuda import memory
-from whisperd.engine.cuda.checkpoint import Checkpoint
 from whisperd.engine.cuda.engine import DTYPES, CudaEngine
 from whisperd.engine.cuda.rows import RowPlan
 from whisperd.engine.cuda.runner import Runner

@@ -41,7 +41,7 @@ def test_damaged_weights(snapshot: Path, vocabulary: Vocabulary, tmp_path: Path)
         open_engine(tmp_path, vocabulary, EngineSettings(), tmp_path)
 
 
-@pytest.mark.parametrize(("n_cores", "expected"), [(1, (1, 1)), (2, (2, 2)), (4, (2, 4)), (8, (2, 4)), (32, (8, 4))])
+@pytest.mark.parametrize(("n_cores", "expected"), [(1, (1, 1)), (2, (2, 1)), (4, (2, 2)), (8, (2, 4)), (32, (8, 4))])
 def test_placement(n_cores: int, expected: tuple[int, int]) -> None:
-    """Two batches are in flight on every machine with two cores, and no worker has more than four threads."""
+    """Two batches are in flight where there are two cores; threads are no more than cores, and four for a worker."""
     assert EngineSettings().placed(n_cores) == expected

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from benchmarks.random_whisper import SHAPES
 from tests.hf_export import export
 from whisperd.convert import converted
-from whisperd.engine import EngineSettings, open_engine
-from whisperd.engine.cuda import checkpoint, memory
+from whisperd.engine import EngineSettings, checkpoint, open_engine
+from whisperd.engine.cuda import memory
 from whisperd.engine.cuda.presence import fp8_obstacle, obstacle
 from whisperd.errors import EngineError, OutOfMemory, SourceError
 from whisperd.tokens import Vocabulary
@@ -167,6 +167,6 @@ def test_auto_says_why(
     with caplog.at_level(logging.INFO, logger="whisperd.engine"):
         engine = open_engine(snapshot, vocabulary, EngineSettings(), tmp_path)
     engine.close()
-    assert engine.info.engine == "ctranslate2"
+    assert engine.info.engine.startswith("ctranslate2")
     assert "takes the cpu" in caplog.text
     assert "no GPU" in caplog.text

@@ -24,7 +24,7 @@ from whisperd.tokens import Vocabulary
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
-from whisperd.engine.cuda.checkpoint import Checkpoint, Shape
+from whisperd.engine.checkpoint import Checkpoint, Shape
 from whisperd.engine.cuda.engine import CudaEngine
 from whisperd.engine.cuda.rows import RowPlan, RowText
 from whisperd.engine.cuda.runner import Runner

@@ -21,7 +21,7 @@ from whisperd.tokens import Vocabulary
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
-from whisperd.engine.cuda.checkpoint import Checkpoint
+from whisperd.engine.checkpoint import Checkpoint
 from whisperd.engine.cuda.engine import CudaEngine
 
 torch.set_num_threads(1)

@@ -21,7 +21,7 @@ from whisperd.transcript import SAMPLE_RATE_HZ
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
-from whisperd.engine.cuda import checkpoint
+from whisperd.engine import checkpoint
 from whisperd.engine.cuda.caches import Caches
 from whisperd.engine.cuda.engine import CudaEngine
 from whisperd.engine.cuda.mel import DeviceLogMel

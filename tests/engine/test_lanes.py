@@ -31,6 +31,25 @@ def test_interactive_first() -> None:
     assert ids(lanes.take(1, 4)) == [1, 2]
 
 
+def test_late_windows_join() -> None:
+    """A batch that is being encoded takes along what may share it, of its own lane alone, up to its limit."""
+    lanes = Lanes(2)
+    lanes.add([window(1, temperature=0.2), window(2, "bulk"), *map(window, range(3, 8))])
+    assert ids(lanes.join(window(0), 3)) == [3, 4, 5]
+    assert ids(lanes.join(window(0), 0)) == []
+    assert ids(lanes.join(window(0), 9)) == [6, 7]
+    assert ids(lanes.take(1, 4)) == [1]
+
+
+def test_a_long_request_does_not_grow_before_a_short_one() -> None:
+    """While an interactive window waits for a worker, batches of bulk windows stay as they are."""
+    lanes = Lanes(2)
+    lanes.add([window(1, "bulk"), window(2)])
+    assert lanes.join(window(0, "bulk"), 4) == []
+    assert ids(lanes.take(1, 4)) == [2]
+    assert ids(lanes.join(window(0, "bulk"), 4)) == [1]
+
+
 def test_one_worker_stays_free() -> None:
     """Windows that yield are taken while another worker has nothing to do, and never by the last one."""
     lanes = Lanes(2)

@@ -12,7 +12,7 @@ from tests.engine.test_contract import decode
 from tests.speech import Clip, plain
 from whisperd.engine import EngineSettings, open_engine
 from whisperd.engine.base import WINDOW_SAMPLES, DecodeRequest, Window
-from whisperd.engine.short import STATES, TAIL_STATES, frames_of, is_doubtful, joined
+from whisperd.engine.short import STATES, TAIL_STATES, ShortWindows, frames_of, is_doubtful, joined, may_be_short
 from whisperd.tokens import Vocabulary
 
 
@@ -44,6 +44,17 @@ def test_every_row_keeps_its_states_and_ends_quietly(lengths: list[int]) -> None
         assert (batch[index, n_states:] == quiet[0, STATES - n_quiet :]).all()
 
 
+def test_only_where_it_was_measured() -> None:
+    """The language must be known; "auto" wants one that was measured, and a small model."""
+    assert may_be_short("auto", "en", 384)
+    assert not may_be_short("auto", "en", 768)
+    assert not may_be_short("auto", "ja", 384)
+    assert not may_be_short("auto", None, 384)
+    assert may_be_short("always", "ja", 1280)
+    assert not may_be_short("always", None, 384)
+    assert not may_be_short("never", "en", 384)
+
+
 def test_loops_are_seen() -> None:
     """Much of the same, more than can be said in the time, unsure, or behind the end; a sentence is none of these."""
     assert is_doubtful("the second is " * 20, -0.2, 9.0, window(16_000 * 10))
@@ -57,8 +68,9 @@ def test_loops_are_seen() -> None:
 def test_the_same_words(snapshot: Path, vocabulary: Vocabulary, clips: dict[str, Clip], tmp_path: Path) -> None:
     """Real speech reads the same with the option and without it, with times for every word."""
     texts = []
-    for short_windows in (False, True):
-        engine = open_engine(snapshot, vocabulary, EngineSettings(short_windows=short_windows), tmp_path)
+    use: ShortWindows
+    for use in ("never", "auto"):
+        engine = open_engine(snapshot, vocabulary, EngineSettings(short_windows=use), tmp_path)
         try:
             for key in ("monkeys", "agent"):
                 found = decode(engine, clips[key].samples(), DecodeRequest(word_timestamps=True))

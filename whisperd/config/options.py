@@ -124,6 +124,11 @@ class EngineTable(Table):
     compute_type: Literal["auto", "int8", "int8_float32", "float32", "float16", "bfloat16", "int8_float16"] = option(
         "auto", reload="restart", help="Number format; auto: int8 on the cpu, float16 on a GPU."
     )
+    encoder: Literal["auto", "ctranslate2", "openvino"] = option(
+        "auto",
+        reload="restart",
+        help="What encodes on the cpu; auto: OpenVINO where it is installed (whisperd[openvino]), else CTranslate2.",
+    )
     batch_size: int = option(
         4, reload="restart", ge=1, le=512, help="Windows of 30 s that one worker decodes together on the cpu."
     )
@@ -135,12 +140,17 @@ class EngineTable(Table):
         help="Batches at the same time on the cpu; 0: as many as keep the cores busy.",
     )
     threads_per_worker: int = option(
-        0, reload="restart", ge=0, le=256, help="Threads of each worker on the cpu; 0: up to four, as the cores allow."
-    )
-    short_windows: bool = option(
-        False,
+        0,
         reload="restart",
-        help="Do not pad short audio to 30 s (cpu): several times faster; measured on English only.",
+        ge=0,
+        le=256,
+        help="Threads of each worker on the cpu; 0: up to four, and no more in all than there are cores.",
+    )
+    short_windows: Literal["auto", "always", "never"] = option(
+        "auto",
+        reload="restart",
+        help="Do not pad short audio to 30 s (cpu), where its language is known: several times faster; auto: with "
+        "small models (tiny, base) and the languages on which it was measured (en, es, fr, it, ru).",
     )
     gpu_bytes: int = option(
         0,

@@ -64,6 +64,7 @@ def engine_settings(config: Config) -> EngineSettings:
     return EngineSettings(
         device=engine.device,
         compute_type=engine.compute_type,
+        encoder=engine.encoder,
         batch_size=engine.batch_size,
         workers=engine.workers,
         threads_per_worker=engine.threads_per_worker,

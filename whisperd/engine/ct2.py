@@ -6,10 +6,12 @@ batch to fill, and batches grow by themselves under load.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
@@ -27,10 +29,10 @@ from whisperd.engine.base import (
     Window,
     WindowFailure,
 )
+from whisperd.engine.encoding import Encode, WindowEncoder, ctranslate2_encoder
 from whisperd.engine.halving import BatchLimit
 from whisperd.engine.lanes import Lanes
-from whisperd.engine.short import frames_of, is_doubtful
-from whisperd.engine.states import Encoder, as_array
+from whisperd.engine.short import ShortWindows, States, frames_of, is_doubtful, may_be_short
 from whisperd.errors import EngineError, OutOfMemory, SourceError
 from whisperd.features import CHUNK_FRAMES, HOP_SAMPLES
 from whisperd.meter import ModelMeter
@@ -38,6 +40,8 @@ from whisperd.tokens import TIMESTAMP_STEP_S, Vocabulary
 
 if TYPE_CHECKING:
     import ctranslate2
+
+log = logging.getLogger(__name__)
 
 DECODER_POSITIONS = 448  # CTranslate2 stops a text at half of it, as openai-whisper does
 ENCODER_STATES_PER_S = 50
@@ -54,7 +58,8 @@ class Ct2Engine:
         vocabulary: the model's tokens.
         batch_size: windows that one worker decodes together.
         workers: batches in flight at the same time.
-        short_windows: encode short audio without the silence that pads it to 30 s; see ``engine.short``.
+        encode: what encodes instead of the model's own encoder.
+        short_windows: where short audio is encoded without the silence that pads it to 30 s; see ``engine.short``.
         meter: told of each batch.
     """
 
@@ -65,11 +70,13 @@ class Ct2Engine:
         *,
         batch_size: int,
         workers: int,
-        short_windows: bool = False,
+        encode: Encode | None = None,
+        short_windows: ShortWindows = "never",
         meter: ModelMeter | None = None,
     ) -> None:
         slots = batch_size * workers
-        self._decode = _Decoder(model, vocabulary, kept=slots, short_windows=short_windows)
+        encoder = WindowEncoder(encode or ctranslate2_encoder(model), model.n_mels, kept=slots)
+        self._decode = _Decoder(model, vocabulary, encoder, short_windows=short_windows)
         self._model = model
         self._meter = meter or ModelMeter()
         self._limit = BatchLimit(batch_size, self._meter)
@@ -78,9 +85,9 @@ class Ct2Engine:
         self._idle_workers = 0
         self._closing = False
         self._changed = threading.Condition()
-        self._finished: SimpleQueue[Outcome] = SimpleQueue()
+        self._finished: SimpleQueue[Sequence[Outcome]] = SimpleQueue()
         self._info = EngineInfo(
-            engine="ctranslate2",
+            engine="ctranslate2" if encode is None else "ctranslate2+openvino",
             device=model.device,
             compute_type=model.compute_type,
             multilingual=vocabulary.multilingual,
@@ -103,7 +110,8 @@ class Ct2Engine:
         batch_size: int,
         workers: int,
         threads_per_worker: int,
-        short_windows: bool = False,
+        encode: Encode | None = None,
+        short_windows: ShortWindows = "never",
         meter: ModelMeter | None = None,
     ) -> Ct2Engine:
         """Opens a CTranslate2 directory on the CPU.
@@ -126,7 +134,15 @@ class Ct2Engine:
             if _is_exhaustion(error):
                 raise OutOfMemory(f"no memory for the model in {path}: {error}") from error
             raise SourceError(f"the model in {path} cannot be loaded: {error}") from error
-        return cls(model, vocabulary, batch_size=batch_size, workers=workers, short_windows=short_windows, meter=meter)
+        return cls(
+            model,
+            vocabulary,
+            batch_size=batch_size,
+            workers=workers,
+            encode=encode,
+            short_windows=short_windows,
+            meter=meter,
+        )
 
     @property
     def info(self) -> EngineInfo:
@@ -150,9 +166,9 @@ class Ct2Engine:
         """Waits at most ``STEP_S`` for a batch to end; returns all that is finished."""
         outcomes: list[Outcome] = []
         try:
-            outcomes.append(self._finished.get(timeout=STEP_S))
+            outcomes.extend(self._finished.get(timeout=STEP_S))
             while True:
-                outcomes.append(self._finished.get_nowait())
+                outcomes.extend(self._finished.get_nowait())
         except Empty:
             pass
         with self._changed:
@@ -175,8 +191,7 @@ class Ct2Engine:
 
     def _work(self) -> None:
         while batch := self._next_batch():
-            for outcome in self._outcomes(batch):
-                self._finished.put(outcome)
+            self._finished.put(self._outcomes(batch))  # all at once: those that come after them make a batch too
 
     def _next_batch(self) -> list[Window]:
         """Waits for windows; an empty batch means that the engine closes."""
@@ -190,42 +205,82 @@ class Ct2Engine:
     def _outcomes(self, batch: list[Window]) -> Sequence[Outcome]:
         started_s = time.monotonic()
         try:
-            outcomes = self._limit.decoded(batch, self._decode)
+            encoded = self._encoded(batch)
+            outcomes = self._limit.decoded(batch, partial(self._decode, encoded=encoded))
         except EngineError as error:
             return [WindowFailure(window_id=window.id, error=error) for window in batch]
         self._meter.batch(len(batch), time.monotonic() - started_s)
         return outcomes
+
+    def _encoded(self, batch: list[Window]) -> dict[int, States]:
+        """The states of each window; what came to wait meanwhile joins ``batch``: a larger one costs little more."""
+        encoded: dict[int, States] = {}
+        try:
+            for window in batch:  # which grows
+                encoded[window.id] = self._decode.encode(window)
+                with self._changed:
+                    batch.extend(self._lanes.join(window, self._limit.now - len(batch)))
+        except OutOfMemory:
+            log.warning("out of memory while encoding")  # the batch will be halved: what lacks is encoded then
+        return encoded
 
 
 class _Decoder:
     """Windows that may share a batch to hypotheses; used by several workers at the same time."""
 
     def __init__(
-        self, model: ctranslate2.models.Whisper, vocabulary: Vocabulary, *, kept: int, short_windows: bool
+        self,
+        model: ctranslate2.models.Whisper,
+        vocabulary: Vocabulary,
+        encoder: WindowEncoder,
+        *,
+        short_windows: ShortWindows = "never",
     ) -> None:
         self._model = model
         self._vocabulary = vocabulary
-        self._encode = Encoder(model, kept=kept)
+        self._encoder = encoder
         self._short_windows = short_windows
         self._language_of = {f"<|{code}|>": code for code in vocabulary.languages}
 
-    def __call__(self, batch: Sequence[Window]) -> list[Hypothesis]:
-        """Raises OutOfMemory or EngineError."""
+    def encode(self, window: Window) -> States:
+        """float32 [1, up to 1500, d_model]; raises OutOfMemory or EngineError."""
         try:
-            return self._decoded_short(batch) if self._short_windows else self._decoded(batch)
+            return self._encoder.short(window) if self._is_short(window) else self._encoder.whole(window)
         except (RuntimeError, ValueError, MemoryError) as error:
             raise _translated(error) from error
 
-    def _decoded_short(self, batch: Sequence[Window]) -> list[Hypothesis]:
-        """Without the silence behind them first; what looks like a loop then, whole."""
-        found = self._decoded(batch, short=True)
+    def __call__(self, batch: Sequence[Window], encoded: dict[int, States]) -> list[Hypothesis]:
+        """``encoded``, what ``encode`` made of windows by id, is used up; raises OutOfMemory or EngineError."""
+        try:
+            return self._without_doubts(batch, self._decoded(batch, self._taken(batch, encoded)))
+        except (RuntimeError, ValueError, MemoryError) as error:
+            raise _translated(error) from error
+
+    def _taken(self, batch: Sequence[Window], encoded: dict[int, States]) -> States:
+        """The batch's states; the rows that they were copied from are freed before anything is decoded."""
+        found = (encoded.pop(window.id, None) for window in batch)
+        pairs = zip(batch, found, strict=True)
+        return self._encoder.together([self.encode(window) if row is None else row for window, row in pairs])
+
+    def _is_short(self, window: Window) -> bool:
+        """Whether the silence behind it is left out; a text that failed is sought in the whole window."""
+        whole = self._short_windows == "never" or frames_of(window) == CHUNK_FRAMES
+        if whole or window.request.temperature > 0.0:
+            return False
+        language = window.request.language if self._vocabulary.multilingual else "en"
+        return may_be_short(self._short_windows, language, self._encoder.width)
+
+    def _without_doubts(self, batch: Sequence[Window], found: list[Hypothesis]) -> list[Hypothesis]:
+        """What looks like a loop or a guess without the silence behind it is decoded again with it."""
         doubtful = [
             (place, window)
             for place, (window, hypothesis) in enumerate(zip(batch, found, strict=True))
-            if frames_of(window) < CHUNK_FRAMES and self._is_doubtful(hypothesis, window)
+            if self._is_short(window) and self._is_doubtful(hypothesis, window)
         ]
         if doubtful:
-            again = self._decoded([window for _, window in doubtful])
+            windows = [window for _, window in doubtful]
+            whole = self._encoder.together([self._encoder.whole(window) for window in windows])
+            again = self._decoded(windows, whole)
             for (place, _), hypothesis in zip(doubtful, again, strict=True):
                 found[place] = hypothesis
         return found
@@ -236,8 +291,10 @@ class _Decoder:
         end_s = max((token - begin for token in hypothesis.tokens if token >= begin), default=0) * TIMESTAMP_STEP_S
         return is_doubtful(text, hypothesis.avg_logprob, end_s, window)
 
-    def _decoded(self, batch: Sequence[Window], *, short: bool = False) -> list[Hypothesis]:
-        encoded = self._encode.short(batch) if short else self._encode.whole(batch)
+    def _decoded(self, batch: Sequence[Window], states: States) -> list[Hypothesis]:
+        import ctranslate2
+
+        encoded = ctranslate2.StorageView.from_array(states)
         languages = self._languages(batch, encoded)
         prompts = [
             self._vocabulary.prefix(window.request.task, language, window.request.prompt_tokens)
@@ -327,7 +384,7 @@ def _hypothesis(window: Window, language: tuple[str, float], result: Any) -> Hyp
 
 
 def _rows(encoded: ctranslate2.StorageView) -> list[NDArray[np.float32]]:
-    states = as_array(encoded)
+    states = np.asarray(encoded)
     return [np.ascontiguousarray(states[index : index + 1]) for index in range(len(states))]
 
 

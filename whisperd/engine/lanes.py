@@ -54,6 +54,21 @@ class Lanes:
         self._passed_over = self._passed_over + 1 if passed else 0
         return taken
 
+    def join(self, first: Window, limit: int) -> list[Window]:
+        """At most ``limit`` windows of the same lane that may still run beside ``first``.
+
+        None where short requests wait for a worker: the sooner this batch ends, the better.
+        """
+        if first.lane != "interactive" and any(window.lane == "interactive" for window in self._waiting):
+            return []
+        fitting = [window for window in self._waiting if _may_join(window, first)][: max(0, limit)]
+        self.drop(frozenset(window.id for window in fitting))
+        return fitting
+
+
+def _may_join(window: Window, first: Window) -> bool:
+    return window.lane == first.lane and batch_key(window.request) == batch_key(first.request)
+
 
 def batch_key(request: DecodeRequest) -> tuple[object, ...]:
     """What must be equal in a batch: one set of options for all, and all prompts start at one position."""

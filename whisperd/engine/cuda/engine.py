@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from whisperd.decoding import compression_ratio
+from whisperd.engine import checkpoint as checkpoints
 from whisperd.engine.base import EngineInfo, Outcome, TokenTime, Window, WindowFailure
-from whisperd.engine.cuda import checkpoint as checkpoints
 from whisperd.engine.cuda import memory
 from whisperd.engine.cuda.attention import FP8
 from whisperd.engine.cuda.jobs import Job, asks_for_beams

@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from whisperd.engine.base import TokenTime
+from whisperd.engine.checkpoint import Checkpoint
 from whisperd.engine.cuda import dtw, memory
 from whisperd.engine.cuda.align import attention_matrix, token_times
 from whisperd.engine.cuda.attention import SlotAttention, gathered
 from whisperd.engine.cuda.beams import Beams
 from whisperd.engine.cuda.caches import Caches
-from whisperd.engine.cuda.checkpoint import Checkpoint
 from whisperd.engine.cuda.graphs import FixedSteps, FixedWindows, recorder
 from whisperd.engine.cuda.mel import DeviceLogMel
 from whisperd.engine.cuda.model import Decoder, Encoder

@@ -11,7 +11,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from whisperd.convert import BLANK_TOKEN, is_ctranslate2, is_huggingface, json_object, tensors
-from whisperd.engine.cuda import ct2file
+from whisperd.engine import ct2file
 from whisperd.errors import SourceError
 
 Tensors = Mapping[str, NDArray[Any]]
