@@ -19,7 +19,6 @@ from tests.test_house import ROOT
 NODE_MIN = 20
 HERE = ROOT / "tests/node"
 README_SOCKET = "/run/whisperd.sock"
-TEXT = "text"
 
 
 def missing() -> str | None:
@@ -88,7 +87,7 @@ def test_stream(found: dict[str, Any]) -> None:
     *deltas, last = found["events"]
     assert {event["type"] for event in deltas} == {"transcript.text.delta"}
     assert last["type"] == "transcript.text.done"
-    assert "".join(event["delta"] for event in deltas) == last[TEXT] == found["json"][TEXT]
+    assert "".join(event["delta"] for event in deltas) == last["text"] == found["json"]["text"]
 
 
 def test_models(found: dict[str, Any]) -> None:
