@@ -31,9 +31,10 @@ import av
 import numpy as np
 import torch
 
-from benchmarks.fairness import ask, daemon, make_long, percentile
+from benchmarks.fairness import make_long, percentile
 from benchmarks.random_whisper import SHAPES, drawn
 from benchmarks.roofline import H200, Device, window_s
+from benchmarks.systems import Whisperd, running
 from whisperd.engine.base import MAX_NEW_TOKENS, DecodeRequest, Hypothesis, Window
 from whisperd.engine.cuda import memory
 from whisperd.engine.cuda.checkpoint import Checkpoint
@@ -321,11 +322,18 @@ def recordings(directory: Path, at_least_s: float) -> Iterator[tuple[str, Path, 
 
 def measure_daemon(device: str, at_least_s: float, n_clients: int) -> None:
     """Real weights and real speech over the socket: several clients with one long file each."""
-    with tempfile.TemporaryDirectory() as name, daemon(Path(name), device) as client:
-        for form, path, duration_s in recordings(Path(name), at_least_s):
+    with tempfile.TemporaryDirectory() as name:
+        daemon = Whisperd(Path(name), device)
+        with running(daemon, SAMPLE):
+            ask_together(daemon, Path(name), at_least_s, n_clients)
+
+
+def ask_together(daemon: Whisperd, directory: Path, at_least_s: float, n_clients: int) -> None:
+    """The same file from all clients at once."""
+    with ThreadPoolExecutor(n_clients) as pool:
+        for form, path, duration_s in recordings(directory, at_least_s):
             started_s = time.perf_counter()
-            with ThreadPoolExecutor(n_clients) as pool:
-                n_windows = sum(count for _, count in pool.map(lambda path: ask(client, path), [path] * n_clients))
+            n_windows = sum(answer.n_windows for answer in pool.map(daemon.ask, [path] * n_clients))
             wall_s = time.perf_counter() - started_s
             print(
                 f"  daemon, tiny.en, {n_clients} x {duration_s:.0f} s of {form}: {n_windows / wall_s:.2f} windows/s, "
