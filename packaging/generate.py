@@ -1,6 +1,7 @@
 """``python packaging/generate.py``: writes the files that follow from the command line and the declared options.
 
-Man pages, shell completions and the whisperd.toml of the package; a test holds them equal to what this makes.
+Man pages, shell completions, and the whisperd.toml that is shipped and that of the package; a test holds them equal to
+what this makes.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ def generated() -> Mapping[Path, str]:
         HERE / "completions/zsh/_whisperd": completion(ZshComplete),
         HERE / "completions/fish/whisperd.fish": completion(FishComplete),
         HERE / "etc/whisperd.toml": render({"cache_dir": CACHE_DIR}),
+        HERE.parent / "whisperd.toml": render(),
     }
 
 

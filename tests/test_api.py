@@ -6,7 +6,9 @@ import asyncio
 import json
 import os
 import re
+import shutil
 import socket
+import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -226,6 +228,73 @@ def test_a_length_over_the_cap_is_refused_before_the_body(whisperd: Daemon) -> N
     assert ": 0 bytes" in whisperd.finished()
 
 
+def answer_to(whisperd: Daemon, *sent: bytes) -> bytes:
+    """What comes back when no more than this is sent."""
+    answer = b""
+    with connected(whisperd) as raw:
+        for piece in sent:
+            raw.sendall(piece)
+        while not answer.endswith(b"}}"):
+            answer += raw.recv(65_536)
+    return answer
+
+
+def test_a_full_queue_is_refused_before_the_body(whisperd: Daemon) -> None:
+    """An upload takes its place with its headers; who finds no place hears it at once, and nothing is asked of him."""
+    whisperd.service.requests_max = 1
+    with connected(whisperd) as slow:
+        slow.sendall(head(900_000) + FILE_PART + b"abc")
+        while not whisperd.service.backlog.n_requests:
+            os.sched_yield()
+        refused = answer_to(whisperd, head(900_000).replace(b"\r\n\r\n", b"\r\nExpect: 100-continue\r\n\r\n"))
+        assert refused.startswith(b"HTTP/1.1 429 ")
+        assert b"retry-after: 2\r\n" in refused
+        assert b'"code":"queue_full"' in refused
+        assert f"POST {URL} 429 " in whisperd.log.next()
+    assert f"POST {URL} 499 " in whisperd.finished()
+    assert not whisperd.service.jobs
+
+
+def test_curl_sends_no_body_to_a_full_queue(whisperd: Daemon, tmp_path: Path) -> None:
+    """curl asks first when it sends much, and takes no for an answer."""
+    curl = shutil.which("curl")
+    if curl is None:
+        pytest.skip("curl is not installed")
+    whisperd.service.requests_max = 1
+    (tmp_path / "large.wav").write_bytes(bytes(2_000_000))
+    command = [curl, "-sS", "--unix-socket", str(whisperd.path), f"http://x{URL}", "-F", f"file=@{tmp_path}/large.wav"]
+    with whisperd.service.backlog.enter(1):
+        done = subprocess.run(
+            [*command, "-w", " %{http_code} %{size_upload}"],
+            capture_output=True, text=True, timeout=PATIENCE_S, check=True,
+        )  # fmt: skip
+    assert '"code":"queue_full"' in done.stdout
+    assert done.stdout.endswith(" 429 0")
+
+
+def test_a_spool_without_room_is_refused_before_the_body(tmp_path: Path) -> None:
+    """What cannot fit is not even begun, whether the budget says so or the disk."""
+    with daemon(tmp_path, upload_bytes=10**18, spool_bytes=10**18) as whisperd:
+        found = answer_to(whisperd, head(10**17))
+        assert found.startswith(b"HTTP/1.1 503 ")
+        assert b'"code":"spool_full"' in found
+        assert b"has room for" in found
+        assert ": 0 bytes" in whisperd.finished()
+        whisperd.app.state.spool.budget_bytes = 10_000_000
+        assert b"fill the spool of 10000000 bytes" in answer_to(whisperd, head(20_000_000))
+        whisperd.finished()
+
+
+def test_an_unknown_model_is_refused_before_the_file(whisperd: Daemon) -> None:
+    """Where the model comes before the file, as most clients send it, the file need not come."""
+    model = BOUNDARY + b'Content-Disposition: form-data; name="model"\r\n\r\nnope\r\n'
+    found = answer_to(whisperd, head(900_000), model + FILE_PART)
+    assert found.startswith(b"HTTP/1.1 404 ")
+    assert b'"param":"model"' in found
+    whisperd.finished()
+    assert not whisperd.service.jobs
+
+
 def test_a_full_spool(tmp_path: Path) -> None:
     """Uploads share one budget; what does not fit is told to come back."""
     with daemon(tmp_path, spool_bytes=10) as whisperd, client_of(whisperd.path) as client:
@@ -290,6 +359,14 @@ def test_an_unexpected_exception(client: httpx2.Client, whisperd: Daemon) -> Non
     whisperd.finished()
 
 
+@pytest.mark.parametrize("fields", [{}, {"stream": "true"}])
+def test_the_device_is_told(client: httpx2.Client, fields: dict[str, str]) -> None:
+    """Each transcript's header says where its model computes; nothing else has that header."""
+    response = client.post(URL, files=[AUDIO], data=fields)
+    assert response.headers["x-whisperd-device"] == "cpu (fallback)"
+    assert "x-whisperd-device" not in client.get("/livez").headers
+
+
 @pytest.mark.parametrize(("given", "kept"), [("abc 123", True), ("x" * 129, False), ("a\tb", False)])
 def test_request_ids(client: httpx2.Client, given: str, kept: bool) -> None:
     """A client's own id is used when it is short and printable, else one is made."""
@@ -348,8 +425,8 @@ def test_a_deadline(client: httpx2.Client, whisperd: Daemon, stream: str) -> Non
     """Work that is not done in the time that its request gave it is cancelled."""
     whisperd.service.waits_first = True
     response = client.post(URL, files=[AUDIO], data={"timeout": "0.1", "stream": stream})
-    assert (response.status_code, error_of(response)["code"]) == (499, "cancelled")
-    assert "in the 0.1 s" in error_of(response)["message"]
+    assert (response.status_code, error_of(response)["code"]) == (504, "deadline_exceeded")
+    assert "in the 0.1 s that the request gave it" in error_of(response)["message"]
     assert whisperd.service.cancelled.is_set()
     whisperd.finished()
 
@@ -450,7 +527,7 @@ def received(chunks: Sequence[bytes], spool: Spool) -> Upload:
 
     headers = [(b"content-type", b"multipart/form-data; boundary=x")]
     request = Request({"type": "http", "method": "POST", "headers": headers}, receive)
-    return asyncio.run(receive_upload(request, spool, Pace(idle_s=PATIENCE_S)))
+    return asyncio.run(receive_upload(request, spool, Pace(idle_s=PATIENCE_S), lambda _: None))
 
 
 @given(st.binary(min_size=1, max_size=60), st.lists(st.integers(1, 40), max_size=8))
@@ -477,6 +554,44 @@ def test_node_sends_the_file_first(client: httpx2.Client, whisperd: Daemon) -> N
     assert client.post(URL, files=[AUDIO, *parts]).json()["text"] == TEXT
     job = whisperd.service.jobs[0]
     assert (job.model, job.chunking.vad_filter) == ("whisper-1", True)
+
+
+FREE = {"model", "prompt", "keywords", "hotwords"}  # any text is one
+
+
+@pytest.mark.parametrize("name", sorted(set(FIELDS) - FREE))
+def test_an_unknown_value_is_refused_with_its_field(client: httpx2.Client, whisperd: Daemon, name: str) -> None:
+    """Whatever the field, a value that it does not have is a 400 that names it as the client has spelled it."""
+    for spelled in (name, f"{name}[]"):
+        response = client.post(URL, files=[AUDIO], data={spelled: "no such value"})
+        assert response.status_code == 400, spelled
+        assert error_of(response)["param"] == spelled
+    assert not whisperd.service.jobs
+
+
+ARRAYS = {
+    "timestamp_granularities": ("word", "segment"),
+    "include": ("logprobs",),
+    "languages": ("de", "fr"),
+    "keywords": ("PBX", "Zoë"),
+}
+
+
+def test_arrays_in_both_spellings_and_parts_in_both_orders(client: httpx2.Client, whisperd: Daemon) -> None:
+    """Python sends the file last, Node first, curl users leave out the brackets: the same job comes of all of them."""
+    assert set(ARRAYS) == {name for name, field in FIELDS.items() if field.array}
+    for name, values in ARRAYS.items():
+        response_format = "json" if name == "include" else "verbose_json"
+        found = []
+        for spelled in (name, f"{name}[]"):
+            fields = [(spelled, (None, value.encode())) for value in values]
+            fields.append(("response_format", (None, response_format.encode())))
+            for parts in ([AUDIO, *fields], [*fields, AUDIO]):
+                assert client.post(URL, files=parts).status_code == 200
+                job = whisperd.service.jobs[-1]
+                found.append((job.options, job.chunking, job.model, whisperd.service.audio[-1]))
+        assert found == found[:1] * 4
+        assert found[0][0] != Options(), name
 
 
 def test_reload(client: httpx2.Client, whisperd: Daemon) -> None:

@@ -31,6 +31,11 @@ class BacklogMachine(RuleBasedStateMachine):
             self.retry_after_s = error.retry_after_s
             assert len(self.places) == REQUESTS_MAX
 
+    @rule(data=st.data())
+    def begin(self, data: st.DataObject) -> None:
+        if self.places:
+            data.draw(st.sampled_from(self.places)).begin()
+
     @rule(data=st.data(), total_s=st.floats(0.1, 150))
     def announce(self, data: st.DataObject, total_s: float) -> None:
         if self.places:
@@ -73,8 +78,10 @@ def test_the_time_to_come_back_follows_the_speed() -> None:
     now_s = 0.0
     backlog = Backlog(lambda: now_s)
     first = backlog.enter(9)
+    now_s = 100.0  # how long an upload takes says nothing of the daemon
+    first.begin()
     first.announce(1000, 1000)
-    now_s = 10.0
+    now_s = 110.0
     first.progress(500)
     with pytest.raises(QueueFull, match=r"500 s of audio wait already and this is 600 s more") as caught:
         backlog.enter(9).announce(600, 1000)

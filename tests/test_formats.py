@@ -82,6 +82,40 @@ def test_subtitles_have_one_cue_per_spoken_segment(transcript: Transcript) -> No
         assert all(sum(map(bool, CUE.findall(cue))) == 1 for cue in cues)
 
 
+def read_ms(text: str) -> list[tuple[int, int]]:
+    """The times of all cues as a player reads them."""
+    times = re.compile(r"(\d+):(\d\d):(\d\d)[.,](\d{3})")
+    found = [times.findall(line) for line in text.splitlines() if CUE.fullmatch(line)]
+    return [
+        (start, end)
+        for start, end in (
+            [((int(h) * 60 + int(m)) * 60 + int(s)) * 1000 + int(ms) for h, m, s, ms in pair] for pair in found
+        )
+    ]
+
+
+times_s = st.one_of(
+    st.floats(0, 400_000), st.sampled_from([59.9996, 3599.9995, 3599.9994, 3600.0, 3700.0, 86_399.9999, 359_999.9999])
+)
+
+
+@given(st.lists(st.tuples(times_s, times_s), max_size=4))
+def test_times_parse_back(pairs: list[tuple[float, float]]) -> None:
+    """Past one hour, past a day and at every edge of rounding, all formats give the same whole milliseconds."""
+    whole = replace(TRANSCRIPT, segments=tuple(segment(start_s, end_s, " word") for start_s, end_s in pairs))
+    expected = [(round(start_s * 1000), round(end_s * 1000)) for start_s, end_s in pairs]
+    rows = [tuple(map(int, row.split("\t")[:2])) for row in formats.tsv(whole).splitlines()[1:]]
+    assert read_ms(formats.srt(whole)) == read_ms(formats.vtt(whole)) == rows == expected
+
+
+def test_one_hour_one_minute_forty() -> None:
+    """3700 s."""
+    late = replace(TRANSCRIPT, segments=(segment(3700, 3701.5, " late"),))
+    assert formats.srt(late) == "1\n01:01:40,000 --> 01:01:41,500\nlate\n\n"
+    assert formats.vtt(late) == "WEBVTT\n\n01:01:40.000 --> 01:01:41.500\nlate\n\n"
+    assert formats.tsv(late) == "start\tend\ttext\n3700000\t3701500\tlate\n"
+
+
 @given(transcripts())
 def test_tables_and_lines_have_one_row_per_spoken_segment(transcript: Transcript) -> None:
     """txt has a line and tsv a row of three columns for each segment that says something."""

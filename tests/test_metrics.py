@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,7 +28,9 @@ FIGURES = Figures(
     spool_bytes=1000,
     spool_files=1,
     models=(
-        ModelFigures(name="a/b", device="cpu", compute_type="int8", loaded=True, waiting=3, running=4),
+        ModelFigures(
+            name="a/b", revision="f" * 40, device="cpu", compute_type="int8", loaded=True, waiting=3, running=4
+        ),
         ModelFigures(name="c"),
     ),
 )
@@ -51,6 +54,10 @@ def metrics() -> Metrics:
     metrics.transcribed("a/b", TRANSCRIPT, 0.5)
     metrics.loaded("a/b", 1.5, again=True)
     metrics.reloaded(ok=False)
+    metrics.spoken("ok", 0.4)
+    metrics.spoken("queue_full", 0.0)
+    metrics.reconciled("ok", 2.0, {"a/b": 1000})
+    metrics.reconciled("failed", 1.0)
     return metrics
 
 
@@ -69,7 +76,17 @@ def test_everything_is_counted(metrics: Metrics) -> None:
     expected = {
         ("whisperd_http_requests_total", "/v1/audio/transcriptions", "POST", "200"): 1,
         ("whisperd_http_request_duration_seconds_sum", "/v1/audio/transcriptions"): 2.0,
-        ("whisperd_requests_rejected_total", "queue_full"): 1,
+        ("whisperd_requests_rejected_total", "queue_full"): 2,
+        ("whisperd_wyoming_requests_total", "ok"): 1,
+        ("whisperd_wyoming_requests_total", "queue_full"): 1,
+        ("whisperd_wyoming_latency_seconds_count",): 1,
+        ("whisperd_reconcile_runs_total", "ok"): 1,
+        ("whisperd_reconcile_runs_total", "failed"): 1,
+        ("whisperd_reconcile_runs_total", "cancelled"): 0,
+        ("whisperd_reconcile_duration_seconds_sum",): 3.0,
+        ("whisperd_reconcile_last_run_successful",): 0,
+        ("whisperd_model_download_bytes_total", "a/b"): 1000,
+        ("whisperd_model_info", "a/b", "f" * 40): 1,
         ("whisperd_requests_rejected_total", "draining"): 0,
         ("whisperd_requests_cancelled_total",): 1,
         ("whisperd_batch_size_bucket", "a/b", "1.0"): 1,
@@ -96,6 +113,7 @@ def test_everything_is_counted(metrics: Metrics) -> None:
     }
     assert {key: found.get((key[0], *sorted(key[1:]))) for key in expected} == expected
     assert found["process_resident_memory_bytes",] > 1e6
+    assert time.time() - found["whisperd_reconcile_last_success_timestamp_seconds",] < 60
 
 
 def test_models_that_went_away_are_gone(metrics: Metrics) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from tests.engine import openers
 from tests.fakes import FakeEngine
 from tests.speech import silence
 from whisperd.config import Config, ModelTable
@@ -14,10 +16,11 @@ from whisperd.config.options import LimitsTable
 from whisperd.daemon.loading import load, smaller
 from whisperd.daemon.memory import weights_bytes
 from whisperd.daemon.models import Loader
-from whisperd.daemon.registry import Registry
+from whisperd.daemon.registry import Registry, Served
 from whisperd.engine import EngineSettings
 from whisperd.engine.base import DecodeRequest, Engine
-from whisperd.errors import EngineError, ModelLoading, OutOfMemory, SourceError
+from whisperd.engine.child import ChildEngine
+from whisperd.errors import EngineError, ModelLoading, ModelNotFound, OutOfMemory, SourceError
 from whisperd.meter import ModelMeter, Stage
 from whisperd.metrics import Metrics
 from whisperd.tokens import Vocabulary
@@ -192,6 +195,32 @@ def test_no_room_for_the_batch(snapshot: Path, tmp_path: Path, detector: SpeechD
     with pytest.raises(OutOfMemory):
         load("x", snapshot, settings, tmp_path, detector, Halvings(), opener)
     assert all(engine.closed for engine in opened)
+
+
+def test_openais_names_mean_the_default_model() -> None:
+    """Unless somebody declares one of them; others are told what there is."""
+    served = Served(names=("mine", "other"), aliases={"gpt-4o-transcribe": "other"})
+    for name in ("whisper-1", "gpt-transcribe", "gpt-4o-mini-transcribe", "gpt-4o-mini-transcribe-2025-12-15", None):
+        assert served.resolve(name) == "mine"
+    assert served.resolve("gpt-4o-transcribe") == "other"
+    with pytest.raises(ModelNotFound, match="this daemon has: mine, other, gpt-4o-transcribe"):
+        served.resolve("gpt-5")
+
+
+def test_no_room_in_a_process_of_its_own(snapshot: Path, tmp_path: Path, detector: SpeechDetector) -> None:
+    """What the memory does not hold there is halved from here, and counted here."""
+
+    def opener(path: Path, _: Vocabulary, settings: EngineSettings, __: Path, meter: ModelMeter) -> Engine:
+        there = partial(openers.ct2_in_little_room, path, settings.batch_size, 2)
+        return ChildEngine(there, stall_timeout_s=60, meter=meter)
+
+    meter = Halvings()
+    model = load("x", snapshot, EngineSettings(batch_size=8), tmp_path, detector, meter, opener)
+    try:
+        assert (model.batcher.info.slots, meter.stages) == (2, ["load", "load"])
+        assert model.batcher.info.pid is not None
+    finally:
+        model.batcher.close()
 
 
 def test_smaller() -> None:

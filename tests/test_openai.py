@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -111,7 +112,7 @@ def test_models(client: OpenAI) -> None:
     assert [model.id for model in client.models.list()] == [MODEL, "local"]
     assert client.models.retrieve(MODEL).owned_by == "openai"
     assert client.models.retrieve("whisper-1").id == MODEL
-    with pytest.raises(openai.NotFoundError, match="no model 'gone' is declared here"):
+    with pytest.raises(openai.NotFoundError, match="no model 'gone' is served here"):
         client.models.retrieve("gone")
 
 
@@ -158,6 +159,45 @@ def test_errors_by_class(client: OpenAI, whisperd: Daemon) -> None:
     with pytest.raises(openai.InternalServerError, match="loading") as loading:
         client.audio.transcriptions.create(file=AUDIO, model="whisper-1")
     assert (loading.value.status_code, loading.value.code) == (503, "model_loading")
+
+
+def test_a_request_ends_with_the_patience_of_its_client(client: OpenAI, whisperd: Daemon) -> None:
+    """Shortly before the SDK would give up and send the file again, it hears that this is final; a stream goes on."""
+    create = client.with_options(max_retries=2).audio.transcriptions.create
+    sent = client.audio.transcriptions.with_raw_response.create(file=AUDIO, model="whisper-1").http_request.headers
+    assert float(sent["x-stainless-read-timeout"]) == PATIENCE_S
+    whisperd.finished()
+    whisperd.service.jobs.clear()
+    whisperd.service.waits_first = True
+    hint = {"x-stainless-read-timeout": "0.1"}
+    with pytest.raises(openai.InternalServerError, match="stream=true") as caught:
+        create(file=AUDIO, model="whisper-1", extra_headers=hint)
+    assert (caught.value.status_code, caught.value.code) == (504, "deadline_exceeded")
+    assert whisperd.service.cancelled.is_set()
+    assert len(whisperd.service.jobs) == 1
+    whisperd.finished()
+    whisperd.service.waits_first, whisperd.service.waits_last = False, True
+    events = create(file=AUDIO, model="whisper-1", stream=True, extra_headers=hint)
+    first = next(iter(events))
+    assert first.type == "transcript.text.delta"
+    whisperd.service.release()
+    assert list(events)[-1].type == "transcript.text.done"
+
+
+def test_a_large_upload_to_a_full_queue(client: OpenAI, whisperd: Daemon) -> None:
+    """The SDK hears of the full queue before it has sent everything, and comes back when there is room."""
+    large = ("talk.wav", bytes(900_000))
+    create = client.with_options(max_retries=5).audio.transcriptions.create
+    whisperd.service.requests_max = 1
+    seat = whisperd.service.backlog.enter(1)
+    with pytest.raises(openai.RateLimitError) as caught:
+        client.audio.transcriptions.create(file=large, model="whisper-1")
+    assert caught.value.code == "queue_full"
+    assert not whisperd.service.jobs
+    freed = threading.Timer(0.2, seat.leave)
+    freed.start()
+    assert create(file=large, model="whisper-1").text == TEXT
+    freed.join()
 
 
 def test_the_sdk_retries_what_passes(client: OpenAI, whisperd: Daemon) -> None:

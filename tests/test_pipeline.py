@@ -6,13 +6,14 @@ import io
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from tests.fakes import FakeEngine, Script, written
-from tests.speech import Clip, Samples, noise, plain, silence, wav
+from tests.speech import Clip, Samples, music, noise, plain, silence, wav
 from whisperd.batcher import Batcher, Ticket
 from whisperd.decoding import Options
 from whisperd.engine.base import DecodeRequest, Hypothesis, Window
@@ -119,6 +120,39 @@ def test_every_sample_reaches_the_engine(
     assert np.abs(np.concatenate(windows) - samples).max() < 1e-4
 
 
+def test_a_text_that_was_broken_off_is_retried(
+    faked: Callable[[Script], tuple[FakeEngine, LoadedModel]], vocabulary: Vocabulary, clips: dict[str, Clip]
+) -> None:
+    """The engine says that it looped, whatever its figures are; engines are told which threshold holds."""
+
+    def script(window: Window) -> Hypothesis:
+        return replace(written(vocabulary, window, " hello"), looped=window.request.temperature < 0.4)
+
+    engine, model = faked(script)
+    found = transcribe(model, clips["monkeys"].samples(), Options(compression_ratio_threshold=2.0))
+    assert [window.request.temperature for window in engine.seen] == [0.0, 0.2, 0.4]
+    assert {window.request.compression_ratio_threshold for window in engine.seen} == {2.0}
+    assert found.windows.retried == 2
+
+
+def test_a_retry_says_whose_audio_it_is(
+    faked: Callable[[Script], tuple[FakeEngine, LoadedModel]], vocabulary: Vocabulary, clips: dict[str, Clip]
+) -> None:
+    """All decodings of one window name its first one; another window has another name."""
+
+    def script(window: Window) -> Hypothesis:
+        good = window.request.temperature >= 0.4
+        return written(vocabulary, window, " hello", avg_logprob=-0.2 if good else -2.0)
+
+    engine, model = faked(script)
+    transcribe(model, ending_with_marker(clips, 40.0), cutting=CutOptions(skip_silence=False))
+    ids: dict[int | None, list[int]] = {}
+    for window in engine.seen:
+        ids.setdefault(window.audio, []).append(window.id)
+    assert [len(found) for found in ids.values()] == [3, 3]
+    assert all(min(found) == audio for audio, found in ids.items())
+
+
 @pytest.mark.parametrize(
     "sound",
     [
@@ -129,11 +163,25 @@ def test_every_sample_reaches_the_engine(
         noise(35.0, level=0.05),
         noise(10.0, level=0.5),
         np.sin(2 * np.pi * 50 * np.arange(160_000) / SAMPLE_RATE_HZ).astype(np.float32) * 0.3,
+        silence(60.0),
+        noise(60.0, level=0.1),
+        music(60.0),
     ],
-    ids=["blink", "silence", "long silence", "hiss", "noise", "loud noise", "hum"],
+    ids=[
+        "blink",
+        "silence",
+        "long silence",
+        "hiss",
+        "noise",
+        "loud noise",
+        "hum",
+        "60 s silence",
+        "60 s noise",
+        "60 s music",
+    ],
 )
 def test_no_invention(tiny: LoadedModel, sound: Samples) -> None:
-    """Silence and noise give no text."""
+    """Silence, noise and music give no text."""
     assert transcribe(tiny, sound).text == ""
 
 
@@ -341,7 +389,9 @@ def test_halved_batches_are_counted(vocabulary: Vocabulary, detector: SpeechDete
     class Counting(Batcher):
         n_windows = 0
 
-        def enqueue(self, ticket: Ticket, samples: NDArray[np.float32], request: DecodeRequest, *, again: bool) -> int:
+        def enqueue(
+            self, ticket: Ticket, samples: NDArray[np.float32], request: DecodeRequest, *, again: int | None
+        ) -> int:
             self.n_windows += 1
             if self.n_windows == 4:
                 queued.set()

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from whisperd.segmentation import FRAME_SAMPLES, WINDOW_FRAMES, Cut, CutOptions, Cutter, join_runs, speech_runs
+from whisperd.transcript import SAMPLE_RATE_HZ
 
 WINDOW_SAMPLES = WINDOW_FRAMES * FRAME_SAMPLES
 
@@ -78,6 +79,33 @@ def test_needed_samples_never_move_back_or_past_a_cut(frames: np.ndarray) -> Non
         assert all(cut.span.start_samples >= needed for cut in cuts)
         assert cutter.needed_from_samples >= needed
         needed = cutter.needed_from_samples
+
+
+def ending_with_speech(duration_s: float, pattern: str) -> tuple[np.ndarray, int]:
+    """Frames of audio of this length whose last half second is speech, and its samples."""
+    n_samples = round(duration_s * SAMPLE_RATE_HZ)
+    n_frames = -(-n_samples // FRAME_SAMPLES)
+    seconds = np.arange(n_frames) * FRAME_SAMPLES / SAMPLE_RATE_HZ
+    talking = {"talk": seconds >= 0, "silence": seconds < 0, "sentences": seconds % 7 < 5}[pattern]
+    frames = np.where(talking, 0.95, 0.02).astype(np.float32)
+    frames[(n_samples - SAMPLE_RATE_HZ // 2) // FRAME_SAMPLES :] = 0.95
+    return frames, n_samples
+
+
+@pytest.mark.parametrize("pattern", ["talk", "silence", "sentences"])
+@pytest.mark.parametrize("skip", [True, False])
+def test_the_last_half_second_of_any_length(pattern: str, skip: bool) -> None:
+    """From 29.9 to 125 s in steps of 0.1 s, whatever came before: each of its samples lies in exactly one window."""
+    for tenths in range(299, 1251):
+        frames, n_samples = ending_with_speech(tenths / 10, pattern)
+        cutter = Cutter(CutOptions(skip_silence=skip))
+        cuts = cutter.feed(frames) + cutter.finish(n_samples)
+        left = n_samples - SAMPLE_RATE_HZ // 2
+        for cut in cuts:
+            assert 0 < cut.span.end_samples - cut.span.start_samples <= WINDOW_SAMPLES
+            if cut.span.start_samples <= left < cut.span.end_samples:
+                left = cut.span.end_samples
+        assert left == n_samples, f"{tenths / 10} s: the last {n_samples - left} samples are in no window"
 
 
 def test_a_pause_in_the_last_third_is_where_a_long_talk_is_cut() -> None:

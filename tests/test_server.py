@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import socket
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,9 @@ import pytest
 
 from tests.service_fake import PATIENCE_S, serving
 from whisperd.errors import ConfigError, UsageError
-from whisperd.server import Server, ServerSettings, bind_unix, inherited_sockets
+from whisperd.meter import HttpMeter
+from whisperd.server import Server, ServerSettings
+from whisperd.sockets import bind_unix, inherited_sockets
 
 REQUEST = b"GET / HTTP/1.1\r\nHost: whisperd\r\n\r\n"
 
@@ -287,15 +291,123 @@ def test_nothing_is_inherited_by_mistake(environ: dict[str, str]) -> None:
     assert environ == {}
 
 
+class Counted(HttpMeter):
+    def __init__(self) -> None:
+        self.codes: list[str] = []
+
+    def rejected(self, code: str) -> None:
+        self.codes.append(code)
+
+
+LONG = b"x" * 1000
+WHOLE_LONG_HEAD = REQUEST[:-2] + b"".join(b"A%d: %b\r\n" % (number, LONG) for number in range(70)) + b"\r\n"
+
+
+@pytest.mark.parametrize(
+    ("sent", "status", "code"),
+    [
+        (b"GARBAGE\r\n\r\n", b"400 Bad Request", "malformed_request"),
+        (b"GET / HTTP/1.1\r\nno colon\r\n\r\n", b"400 Bad Request", "malformed_request"),
+        (b"GET / HTTP/9.9\r\n\r\n", b"400 Bad Request", "malformed_request"),
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", b"400 Bad Request", "malformed_request"),
+        (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"400 Bad Request", "malformed_request"),
+        (WHOLE_LONG_HEAD, b"431 Request Header Fields Too Large", "headers_too_long"),
+        (b"GET /" + b"x" * 70_000 + b" HTTP/1.1\r\n\r\n", b"431 Request Header Fields Too Large", "headers_too_long"),
+        (b"GET / HTTP/1.1\r\nA: " + b"x" * 300_000, b"431 Request Header Fields Too Large", "headers_too_long"),
+        (REQUEST + b"GARBAGE\r\n\r\n", b"", "malformed_request"),
+    ],
+)
+def test_what_is_no_request(tmp_path: Path, sent: bytes, status: bytes, code: str) -> None:
+    """It is answered in the envelope of errors and counted, and the connection ends."""
+    path, meter = tmp_path / "whisperd.sock", Counted()
+    with serving(App(), path, meter=meter), connected(path) as raw:
+        raw.sendall(sent)
+        raw.shutdown(socket.SHUT_WR)
+        answer = until_closed(raw)
+    assert meter.codes == [code]
+    if status:
+        head, _, body = answer.partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 " + status + b"\r\n")
+        assert f"content-length: {len(body)}".encode() in head
+        assert json.loads(body)["error"]["code"] == code
+
+
+def test_heads_of_the_allowed_length(tmp_path: Path) -> None:
+    """Many requests on one connection, long heads and bodies that arrive together with the next head are all fine."""
+    path, meter = tmp_path / "whisperd.sock", Counted()
+    long = REQUEST[:-2] + b"A: " + b"x" * 60_000 + b"\r\n\r\n"
+    post = b"POST / HTTP/1.1\r\nHost: whisperd\r\nContent-Length: 200000\r\n\r\n" + bytes(200_000)
+    sent = REQUEST * 3 + long * 3 + post + REQUEST + post + long
+    with serving(App(), path, meter=meter), connected(path) as raw:
+        sending = threading.Thread(target=raw.sendall, args=(sent,))
+        sending.start()
+        answer = b""
+        while answer.count(b"200 OK") < 10:
+            piece = raw.recv(65_536)
+            assert piece, answer
+            answer += piece
+        sending.join()
+    assert meter.codes == []
+
+
+RIVAL = textwrap.dedent("""
+    import sys, time
+    from pathlib import Path
+    from whisperd.errors import UsageError
+    from whisperd.sockets import bind_unix
+    held = []
+    for line in sys.stdin:
+        path, start_s = line.split()
+        while time.monotonic() < float(start_s):
+            pass
+        try:
+            held.append(bind_unix(Path(path), mode=0o600, group=None))
+            print("bound", flush=True)
+        except UsageError as error:
+            print(error, flush=True)
+""")
+
+
+def test_two_daemons_at_the_same_moment(tmp_path: Path) -> None:
+    """Of several processes that find the same dead socket exactly one gets it, and it is the one that answers."""
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with contextlib.ExitStack() as stack:
+        rivals = [
+            stack.enter_context(
+                subprocess.Popen(
+                    [sys.executable, "-c", RIVAL], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environ
+                )
+            )
+            for _ in range(4)
+        ]
+        for number in range(150):
+            path = tmp_path / f"{number}.sock"
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as dead:
+                dead.bind(str(path))
+            start_s = time.monotonic() + 0.005
+            for rival in rivals:
+                assert rival.stdin is not None
+                rival.stdin.write(f"{path} {start_s}\n")
+                rival.stdin.flush()
+            said = [rival.stdout.readline().strip() for rival in rivals if rival.stdout is not None]
+            assert said.count("bound") == 1, said
+            assert sum("another daemon listens" in line for line in said) == len(rivals) - 1, said
+            connected(path).close()
+        for rival in rivals:
+            rival.communicate(timeout=PATIENCE_S)
+
+
 CHILD = textwrap.dedent("""
     import os, socket, sys
     from whisperd.errors import ConfigError
-    from whisperd.server import inherited_sockets
+    from whisperd.sockets import inherited_sockets
     os.environ["LISTEN_PID"] = str(os.getpid())
     try:
-        (found,) = inherited_sockets(os.environ)
+        (passed,) = inherited_sockets(os.environ)
     except ConfigError as error:
         sys.exit(str(error))
+    found = passed.socket
+    assert passed.name == "http"
     assert "LISTEN_FDS" not in os.environ and not found.get_inheritable() and found.fileno() == 3
     with found.accept()[0] as connection:
         connection.sendall(b"inherited")

@@ -23,6 +23,7 @@ from whisperd.errors import EngineError, QueueFull
 from whisperd.metrics import Metrics
 from whisperd.pipeline import LoadedModel
 from whisperd.tokens import Vocabulary
+from whisperd.transcript import Transcript
 from whisperd.vad import SpeechDetector
 
 
@@ -53,6 +54,7 @@ class House:
     def service(self, *overrides: str) -> Iterator[DaemonService]:
         loaded = load(Path("/dev/null"), overrides, environ={}, cwd=Path("/"))
         state = State(loaded=loaded, cache_dir="/nowhere")
+        state.become("ready")
         service = DaemonService(
             state, self.registry, Metrics(), load_one=self.load_one, reload=self.nothing, reconcile=self.no_order
         )
@@ -69,6 +71,12 @@ Builder = Callable[..., House]
 @pytest.fixture
 def house(vocabulary: Vocabulary, detector: SpeechDetector) -> Builder:
     return lambda *scripts: House(vocabulary, detector, iter(scripts))
+
+
+async def transcribed(service: DaemonService, clip: Clip) -> Transcript:
+    """A request as the HTTP interface makes it."""
+    with await service.admitted() as seat:
+        return await service.transcribe(job(clip, seat=seat))
 
 
 def job(clip: Clip, **changes: Any) -> Job:
@@ -88,8 +96,8 @@ def test_a_request_survives_a_dead_engine(house: Builder, clips: dict[str, Clip]
     with found.service() as service:
 
         async def both() -> list[str]:
-            first = await service.transcribe(job(clips["monkeys"]))
-            return [first.text, (await service.transcribe(job(clips["monkeys"]))).text]
+            first = await transcribed(service, clips["monkeys"])
+            return [first.text, (await transcribed(service, clips["monkeys"])).text]
 
         assert asyncio.run(both()) == ["hello", "hello"]
         requests = service.status()["requests"]
@@ -102,7 +110,7 @@ def test_an_engine_that_dies_again(house: Builder, clips: dict[str, Clip]) -> No
     """A request is begun again once; then its client hears what happened."""
     found = house(dies, dies)
     with found.service() as service, pytest.raises(EngineError, match="the device is gone"):
-        asyncio.run(service.transcribe(job(clips["monkeys"])))
+        asyncio.run(transcribed(service, clips["monkeys"]))
     assert found.loads == 2
 
 
@@ -110,7 +118,7 @@ def test_a_failed_window_is_not_a_dead_engine(house: Builder, clips: dict[str, C
     """What fails by itself would fail again: no second attempt."""
     found = house(lambda _: RuntimeError("boom"))
     with found.service() as service, pytest.raises(EngineError, match="boom"):
-        asyncio.run(service.transcribe(job(clips["monkeys"])))
+        asyncio.run(transcribed(service, clips["monkeys"]))
     assert found.loads == 1
 
 
@@ -120,7 +128,7 @@ def test_the_queue_is_bounded(house: Builder, clips: dict[str, Clip], vocabulary
     with found.service("limits.queue_audio_s=75", "limits.requests=2") as service:
 
         async def run() -> list[Any]:
-            jobs = [service.transcribe(job(clips["instruct"])) for _ in range(3)]
+            jobs = [transcribed(service, clips["instruct"]) for _ in range(3)]
             return await asyncio.gather(*jobs, return_exceptions=True)
 
         answers = asyncio.run(run())

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from tests.fakes import FakeEngine
+from whisperd.batcher import Batcher
 from whisperd.config import load
 from whisperd.daemon.registry import Registry, Served
 from whisperd.daemon.service import State
 from whisperd.daemon.supervision import Supervision, status_line
+from whisperd.engine.base import DecodeRequest, Hypothesis, Window
 from whisperd.notify import Notifier
 from whisperd.pipeline import LoadedModel
 from whisperd.reconcile import Progress
@@ -82,6 +88,31 @@ def test_every_download_is_on_the_line(systemd: socket.socket, state: State) -> 
         supervision.fetching_ended()
         supervision.tell()
         assert received(systemd)[-1] == "STATUS=starting"
+
+
+@pytest.mark.parametrize(("pid", "alive"), [(None, False), (4711, True)], ids=["inside", "own process"])
+def test_who_is_restarted(
+    systemd: socket.socket, state: State, tiny: LoadedModel, pid: int | None, alive: bool
+) -> None:
+    """An engine that stands still inside the daemon ends the sign of life; one in its own process is replaced."""
+    gate, begun = threading.Event(), threading.Event()
+
+    def stands_still(_: Window) -> Hypothesis:
+        begun.set()
+        assert gate.wait(60)
+        raise AssertionError
+
+    engine = FakeEngine(tiny.vocabulary, stands_still)
+    engine.info = replace(engine.info, pid=pid)
+    batcher, registry = Batcher(engine, name="x"), Registry()
+    registry.swap(Served(names=("x",), models={"x": replace(tiny, name="x", batcher=batcher)}))
+    with closing(Notifier({"NOTIFY_SOCKET": systemd.getsockname()})) as notifier:
+        supervision = Supervision(notifier, state, registry, engine_stall_s=0.0)
+        batcher.ticket().submit(np.zeros(16, np.float32), DecodeRequest())
+        assert begun.wait(60)
+        assert supervision._alive() is alive
+    gate.set()
+    registry.close()
 
 
 def test_the_line(state: State, tiny: LoadedModel) -> None:

@@ -19,7 +19,8 @@ def multilingual(snapshot: Path, target: Path) -> Vocabulary:
     tokenizer = json.loads((snapshot / "tokenizer.json").read_text(encoding="utf-8"))
     for token in tokenizer["added_tokens"]:
         token["id"] += 1
-    tokenizer["model"]["vocab"]["<|one more|>"] = 50256
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["<|one more|>"] = vocabulary.pop("<|endoftext|>")
     tokenizer["post_processor"] = None
     (target / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
     (target / "config.json").write_text('{"vocab_size": 51865}')

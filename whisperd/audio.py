@@ -13,6 +13,7 @@ from whisperd.errors import AudioError, AudioTooLong
 from whisperd.transcript import SAMPLE_RATE_HZ
 
 if TYPE_CHECKING:
+    from av.audio.fifo import AudioFifo
     from av.audio.frame import AudioFrame
     from av.audio.resampler import AudioResampler
     from av.container import InputContainer
@@ -98,22 +99,37 @@ def _decoded(file: BinaryIO, label: str) -> Iterator[Samples]:
 
 
 def _frames(container: InputContainer, broken: type[Exception]) -> Iterator[AudioFrame]:
-    """Frames of the first audio stream; damaged packets are skipped, a damaged end is the end."""
-    n_bad = 0
+    """The first audio stream in frames of about a second; damaged packets are skipped, a damaged end is the end.
+
+    Packets are many and small, and what Python does for each it does for one request at a time: hence so little.
+    """
+    from av.audio.fifo import AudioFifo
+
+    fifo, n_bad = AudioFifo(), 0
     packets = container.demux(container.streams.audio[0])
     while n_bad <= MAX_BAD_PACKETS:
         try:
-            yield from next(packets).decode()
-        except StopIteration:
-            return
+            for packet in packets:
+                for frame in packet.decode():
+                    frame.pts = None  # gaps and jumps in a file's clock must not stop the resampler
+                    fifo.write(frame)
+                if fifo.samples >= SAMPLE_RATE_HZ:
+                    yield from _read(fifo)
+            break
         except (broken, EOFError):
             n_bad += 1
+    yield from _read(fifo)
+
+
+def _read(fifo: AudioFifo) -> Iterator[AudioFrame]:
+    """All that it holds, if anything."""
+    frame = fifo.read() if fifo.samples else None
+    if frame is not None:
+        yield frame
 
 
 def _resampled(resampler: AudioResampler, frame: AudioFrame | None) -> Iterator[Samples]:
     """float32 [n] pieces; None flushes what the resampler still holds."""
-    if frame is not None:
-        frame.pts = None  # gaps and jumps in a file's clock must not stop the resampler
     for out in resampler.resample(frame):
         yield np.asarray(out.to_ndarray(), np.float32).reshape(-1)
 

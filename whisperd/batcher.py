@@ -16,7 +16,7 @@ from queue import SimpleQueue
 import numpy as np
 from numpy.typing import NDArray
 
-from whisperd.engine.base import DecodeRequest, Engine, EngineInfo, Outcome, Window, WindowFailure
+from whisperd.engine.base import DecodeRequest, Engine, EngineInfo, Outcome, Restless, Window, WindowFailure
 from whisperd.errors import Cancelled, EngineError, Error
 from whisperd.meter import ModelMeter
 from whisperd.scheduler import Scheduler, Turn
@@ -48,8 +48,11 @@ class Ticket:
         self.closed = False
         self._inbox: SimpleQueue[Outcome | None] = SimpleQueue()
 
-    def submit(self, samples: NDArray[np.float32], request: DecodeRequest, *, again: bool = False) -> int:
-        """Queues a window (float32 [n], 16 kHz) and returns its id; ``again`` marks a second decoding."""
+    def submit(self, samples: NDArray[np.float32], request: DecodeRequest, *, again: int | None = None) -> int:
+        """Queues a window (float32 [n], 16 kHz) and returns its id.
+
+        ``again`` marks a further decoding: it is the id of the first window with these samples.
+        """
         return self._batcher.enqueue(self, samples, request, again=again)
 
     def collect(self) -> Outcome | None:
@@ -95,10 +98,13 @@ class Batcher:
         self._wakeup = threading.Condition()
         self._dropped: set[int] = set()
         self._closing = False
+        self._news = False
         self._moved_at_s = time.monotonic()
         self.failure: Error | None = None
         self._thread = threading.Thread(target=self._run, name=f"batcher-{name}", daemon=True)
         self._thread.start()
+        if isinstance(engine, Restless):
+            engine.on_news(self._look)
 
     @property
     def info(self) -> EngineInfo:
@@ -117,16 +123,20 @@ class Batcher:
         """A place for one request; close it at the end."""
         return Ticket(self, next(self._ids))
 
-    def enqueue(self, ticket: Ticket, samples: NDArray[np.float32], request: DecodeRequest, *, again: bool) -> int:
+    def enqueue(
+        self, ticket: Ticket, samples: NDArray[np.float32], request: DecodeRequest, *, again: int | None
+    ) -> int:
         """Queues one window for a ticket; see ``Ticket.submit``."""
         with self._wakeup:
             if self.failure is not None:
                 raise self.failure
             if ticket.closed:
                 raise Cancelled("the request was cancelled")
-            window = Window(id=next(self._ids), samples=samples, request=request)
+            window_id = next(self._ids)
+            audio = window_id if again is None else again
+            window = Window(id=window_id, samples=samples, request=request, audio=audio)
             self._windows[window.id] = _Queued(window=window, ticket=ticket, since_s=time.monotonic())
-            self._scheduler.submit(ticket.request_id, window.id, bulk=ticket.bulk, again=again)
+            self._scheduler.submit(ticket.request_id, window.id, bulk=ticket.bulk, again=again is not None)
             self._wakeup.notify()
         return window.id
 
@@ -159,14 +169,21 @@ class Batcher:
         finally:
             self._engine.close()
 
+    def _look(self) -> None:
+        with self._wakeup:
+            self._news = True
+            self._wakeup.notify()
+
     def _wait_for_work(self) -> bool:
         with self._wakeup:
-            self._wakeup.wait_for(lambda: self._closing or self._scheduler.waiting or self._scheduler.running)
+            self._wakeup.wait_for(lambda: self._closing or self._news or self._scheduler.busy)
+            self._news = False
             return not self._closing
 
     def _admit(self) -> None:
         with self._wakeup:
             dropped, self._dropped = frozenset(self._dropped), set()
+            self._scheduler.bulk_slots = self._engine.info.slots // 2  # another engine may have taken its place
             taken = [self._started(turn) for turn in self._scheduler.take(self._engine.free_slots)]
             if taken and self._scheduler.running == len(taken):
                 self._moved_at_s = time.monotonic()

@@ -14,7 +14,7 @@ from typing import Literal
 
 from whisperd.transcript import Task
 
-Reason = Literal["compression_ratio", "avg_logprob", "end_past_audio"]
+Reason = Literal["loop", "compression_ratio", "avg_logprob", "end_past_audio"]
 
 TEMPERATURES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 # A last timestamp in the padding means that the model lost its place: it then tends to leave words out. Good windows
@@ -52,7 +52,7 @@ class Attempt:
 
     ``compression_ratio`` is bytes of text over bytes after zlib, the worst of the window and its segments: a loop at
     the end of a long text hides in the ratio of the whole. ``past_audio_s`` says how far behind the end of the audio
-    the last timestamp lies.
+    the last timestamp lies. ``looped``: the engine broke it off while it repeated itself.
     """
 
     avg_logprob: float
@@ -60,6 +60,7 @@ class Attempt:
     no_speech_prob: float
     temperature: float
     past_audio_s: float = 0.0
+    looped: bool = False
 
 
 def compression_ratio(text: str) -> float:
@@ -79,6 +80,8 @@ def failure(attempt: Attempt, options: Options) -> Reason | None:
     """The first safeguard that the attempt fails, or None when it is good (or silence, which needs no retry)."""
     if is_silence(attempt, options):
         return None
+    if attempt.looped:
+        return "loop"
     ratio_limit = options.compression_ratio_threshold
     if ratio_limit is not None and attempt.compression_ratio > ratio_limit:
         return "compression_ratio"
@@ -99,7 +102,7 @@ def best(attempts: Sequence[Attempt], options: Options) -> int:
 
     def rank(index: int) -> tuple[bool, float]:
         attempt = attempts[index]
-        loops = limit is not None and attempt.compression_ratio > limit
+        loops = attempt.looped or (limit is not None and attempt.compression_ratio > limit)
         return (not loops and attempt.past_audio_s <= LATEST_END_PAST_AUDIO_S, attempt.avg_logprob)
 
     return max(range(len(attempts)), key=rank)

@@ -26,6 +26,7 @@
     │   └── SocketPermissionError
     ├── RemoteError              the daemon answered with an error (client side)
     └── Cancelled                the caller went away or pressed Ctrl-C
+        └── DeadlineExceeded
 
 Exit codes follow sysexits.h where it has a fitting one. Only ``cli.main`` and the HTTP handler catch ``Error``.
 """
@@ -331,8 +332,16 @@ class RemoteError(Error):
 
 
 class Cancelled(Error):
-    """The caller went away, pressed Ctrl-C, or the deadline passed."""
+    """The caller went away or pressed Ctrl-C."""
 
     exit_code = 130
     http_status = 499
     code = "cancelled"
+
+
+class DeadlineExceeded(Cancelled):
+    """It was not done in the time that its caller gave it."""
+
+    exit_code = 75
+    http_status = 504
+    code = "deadline_exceeded"

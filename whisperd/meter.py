@@ -25,6 +25,9 @@ class ModelMeter:
     def engine_died(self) -> None:
         """The engine stopped by itself; nothing runs on it any more."""
 
+    def engine_restarted(self) -> None:
+        """An engine serves again after one had died."""
+
 
 class HttpMeter:
     """Told of every HTTP request; on the event loop."""
@@ -34,3 +37,10 @@ class HttpMeter:
 
     def rejected(self, code: str) -> None:
         """A request got an error of this code."""
+
+
+class WyomingMeter:
+    """Told of every utterance over the Wyoming protocol; on the event loop."""
+
+    def spoken(self, result: str, latency_s: float) -> None:
+        """It is over: ``ok`` or the code of an error, so long after the end of its audio."""

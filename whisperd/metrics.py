@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
-from whisperd.meter import HttpMeter, ModelMeter, Stage
+from whisperd.meter import HttpMeter, ModelMeter, Stage, WyomingMeter
 from whisperd.transcript import Transcript
 from whisperd.version import VERSION
 
@@ -20,11 +21,13 @@ BATCH_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 SPEEDUP_BUCKETS = (0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 AUDIO_BUCKETS_S = (1, 3, 10, 30, 60, 300, 600, 1800, 3600, 7200, 21_600)
 
-REASONS = ("compression_ratio", "avg_logprob", "end_past_audio")
+REASONS = ("loop", "compression_ratio", "avg_logprob", "end_past_audio")
 REJECTIONS = (
     "queue_full", "model_loading", "draining", "spool_full", "file_too_large", "audio_too_long", "audio_decode_error",
     "invalid_value", "model_not_found", "engine_error", "out_of_memory",
+    "deadline_exceeded", "malformed_request", "headers_too_long",
 )  # fmt: skip
+RECONCILED = ("ok", "unchecked", "failed", "cancelled")
 OUTCOMES = ("decoded", "retried", "dropped", "continued")
 STAGES: tuple[Stage, ...] = ("load", "decode")
 
@@ -34,9 +37,11 @@ class ModelFigures:
     """A declared model as it is now."""
 
     name: str
+    revision: str = ""
     device: str = ""
     compute_type: str = ""
     loaded: bool = False
+    fallback: bool = False
     waiting: int = 0
     running: int = 0
     memory_bytes: int = 0
@@ -55,7 +60,7 @@ class Figures:
     models: Sequence[ModelFigures] = ()
 
 
-class Metrics(HttpMeter):
+class Metrics(HttpMeter, WyomingMeter):
     """All counters of one daemon; every method may be called from any thread."""
 
     def __init__(self) -> None:
@@ -64,9 +69,11 @@ class Metrics(HttpMeter):
         self._registry = CollectorRegistry()
         ProcessCollector(registry=self._registry)
         self._declare_http()
+        self._declare_wyoming()
         self._declare_work()
         self._declare_windows()
         self._declare_daemon()
+        self._declare_store()
         info = Gauge("whisperd_build_info", "Always 1.", ["version", "python"], registry=self._registry)
         info.labels(VERSION, platform.python_version()).set(1)
 
@@ -86,6 +93,14 @@ class Metrics(HttpMeter):
         else:
             self._rejected.labels(code).inc()
 
+    def spoken(self, result: str, latency_s: float) -> None:
+        """An utterance over the Wyoming protocol is over."""
+        self._spoken.labels(result).inc()
+        if result == "ok":
+            self._spoken_latency.observe(latency_s)
+        else:
+            self.rejected(result)
+
     def first_segment(self, model: str, wait_s: float) -> None:
         """The first words of a request are there."""
         self._first_segment.labels(model).observe(wait_s)
@@ -104,7 +119,7 @@ class Metrics(HttpMeter):
         """A model was loaded; ``again`` because its engine had died."""
         self._load_s.labels(model).set(took_s)
         if again:
-            self._restarts.labels(model).inc()
+            self.restarts.labels(model).inc()
 
     def reloaded(self, *, ok: bool) -> None:
         """The configuration was read again."""
@@ -112,6 +127,17 @@ class Metrics(HttpMeter):
         self._reload_ok.set(ok)
         if ok:
             self._reload_ok_at.set(time.time())
+
+    def reconciled(self, result: str, wall_s: float, fetched_bytes: Mapping[str, int] = MappingProxyType({})) -> None:
+        """A reconcile is over: one of RECONCILED, with the bytes of the models that have arrived."""
+        self._reconciles.labels(result).inc()
+        self._reconcile_duration.observe(wall_s)
+        if result != "cancelled":  # by somebody who knows
+            self._reconcile_ok.set(result == "ok")
+        if result == "ok":
+            self._reconcile_ok_at.set(time.time())
+        for model, n_bytes in fetched_bytes.items():
+            self._downloaded.labels(model).inc(n_bytes)
 
     def render(self, accept: str, figures: Figures) -> tuple[bytes, str]:
         """The exposition and its content type, in what the scraper accepts."""
@@ -141,6 +167,23 @@ class Metrics(HttpMeter):
         for reason in REJECTIONS:
             self._rejected.labels(reason)
         self._cancelled = Counter("whisperd_requests_cancelled", "Requests whose client went away.", registry=registry)
+
+    def _declare_wyoming(self) -> None:
+        from prometheus_client import Counter, Histogram
+
+        self._spoken = Counter(
+            "whisperd_wyoming_requests",
+            "Utterances over the Wyoming protocol, by how they ended.",
+            ["result"],
+            registry=self._registry,
+        )
+        self._spoken.labels("ok")
+        self._spoken_latency = Histogram(
+            "whisperd_wyoming_latency_seconds",
+            "From the end of an utterance to its transcript.",
+            buckets=DURATION_BUCKETS_S,
+            registry=self._registry,
+        )
 
     def _declare_work(self) -> None:
         from prometheus_client import Counter, Histogram
@@ -205,8 +248,8 @@ class Metrics(HttpMeter):
             registry=registry,
         )
         self.died = Counter("whisperd_engine_failures", "Engines that stopped by themselves.", model, registry=registry)
-        self._restarts = Counter(
-            "whisperd_engine_restarts", "Models loaded anew after their engine died.", model, registry=registry
+        self.restarts = Counter(
+            "whisperd_engine_restarts", "Engines opened anew after one had died.", model, registry=registry
         )
 
     def _declare_daemon(self) -> None:
@@ -219,13 +262,14 @@ class Metrics(HttpMeter):
 
         self._ready = gauge("ready", "1 when a request sent now would be served.")
         self._draining = gauge("draining", "1 while the daemon stops.")
-        self._in_flight = gauge("requests_in_flight", "Transcriptions that wait or run.")
+        self._in_flight = gauge("requests_in_flight", "Transcriptions that arrive, wait or run.")
         self._queue_audio = gauge("queue_audio_seconds", "Audio of theirs that is not transcribed yet.")
         self._spool_bytes = gauge("spool_bytes", "Uploads on disk.")
         self._spool_files = gauge("spool_files", "Uploads on disk.")
         self._waiting = gauge("windows_waiting", "Windows that wait for a slot.", ["model"])
         self._running = gauge("windows_running", "Windows in the engine.", ["model"])
         self._loaded = gauge("model_loaded", "1 when the model is in memory.", ["model", "device", "compute_type"])
+        self._fallback = gauge("model_fallback", "1 while the cpu serves in place of a lost GPU.", ["model"])
         self._memory = gauge("model_memory_bytes", "What the model is counted as in limits.model_bytes.", ["model"])
         self._load_s = gauge("model_load_seconds", "How long the last load took.", ["model"])
         self._reload_ok = gauge("config_last_reload_successful", "0 when the last reload failed.")
@@ -236,6 +280,35 @@ class Metrics(HttpMeter):
         for result in ("ok", "failed"):
             self._reloads.labels(result)
 
+    def _declare_store(self) -> None:
+        from prometheus_client import Counter, Gauge, Histogram
+
+        registry = self._registry
+        self._reconciles = Counter(
+            "whisperd_reconcile_runs",
+            "Reconciles of boots, reloads and orders; unchecked: served, but the Hub could not be asked.",
+            ["result"],
+            registry=registry,
+        )
+        for result in RECONCILED:
+            self._reconciles.labels(result)
+        self._reconcile_duration = Histogram(
+            "whisperd_reconcile_duration_seconds",
+            "How long a reconcile took.",
+            buckets=DURATION_BUCKETS_S,
+            registry=registry,
+        )
+        self._reconcile_ok = Gauge(
+            "whisperd_reconcile_last_run_successful", "0 when the last reconcile was not ok.", registry=registry
+        )
+        self._reconcile_ok_at = Gauge(
+            "whisperd_reconcile_last_success_timestamp_seconds", "When a reconcile was last ok.", registry=registry
+        )
+        self._downloaded = Counter(
+            "whisperd_model_download_bytes", "Fetched of models that arrived whole.", ["model"], registry=registry
+        )
+        self._info = Gauge("whisperd_model_info", "Always 1.", ["model", "revision"], registry=registry)
+
     def _set(self, figures: Figures) -> None:
         self._ready.set(figures.ready)
         self._draining.set(figures.draining)
@@ -243,12 +316,14 @@ class Metrics(HttpMeter):
         self._queue_audio.set(figures.queue_audio_s)
         self._spool_bytes.set(figures.spool_bytes)
         self._spool_files.set(figures.spool_files)
-        for family in (self._waiting, self._running, self._loaded, self._memory):
+        for family in (self._waiting, self._running, self._loaded, self._fallback, self._memory, self._info):
             family.clear()
         for model in figures.models:
+            self._info.labels(model.name, model.revision).set(1)
             self._waiting.labels(model.name).set(model.waiting)
             self._running.labels(model.name).set(model.running)
             self._loaded.labels(model.name, model.device, model.compute_type).set(model.loaded)
+            self._fallback.labels(model.name).set(model.fallback)
             self._memory.labels(model.name).set(model.memory_bytes)
 
 
@@ -260,6 +335,7 @@ class _ModelMetrics(ModelMeter):
         self._batch_size = metrics.batch_size.labels(model)
         self._batch_duration = metrics.batch_duration.labels(model)
         self._died = metrics.died.labels(model)
+        self._restarts = metrics.restarts.labels(model)
         for outcome in OUTCOMES:
             metrics.windows.labels(model, outcome)
 
@@ -278,3 +354,6 @@ class _ModelMetrics(ModelMeter):
 
     def engine_died(self) -> None:
         self._died.inc()
+
+    def engine_restarted(self) -> None:
+        self._restarts.inc()

@@ -26,7 +26,7 @@ from whisperd.segmentation import Cut, CutOptions, Cutter
 from whisperd.timestamps import Piece, TimestampRule
 from whisperd.tokens import PROMPT_TOKENS_MAX, Vocabulary
 from whisperd.transcript import SAMPLE_RATE_HZ, Segment, Span, TokenScore, Transcript, WindowStatistics, Word
-from whisperd.vad import SpeechDetector
+from whisperd.vad import SpeechNetwork, SpeechStream
 
 Samples = NDArray[np.float32]
 
@@ -46,7 +46,7 @@ class LoadedModel:
     name: str
     vocabulary: Vocabulary
     batcher: Batcher
-    detector: SpeechDetector
+    detector: SpeechNetwork
     memory_bytes: int = 0
 
 
@@ -64,12 +64,13 @@ class Listener:
 
 @dataclass(slots=True, kw_only=True)
 class _Slice:
-    """A piece of a window's audio that is being decoded, and what came out so far."""
+    """A piece of a window's audio that is being decoded, and what came out so far; ``audio``: its first window's id."""
 
     index: int
     span: Span
     speech: tuple[Span, ...]
     samples: Samples
+    audio: int | None = None
     attempts: list[tuple[Attempt, Hypothesis]] = field(default_factory=list)
 
 
@@ -179,7 +180,7 @@ class Transcription:
         return self._transcript(buffer.end_samples)
 
     def _cuts(self, file: BinaryIO, name: str | None, buffer: SampleBuffer) -> Iterator[Cut]:
-        stream = self._model.detector.stream()
+        stream = SpeechStream(self._model.detector)
         cutter = Cutter(self._cutting)
         for block in audio.blocks(file, name=name, max_s=self._max_audio_s):
             self._check_cancelled()
@@ -208,8 +209,10 @@ class Transcription:
             beam_size=self._options.beam_size,
             best_of=self._options.best_of,
             word_timestamps=self._options.word_timestamps or self._options.token_scores,
+            compression_ratio_threshold=self._options.compression_ratio_threshold,
         )
-        window_id = self._ticket.submit(piece.samples, request, again=bool(piece.attempts))
+        window_id = self._ticket.submit(piece.samples, request, again=piece.audio)
+        piece.audio = window_id if piece.audio is None else piece.audio
         self._running[window_id] = piece
 
     def _collect(self, total_s: float | None) -> None:
@@ -247,6 +250,7 @@ class Transcription:
             no_speech_prob=hypothesis.no_speech_prob,
             temperature=hypothesis.temperature,
             past_audio_s=timestamps.past_audio_s(hypothesis.tokens, self._rule, window_s),
+            looped=hypothesis.looped,
         )
 
     def _accept(self, piece: _Slice, attempt: Attempt, hypothesis: Hypothesis) -> None:

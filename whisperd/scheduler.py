@@ -66,11 +66,11 @@ class Scheduler:
     """Windows waiting and running, by request. Every method costs no more than the windows it touches.
 
     Args:
-        bulk_slots: the most that bulk windows hold while interactive ones are about; at least 1.
+        bulk_slots: the most that bulk windows hold while interactive ones are about; at least 1. It may change.
     """
 
     def __init__(self, *, bulk_slots: int) -> None:
-        self._bulk_slots = max(1, bulk_slots)
+        self.bulk_slots = bulk_slots
         self._interactive = _Ring()
         self._bulk = _Ring()
         self._running: dict[int, tuple[int, bool]] = {}  # window -> (request, whether it is bulk)
@@ -87,6 +87,11 @@ class Scheduler:
     def running(self) -> int:
         """Windows inside the engine."""
         return len(self._running)
+
+    @property
+    def busy(self) -> bool:
+        """Whether any window waits or runs."""
+        return bool(self._interactive or self._bulk or self._running)
 
     @property
     def ready(self) -> bool:
@@ -126,7 +131,7 @@ class Scheduler:
         return bool(self._interactive) or self._bulk_since < CALM_WINDOWS
 
     def _bulk_may_run(self) -> bool:
-        return bool(self._bulk) and (not self._contended or self._bulk_running < self._bulk_slots)
+        return bool(self._bulk) and (not self._contended or self._bulk_running < max(1, self.bulk_slots))
 
     def _next_lane(self) -> Lane:
         bulks_turn = not self._interactive or (self._run >= INTERACTIVE_RUN and self._bulk_may_run())

@@ -1,29 +1,28 @@
-"""Listening sockets and the HTTP server on them. Home of uvicorn.
+"""The HTTP server on listening sockets. Home of uvicorn.
 
-Three things that uvicorn does not do by itself are added on its public hooks: the kernel's word on who is at the other
-end, a deadline for the head of a request, and a drain that does not cut off connections which were just accepted.
+Four things that uvicorn does not do by itself are added on its public hooks: the kernel's word on who is at the other
+end, a deadline and a limit for the head of a request, errors in the envelope for what is no HTTP, and a drain that does
+not cut off connections which were just accepted.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import grp
 import importlib
 import json
 import math
-import os
 import selectors
 import socket
-import stat
 import struct
 import time
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
-from whisperd.errors import ConfigError, Error, Problem, UsageError
+from whisperd.errors import Error, RequestError
+from whisperd.meter import HttpMeter
 
 if TYPE_CHECKING:
     import uvicorn
@@ -34,10 +33,7 @@ if TYPE_CHECKING:
 else:  # the classes below are mixed with these when uvicorn is imported
     HttpBase = ServerBase = object
 
-FIRST_INHERITED_FD = 3  # sd_listen_fds(3)
-PATH_BYTES_MAX = 107  # sun_path has 108 with its closing zero
 BACKLOG = 2048
-PROBE_S = 1.0
 JUST_ACCEPTED_S = 0.5  # during a drain: time for a connection's first request to arrive
 SETUP_STEPS = 3  # of the event loop, from accept to a connection that is known
 CANCELLED_S = 5.0  # for tasks to end that the drain has cancelled
@@ -45,6 +41,7 @@ TURN_AWAY_S = 1.0  # for a client to send and to read while it is turned away
 TURNED_AWAY_RETRY_S = 10
 LINGER_S = 5.0  # at most a dozen starts in a minute, well below the StartLimitBurst= of the unit
 HEAD_BYTES = 65536
+OTHER = "other"  # route and method of what is no request
 PEER_CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid
 
 
@@ -57,53 +54,6 @@ class ServerSettings:
     drain_s: int = 60
 
 
-class UnixSocket(socket.socket):
-    """A listening socket that removes its path when it is closed, if the path is still its own."""
-
-    path: Path
-    inode: tuple[int, int]
-
-    def close(self) -> None:
-        """Removes the path, then stops listening."""
-        with contextlib.suppress(OSError):
-            if self.fileno() >= 0 and _inode(self.path) == self.inode:
-                self.path.unlink()
-        super().close()
-
-
-def bind_unix(path: Path, *, mode: int, group: str | None) -> socket.socket:
-    """A listening socket at ``path``, which appears with its final mode or a narrower one.
-
-    A socket file that nobody listens on is replaced.
-
-    Raises:
-        ConfigError: the path, its directory or the group cannot be used.
-        UsageError: another process listens there.
-    """
-    if len(os.fsencode(path)) > PATH_BYTES_MAX:
-        raise _problem("socket", f"{path} is longer than the {PATH_BYTES_MAX} bytes that a Unix socket's path may have")
-    gid = _gid(group)
-    try:
-        path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-        _refuse_foreign(path.parent)
-        _clear(path)
-        return _bound(path, mode, gid)
-    except OSError as error:
-        raise _problem("socket", f"cannot listen at {path}: {error.strerror}") from error
-
-
-def inherited_sockets(environ: MutableMapping[str, str]) -> list[socket.socket]:
-    """The sockets that systemd passes, in its order; takes the variables out, so that no child believes them.
-
-    Raises ConfigError when one of them is not a listening stream socket.
-    """
-    pid, count = environ.pop("LISTEN_PID", ""), environ.pop("LISTEN_FDS", "")
-    environ.pop("LISTEN_FDNAMES", None)
-    if pid != str(os.getpid()) or not count.isdecimal():
-        return []
-    return [_inherited(fd) for fd in range(FIRST_INHERITED_FD, FIRST_INHERITED_FD + int(count))]
-
-
 def turn_away(listeners: Sequence[socket.socket], error: Error, healed: Callable[[], bool]) -> int:
     """Answers 503 with the reason to everybody who waits in these sockets; returns how many that were.
 
@@ -111,7 +61,7 @@ def turn_away(listeners: Sequence[socket.socket], error: Error, healed: Callable
     somebody came it stays a while for the others, so that many clients do not cost a start each; but whoever comes
     when the cause is ``healed`` is left to the next start.
     """
-    answer = _unavailable(error)
+    answer = _answer(error, status=HTTPStatus.SERVICE_UNAVAILABLE, retry_after_s=TURNED_AWAY_RETRY_S)
     count, patience_s, until_s = 0, 0.0, math.inf
     with selectors.DefaultSelector() as selector:
         for listener in listeners:
@@ -141,25 +91,53 @@ def _turn_away_one(listener: Any, answer: bytes) -> int:
     return 1
 
 
-def _unavailable(error: Error) -> bytes:
+def _answer(error: Error, *, status: HTTPStatus | None = None, retry_after_s: int | None = None) -> bytes:
+    """An answer that the application does not give."""
     from whisperd.api.answers import error_body
 
     body = json.dumps(error_body(error)).encode()
-    head = (
-        "HTTP/1.1 503 Service Unavailable",
+    status = status or HTTPStatus(error.http_status)
+    head = [
+        f"HTTP/1.1 {status} {status.phrase}",
         "content-type: application/json",
         f"content-length: {len(body)}",
-        f"retry-after: {TURNED_AWAY_RETRY_S}",
         "connection: close",
-    )
+    ]
+    if retry_after_s is not None:
+        head.append(f"retry-after: {retry_after_s}")
     return "\r\n".join(head).encode() + b"\r\n\r\n" + body
 
 
-class Server:
-    """Serves one application until it is told to stop. No signal handlers are installed."""
+class MalformedRequest(RequestError):
+    """What came is no HTTP."""
 
-    def __init__(self, settings: ServerSettings | None = None) -> None:
+    code = "malformed_request"
+
+    def __init__(self) -> None:
+        super().__init__("this is no HTTP/1.1 request; try: curl --unix-socket SOCKET http://whisperd/v1/models")
+
+
+class HeadTooLong(RequestError):
+    """The headers of a request are over the limit."""
+
+    http_status = 431
+    code = "headers_too_long"
+
+    def __init__(self) -> None:
+        super().__init__(f"the head of the request has more than {HEAD_BYTES} bytes")
+
+
+class Server:
+    """Serves one application until it is told to stop. No signal handlers are installed.
+
+    Args:
+        settings: its patience.
+        meter: told of what never reaches the application.
+    """
+
+    def __init__(self, settings: ServerSettings | None = None, meter: HttpMeter | None = None) -> None:
         self._settings = settings or ServerSettings()
+        self._meter = meter or HttpMeter()
         self._stopping = False
         self._uvicorn: uvicorn.Server | None = None
 
@@ -168,7 +146,7 @@ class Server:
 
         The sockets are closed then.
         """
-        self._uvicorn = _mixed(_Listener, "uvicorn:Server")(_config(app, self._settings))
+        self._uvicorn = _mixed(_Listener, "uvicorn:Server")(_config(app, self._settings, self._meter))
         self._uvicorn.should_exit = self._stopping
         await self._uvicorn.serve(sockets=list(sockets))
 
@@ -179,11 +157,12 @@ class Server:
             self._uvicorn.should_exit = True
 
 
-def _config(app: ASGIApp, settings: ServerSettings) -> uvicorn.Config:
+def _config(app: ASGIApp, settings: ServerSettings, meter: HttpMeter) -> uvicorn.Config:
     import uvicorn
 
     protocol = _mixed(_Connection, "uvicorn.protocols.http.httptools_impl:HttpToolsProtocol")
     protocol.header_timeout_s = settings.header_timeout_s
+    protocol.meter = meter
     return uvicorn.Config(
         app,
         http=protocol,
@@ -213,8 +192,14 @@ class _Connection(HttpBase):
     """One connection. Nothing may be slow before the head of a request is complete; after it, everything may."""
 
     header_timeout_s: float
+    meter: HttpMeter
     _deadline: asyncio.TimerHandle | None = None
     _draining = False
+    _heads = 0  # that are complete
+    _header_bytes = 0
+    _unfinished_bytes = 0  # of a head, in which the parser may hold back a header of any length
+    _in_head = True
+    _refusal: RequestError | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         peer = _peer(transport.get_extra_info("socket"))
@@ -227,12 +212,42 @@ class _Connection(HttpBase):
         self._disarm()
         super().connection_lost(exc)
 
+    def data_received(self, data: bytes) -> None:
+        if self._refusal is not None:
+            return
+        in_head, heads = self._in_head, self._heads
+        super().data_received(data)
+        in_head = in_head and self._in_head and heads == self._heads
+        self._unfinished_bytes = self._unfinished_bytes + len(data) if in_head else 0
+        if self._unfinished_bytes > HEAD_BYTES and self._refusal is None:
+            self._refuse(HeadTooLong())
+
+    def send_400_response(self, _msg: str) -> None:
+        """Called for what the parser does not understand, and for what the methods below raise."""
+        too_long = self._header_bytes > HEAD_BYTES
+        self._refuse(HeadTooLong() if too_long else MalformedRequest())
+
     def on_message_begin(self) -> None:
         self._arm()
+        self._header_bytes = 0
         super().on_message_begin()
+
+    def on_url(self, url: bytes) -> None:
+        self._count(len(url))
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._count(len(name) + len(value))
+        super().on_header(name, value)
+
+    def on_message_complete(self) -> None:
+        self._in_head = True
+        super().on_message_complete()
 
     def on_headers_complete(self) -> None:
         self._disarm()
+        self._heads += 1
+        self._in_head = False
         super().on_headers_complete()
         if self._draining and self.cycle:
             self.cycle.keep_alive = False
@@ -249,6 +264,23 @@ class _Connection(HttpBase):
             super().shutdown()
         else:
             self.loop.call_later(JUST_ACCEPTED_S, self._close_unused)
+
+    def _count(self, n_bytes: int) -> None:
+        self._header_bytes += n_bytes
+        if self._header_bytes > HEAD_BYTES:
+            raise HeadTooLong
+
+    def _refuse(self, error: RequestError) -> None:
+        """Answers and listens no more; the connection is closed by the client, or after the time for a head."""
+        self._refusal = error
+        self.meter.answered(OTHER, OTHER, error.http_status, 0.0)
+        self.meter.rejected(error.code)
+        if self.cycle and not self.cycle.response_complete:  # nothing can be said in the middle of another answer
+            self.transport.close()
+            return
+        self.transport.write(_answer(error))
+        self.transport.write_eof()
+        self._arm()
 
     def _arm(self) -> None:
         if self._deadline is None:
@@ -277,13 +309,13 @@ class _Listener(ServerBase):
         yield
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        await _stop_accepting(sockets or [])
+        await stop_accepting(sockets or [])
         await super().shutdown(sockets)
         if self.server_state.tasks:
             await asyncio.wait(self.server_state.tasks, timeout=CANCELLED_S)
 
 
-async def _stop_accepting(listeners: Sequence[socket.socket]) -> None:
+async def stop_accepting(listeners: Sequence[socket.socket]) -> None:
     """asyncio drops a connection that it has accepted and not yet set up when its server is closed in between."""
     loop = asyncio.get_running_loop()
     for listener in listeners:
@@ -299,86 +331,3 @@ def _peer(listener: socket.socket | None) -> tuple[int, int, int] | None:
     data = listener.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, PEER_CREDENTIALS.size)
     pid, uid, gid = PEER_CREDENTIALS.unpack(data)
     return pid, uid, gid
-
-
-def _bound(path: Path, mode: int, gid: int | None) -> UnixSocket:
-    listener = UnixSocket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        # before bind, Linux takes this for the mode of the file to come: there is no moment with a wider one
-        os.fchmod(listener.fileno(), 0o600)
-        listener.bind(os.fspath(path))
-        if gid is not None:
-            os.chown(path, -1, gid)
-        path.chmod(mode)
-        listener.listen(BACKLOG)
-    except OSError:
-        socket.socket.close(listener)
-        raise
-    listener.path, listener.inode = path, _inode(path)
-    return listener
-
-
-def _refuse_foreign(directory: Path) -> None:
-    """Whoever owns the directory can put another socket in place of ours, as anybody could prepare one in /tmp."""
-    owner = directory.stat().st_uid
-    if owner not in {0, os.geteuid()}:
-        raise _problem("socket", f"{directory} belongs to uid {owner}; set a path in a directory of your own")
-
-
-def _clear(path: Path) -> None:
-    """Removes a socket that nobody listens on."""
-    try:
-        if not stat.S_ISSOCK(path.lstat().st_mode):
-            raise _problem("socket", f"{path} exists and is not a socket; move it away or set another path")
-    except FileNotFoundError:
-        return
-    if _answers(path):
-        raise UsageError(f"another daemon listens at {path}; stop it first, or set another server.socket")
-    path.unlink()
-
-
-def _answers(path: Path) -> bool:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.settimeout(PROBE_S)
-        try:
-            probe.connect(os.fspath(path))
-        except ConnectionRefusedError:
-            return False
-        except (TimeoutError, BlockingIOError):  # its backlog is full
-            return True
-    return True
-
-
-def _gid(group: str | None) -> int | None:
-    if group is None:
-        return None
-    try:
-        return grp.getgrnam(group).gr_gid
-    except KeyError as error:
-        raise _problem("socket_group", f"there is no group {group!r}; create it or leave the option out") from error
-
-
-def _inherited(fd: int) -> socket.socket:
-    try:
-        os.set_inheritable(fd, False)
-        listener = socket.socket(fileno=fd)
-        listening = listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-    except OSError as error:
-        raise _inherited_problem(fd, f"is not a socket ({error.strerror})") from error
-    if not listening or listener.type != socket.SOCK_STREAM:
-        listener.close()
-        raise _inherited_problem(fd, "does not listen for streams; the socket unit needs ListenStream= and Accept=no")
-    return listener
-
-
-def _inherited_problem(fd: int, cause: str) -> ConfigError:
-    return ConfigError(Problem(where="LISTEN_FDS", key="", message=f"file descriptor {fd} {cause}"))
-
-
-def _problem(key: str, message: str) -> ConfigError:
-    return ConfigError(Problem(where="", key=f"server.{key}", message=message))
-
-
-def _inode(path: Path) -> tuple[int, int]:
-    found = path.lstat()
-    return found.st_dev, found.st_ino

@@ -1,13 +1,14 @@
 """How likely each 32 ms of audio is speech: Silero VAD. Home of onnxruntime.
 
 The network (``data/silero_vad_16k_sequence.onnx``, MIT) is recurrent: a stream carries its state, so audio may come in
-pieces of any size.
+pieces of any size. On the CPU onnxruntime computes it; an engine for GPUs brings a network of its own.
 """
 
 from __future__ import annotations
 
 import os
 from importlib import resources
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,8 +23,33 @@ MAX_FRAMES_PER_RUN = 1000  # about 32 s: bounds the memory of one call
 Floats = NDArray[np.float32]
 
 
+class SpeechNetwork(Protocol):
+    """Whatever computes the network. It remembers nothing: streams bring their state and take it away again."""
+
+    def run(self, frames: Floats, hidden: Floats, cell: Floats) -> tuple[Floats, Floats, Floats]:
+        """One stretch of one stream; may be called from any number of threads at once.
+
+        Args:
+            frames: float32 [n, 576], each with the 64 samples before it; 0 < n <= MAX_FRAMES_PER_RUN.
+            hidden: float32 [1, 1, 128], zeros at the start of the stream; as ``cell``.
+            cell: the same.
+
+        Returns:
+            Probabilities of speech, float32 [n], and the two states behind the last frame.
+
+        Raises:
+            EngineError: the network failed.
+        """
+        ...
+
+
+def network_bytes() -> bytes:
+    """The network as an ONNX file."""
+    return resources.files("whisperd").joinpath("data/silero_vad_16k_sequence.onnx").read_bytes()
+
+
 class SpeechDetector:
-    """The loaded network; one may serve any number of streams in any threads."""
+    """The network in onnxruntime, on the CPU."""
 
     def __init__(self) -> None:
         # read by the library when it is imported; without it, it keeps a database of its own in the home directory
@@ -34,16 +60,11 @@ class SpeechDetector:
         options.intra_op_num_threads = 1  # the network is too small to share; streams run beside each other instead
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
-        model = resources.files("whisperd").joinpath("data/silero_vad_16k_sequence.onnx").read_bytes()
-        self._session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        self._session = onnxruntime.InferenceSession(network_bytes(), options, providers=["CPUExecutionProvider"])
         self._failures = (RuntimeError, onnxruntime.capi.onnxruntime_pybind11_state.Fail)
 
-    def stream(self) -> SpeechStream:
-        """A new stream, for one piece of audio from its start to its end."""
-        return SpeechStream(self)
-
     def run(self, frames: Floats, hidden: Floats, cell: Floats) -> tuple[Floats, Floats, Floats]:
-        """float32 [n, 576] and the state to probabilities [n] and the new state."""
+        """See ``SpeechNetwork``."""
         try:
             probabilities, hidden, cell = self._session.run(None, {"input": frames, "h": hidden, "c": cell})
         except self._failures as error:
@@ -52,10 +73,10 @@ class SpeechDetector:
 
 
 class SpeechStream:
-    """Probabilities of one piece of audio; made by ``SpeechDetector.stream``."""
+    """Probabilities of one piece of audio, from its start to its end."""
 
-    def __init__(self, detector: SpeechDetector) -> None:
-        self._detector = detector
+    def __init__(self, network: SpeechNetwork) -> None:
+        self._network = network
         self._hidden = np.zeros(STATE_SHAPE, np.float32)
         self._cell = np.zeros(STATE_SHAPE, np.float32)
         # context of the next frame, then the samples that do not make a frame yet
@@ -78,5 +99,5 @@ class SpeechStream:
         return self.feed(np.zeros(FRAME_SAMPLES - n_left, np.float32)) if n_left else np.zeros(0, np.float32)
 
     def _run(self, frames: Floats) -> Floats:
-        found, self._hidden, self._cell = self._detector.run(np.ascontiguousarray(frames), self._hidden, self._cell)
+        found, self._hidden, self._cell = self._network.run(np.ascontiguousarray(frames), self._hidden, self._cell)
         return found

@@ -2,43 +2,62 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-import ctranslate2
 import numpy as np
 import pytest
 
+from tests.engine import openers
 from tests.fakes import FakeEngine
 from tests.speech import Clip, Samples
 from whisperd.engine.base import DecodeRequest, Engine, Hypothesis, Outcome, Window, WindowFailure
-from whisperd.engine.ct2 import Ct2Engine
+from whisperd.engine.child import ChildEngine
 from whisperd.errors import OutOfMemory
 from whisperd.meter import ModelMeter, Stage
 from whisperd.tokens import Vocabulary
 from whisperd.transcript import SAMPLE_RATE_HZ
 
+PATIENCE_S = 60.0
 EMPTY_STEPS_MAX = 2000  # of at most 50 ms: a broken engine fails the test and does not hang it
 
 
-def open_ct2(snapshot: Path, vocabulary: Vocabulary) -> Engine:
-    return Ct2Engine.load(snapshot, vocabulary, compute_type="float32", batch_size=3, workers=2, threads_per_worker=1)
+def open_ct2(snapshot: Path, _: Vocabulary) -> Engine:
+    return openers.ct2(snapshot, ModelMeter())
 
 
 def open_fake(_: Path, vocabulary: Vocabulary) -> Engine:
     return FakeEngine(vocabulary, slots=6)
 
 
-def open_cuda(snapshot: Path, vocabulary: Vocabulary) -> Engine:
+def open_cuda(snapshot: Path, _: Vocabulary) -> Engine:
     """The engine of GPUs, on the CPU in float32."""
-    pytest.importorskip("torch", reason="PyTorch is not installed").set_num_threads(1)
-    from whisperd.engine.cuda.engine import CudaEngine
-
-    return CudaEngine.load(snapshot, vocabulary, device="cpu", slots=4)
+    pytest.importorskip("torch", reason="PyTorch is not installed")
+    return openers.cuda(snapshot, ModelMeter())
 
 
-@pytest.fixture(params=[open_fake, open_ct2, open_cuda], ids=["fake", "ct2", "cuda"], scope="module")
+def open_ct2_child(snapshot: Path, _: Vocabulary) -> Engine:
+    return ChildEngine(partial(openers.ct2, snapshot), stall_timeout_s=PATIENCE_S)
+
+
+def open_cuda_child(snapshot: Path, _: Vocabulary) -> Engine:
+    if importlib.util.find_spec("torch") is None:
+        pytest.skip("PyTorch is not installed")
+    return ChildEngine(partial(openers.cuda, snapshot), stall_timeout_s=PATIENCE_S)
+
+
+OPENERS = {
+    "fake": open_fake,
+    "ct2": open_ct2,
+    "cuda": open_cuda,
+    "ct2 in a process": open_ct2_child,
+    "cuda in a process": open_cuda_child,
+}
+
+
+@pytest.fixture(params=list(OPENERS.values()), ids=list(OPENERS), scope="module")
 def engine(request: pytest.FixtureRequest, snapshot: Path, vocabulary: Vocabulary) -> Iterator[Engine]:
     opener: Callable[[Path, Vocabulary], Engine] = request.param
     engine = opener(snapshot, vocabulary)
@@ -51,22 +70,6 @@ def speech(clips: dict[str, Clip]) -> Samples:
     return clips["monkeys"].samples()
 
 
-class Cramped:
-    """A real model on a device with room for so many windows; everything else goes through."""
-
-    def __init__(self, model: Any, room: int) -> None:
-        self._model = model
-        self._room = room
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
-
-    def generate(self, states: Any, *arguments: Any, **options: Any) -> Any:
-        if states.shape[0] > self._room:
-            raise MemoryError("std::bad_alloc")
-        return self._model.generate(states, *arguments, **options)
-
-
 class Halvings(ModelMeter):
     def __init__(self) -> None:
         self.count = 0
@@ -76,9 +79,12 @@ class Halvings(ModelMeter):
         self.count += 1
 
 
-def cramped_ct2(snapshot: Path, vocabulary: Vocabulary, room: int, meter: ModelMeter) -> Engine:
-    model = ctranslate2.models.Whisper(str(snapshot), device="cpu", compute_type="float32")
-    return Ct2Engine(Cramped(model, room), vocabulary, batch_size=6, workers=1, meter=meter)
+def cramped_ct2(snapshot: Path, _: Vocabulary, room: int, meter: ModelMeter) -> Engine:
+    return openers.cramped_ct2(snapshot, room, meter)
+
+
+def cramped_child(snapshot: Path, _: Vocabulary, room: int, meter: ModelMeter) -> Engine:
+    return ChildEngine(partial(openers.cramped_ct2, snapshot, room), stall_timeout_s=PATIENCE_S, meter=meter)
 
 
 def cramped_fake(_: Path, vocabulary: Vocabulary, room: int, meter: ModelMeter) -> Engine:
@@ -97,8 +103,8 @@ def drain(engine: Engine, n_windows: int) -> dict[int, Outcome]:
     return {outcome.window_id: outcome for outcome in outcomes}
 
 
-def decode(engine: Engine, samples: Samples, request: DecodeRequest) -> Hypothesis:
-    engine.admit([Window(id=1, samples=samples, request=request)])
+def decode(engine: Engine, samples: Samples, request: DecodeRequest, *, audio: int | None = None) -> Hypothesis:
+    engine.admit([Window(id=1, samples=samples, request=request, audio=audio)])
     outcome = drain(engine, 1)[1]
     assert isinstance(outcome, Hypothesis)
     return outcome
@@ -157,6 +163,32 @@ def test_a_batch_changes_nothing(engine: Engine, speech: Samples, clips: dict[st
     assert [getattr(together[key], "tokens", None) for key in range(len(requests))] == alone
 
 
+def test_audio_that_comes_again(engine: Engine, speech: Samples, clips: dict[str, Clip]) -> None:
+    """What is known to be the same audio decodes as if it were new, whatever was decoded between and beside it."""
+    other = clips["agent"].samples()
+    request = DecodeRequest(word_timestamps=True)
+    fresh = decode(engine, speech, request)
+    assert decode(engine, speech, DecodeRequest(), audio=7).tokens == fresh.tokens
+    assert decode(engine, other, DecodeRequest(), audio=8).tokens != fresh.tokens or engine.info.engine == "fake"
+    assert decode(engine, speech, request, audio=7) == fresh
+    n_windows = engine.info.slots
+    engine.admit([Window(id=key, samples=other, request=request) for key in range(1, n_windows)])
+    engine.admit([Window(id=0, samples=speech, request=request, audio=7)])
+    together = drain(engine, n_windows)[0]
+    assert isinstance(together, Hypothesis)
+    assert together.tokens == fresh.tokens
+    assert together.avg_logprob == pytest.approx(fresh.avg_logprob, abs=1e-4)
+
+
+def test_beams(engine: Engine, speech: Samples, vocabulary: Vocabulary) -> None:
+    """A window may be searched; the text is at least as likely as the greedy one, or nearly."""
+    greedy = decode(engine, speech, DecodeRequest())
+    found = decode(engine, speech, DecodeRequest(beam_size=3))
+    assert found.avg_logprob >= greedy.avg_logprob - 0.1
+    assert found.tokens[0] >= vocabulary.timestamp_begin
+    assert engine.free_slots == engine.info.slots
+
+
 def test_cancel_frees_slots(engine: Engine, speech: Samples) -> None:
     """Cancelled windows may come out or not; their slots are free again, and the next window is served."""
     n_windows = engine.info.slots
@@ -170,7 +202,7 @@ def test_cancel_frees_slots(engine: Engine, speech: Samples) -> None:
     assert decode(engine, speech, DecodeRequest()).window_id == 1
 
 
-@pytest.mark.parametrize("opener", [cramped_fake, cramped_ct2], ids=["fake", "ct2"])
+@pytest.mark.parametrize("opener", [cramped_fake, cramped_ct2, cramped_child], ids=["fake", "ct2", "ct2 in a process"])
 def test_out_of_memory(
     opener: Callable[[Path, Vocabulary, int, ModelMeter], Engine],
     snapshot: Path,
@@ -179,24 +211,25 @@ def test_out_of_memory(
 ) -> None:
     """A batch that does not fit is halved until it does: every window comes out right, and the next batch fits."""
     meter = Halvings()
+    windows = [Window(id=key, samples=speech, request=DecodeRequest(), audio=key) for key in range(6)]
     engine = opener(snapshot, vocabulary, 2, meter)
     try:
         expected = decode(engine, speech, DecodeRequest())
         assert expected.halvings == 0
-        engine.admit([Window(id=key, samples=speech, request=DecodeRequest()) for key in range(6)])
+        engine.admit(windows)
         outcomes = [outcome for outcome in drain(engine, 6).values() if isinstance(outcome, Hypothesis)]
         assert [outcome.tokens for outcome in outcomes] == [expected.tokens] * 6
         halvings = meter.count
         assert halvings >= 1
         assert max(outcome.halvings for outcome in outcomes) >= 1
-        engine.admit([Window(id=key, samples=speech, request=DecodeRequest()) for key in range(6)])
+        engine.admit(windows)
         assert len(drain(engine, 6)) == 6
         assert meter.count == halvings, "what was too much once is not tried again at once"
     finally:
         engine.close()
 
 
-@pytest.mark.parametrize("opener", [cramped_fake, cramped_ct2], ids=["fake", "ct2"])
+@pytest.mark.parametrize("opener", [cramped_fake, cramped_ct2, cramped_child], ids=["fake", "ct2", "ct2 in a process"])
 def test_no_memory_at_all(
     opener: Callable[[Path, Vocabulary, int, ModelMeter], Engine],
     snapshot: Path,

@@ -16,7 +16,7 @@ from tests.hf_export import export
 from whisperd.convert import converted
 from whisperd.engine import EngineSettings, open_engine
 from whisperd.engine.cuda import checkpoint, memory
-from whisperd.engine.cuda.presence import obstacle
+from whisperd.engine.cuda.presence import fp8_obstacle, obstacle
 from whisperd.errors import EngineError, OutOfMemory, SourceError
 from whisperd.tokens import Vocabulary
 
@@ -93,7 +93,8 @@ def test_slots_fit_the_budget(name: str, budget_bytes: int, item_bytes: int) -> 
         return
     slots = memory.slots(shape, item_bytes, budget_bytes)
     assert 1 <= slots <= memory.SLOTS_MAX
-    assert fixed + slots * memory.slot_bytes(shape, item_bytes) <= budget_bytes
+    kept_bytes = memory.kept(slots) * memory.audio_bytes(shape, item_bytes)
+    assert fixed + slots * memory.slot_bytes(shape, item_bytes) + kept_bytes <= budget_bytes
     assert memory.slots(shape, item_bytes, budget_bytes + 10**9) >= slots
 
 
@@ -103,6 +104,34 @@ def test_small_cards_hold_large_models() -> None:
     assert memory.slots(SHAPES["large-v3-turbo"], 2, 8 * 10**9) >= 64
     with pytest.raises(OutOfMemory, match=r"needs 5\.\d GB"):
         memory.slots(SHAPES["large-v3"], 2, 2 * 10**9)
+
+
+@given(name=st.sampled_from(sorted(SHAPES)), budget_bytes=st.integers(8 * 10**9, 80 * 10**9))
+def test_eight_bits_hold_more(name: str, budget_bytes: int) -> None:
+    """Audio in 8 bits takes half of its room, so more windows fit, and they still fit the budget."""
+    shape = SHAPES[name]
+    found = memory.slots(shape, 2, budget_bytes, audio_item_bytes=1, most=10**9)
+    assert found > memory.slots(shape, 2, budget_bytes, most=10**9)
+    fixed = sum(part(shape, 2) for part in (memory.weight_bytes, memory.workspace_bytes, memory.padding_bytes))
+    kept_bytes = memory.kept(found) * memory.audio_bytes(shape, 1)
+    assert memory.audio_bytes(shape, 2) == 2 * memory.audio_bytes(shape, 1)
+    assert fixed + found * memory.slot_bytes(shape, 2, 1) + kept_bytes <= budget_bytes
+
+
+@pytest.mark.parametrize(
+    ("capability", "hip", "expected"),
+    [
+        ((8, 9), False, None),
+        ((9, 0), False, None),
+        ((12, 0), False, None),
+        ((8, 6), False, "8.6"),
+        ((9, 4), True, "AMD"),
+    ],
+)
+def test_cards_with_eight_bits(capability: tuple[int, int], hip: bool, expected: str | None) -> None:
+    """Ada, Hopper and what came later; others hear what they have and what is needed."""
+    found = fp8_obstacle(capability, hip=hip)
+    assert found is None if expected is None else expected in (found or "")
 
 
 def test_no_device() -> None:

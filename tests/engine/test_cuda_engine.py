@@ -24,7 +24,7 @@ from whisperd.tokens import Vocabulary
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
-from whisperd.engine.cuda.checkpoint import Checkpoint
+from whisperd.engine.cuda.checkpoint import Checkpoint, Shape
 from whisperd.engine.cuda.engine import CudaEngine
 from whisperd.engine.cuda.rows import RowPlan, RowText
 from whisperd.engine.cuda.runner import Runner
@@ -36,9 +36,9 @@ SPREAD = 0.3  # large enough that audio, position and history change what comes 
 END_GROWTH = 0.7  # how much each position calls for the end, so that texts have one, and each its own
 
 
-def talkative(vocabulary: Vocabulary) -> Checkpoint:
+def talkative(vocabulary: Vocabulary, shape: Shape = SHAPES["smoke"]) -> Checkpoint:
     """Random weights whose texts end."""
-    found = drawn(replace(SHAPES["smoke"], vocabulary_size=vocabulary.size), seed=1, spread=SPREAD)
+    found = drawn(replace(shape, vocabulary_size=vocabulary.size), seed=1, spread=SPREAD)
     tensors = dict(found.tensors)
     end = tensors["model.decoder.embed_tokens.weight"][vocabulary.eot]
     places = np.arange(found.shape.positions, dtype=np.float32)[:, None]
@@ -172,20 +172,6 @@ def test_the_likeliest_sample_is_kept(checkpoint: Checkpoint, vocabulary: Vocabu
     engine.close()
 
 
-def test_beams_are_refused(checkpoint: Checkpoint, vocabulary: Vocabulary) -> None:
-    """A window that asks for beams fails with what to change, and gives its slot back."""
-    engine = opened(checkpoint, vocabulary, 2)
-    engine.admit([Window(id=1, samples=audio(1), request=DecodeRequest(beam_size=5)), window(2)])
-    assert engine.free_slots == 0
-    outcomes = drain(engine, 2)
-    failure = outcomes[1]
-    assert isinstance(failure, WindowFailure)
-    assert "beam_size" in str(failure.error)
-    assert isinstance(outcomes[2], Hypothesis)
-    assert engine.free_slots == 2
-    engine.close()
-
-
 class NotingRunner(Runner):
     """Remembers which audio came in, by its length, in order."""
 
@@ -202,6 +188,49 @@ def test_who_is_let_in(checkpoint: Checkpoint, vocabulary: Vocabulary) -> None:
     engine.admit([replace(window(key), lane=lane) for key, lane in enumerate(lanes)])
     drain(engine, 4)
     assert runner.lengths == [len(audio(key)) for key in (0, 2, 3, 1)]
+    engine.close()
+
+
+def decoded(engine: CudaEngine, windows: Sequence[Window]) -> dict[int, Outcome]:
+    engine.admit(windows)
+    return drain(engine, len(windows))
+
+
+def again(key: int) -> Window:
+    """The first and every further decoding of the same audio look the same, but for their id."""
+    return replace(window(key), audio=key)
+
+
+def test_a_retry_keeps_its_slot(checkpoint: Checkpoint, vocabulary: Vocabulary, alone: Sequence[Hypothesis]) -> None:
+    """Audio is encoded once while nobody needs its slot; the room is taken from whoever left first."""
+    runner = NotingRunner(checkpoint, vocabulary, device=CPU, dtype=torch.float32, slots=3)
+    engine = CudaEngine(runner, vocabulary, compute_type="float32")
+    decoded(engine, [again(0), again(1)])
+    second = decoded(engine, [window(2), again(1), again(0)])
+    assert runner.lengths == [len(audio(key)) for key in (0, 1, 2)]
+    assert [getattr(second[key], "tokens", None) for key in range(3)] == [alone[key].tokens for key in range(3)]
+    decoded(engine, [again(0)])
+    decoded(engine, [window(3), window(4)])  # audio 0 was used last
+    decoded(engine, [again(0), again(1)])
+    assert runner.lengths == [len(audio(key)) for key in (0, 1, 2, 3, 4, 1)]
+    engine.close()
+
+
+def test_under_load_audio_is_kept_for_a_while(checkpoint: Checkpoint, vocabulary: Vocabulary) -> None:
+    """Where all rows are busy all the time, a window that comes again soon still finds its audio."""
+    runner = NotingRunner(checkpoint, vocabulary, device=CPU, dtype=torch.float32, slots=8)
+    engine = CudaEngine(runner, vocabulary, compute_type="float32")
+    assert (runner.windows, engine.free_slots) == (9, 8)
+    engine.admit([replace(window(1), id=key, audio=key) for key in range(8)])
+    gone: list[int] = []
+    while not gone:
+        gone = [outcome.window_id for outcome in engine.step()]
+    first = gone[-1]
+    engine.admit([replace(window(2), id=100)])
+    engine.step()
+    engine.cancel(frozenset(range(8)) - {first})
+    decoded(engine, [replace(window(1), id=first, audio=first)])
+    assert len(runner.lengths) == 9
     engine.close()
 
 
@@ -305,6 +334,31 @@ def test_languages(many_languages: Vocabulary) -> None:
         expected = model.generate(features, language="fr", task="translate", max_new_tokens=30)[0].tolist()
         assert list(text.tokens) == [token for token in expected if token != many_languages.eot][: len(text.tokens)]
     runner.close()
+
+
+class HearingRunner(NotingRunner):
+    """Counts questions for the language."""
+
+    asked = 0
+
+    def detect(self, windows: Sequence[int], rows: Sequence[int], languages: Sequence[int]) -> list[list[float]]:
+        self.asked += len(windows)
+        return super().detect(windows, rows, languages)
+
+
+def test_a_language_is_heard_once(many_languages: Vocabulary) -> None:
+    """Audio that comes again has its language, also among fewer candidates; a slot's next audio does not inherit it."""
+    runner = HearingRunner(talkative(many_languages), many_languages, device=CPU, dtype=torch.float32, slots=1)
+    engine = CudaEngine(runner, many_languages, compute_type="float32")
+    first, second = (getattr(decoded(engine, [again(0)])[0], "language", "") for _ in range(2))
+    few = replace(again(0), request=DecodeRequest(languages=("de", "fr")))
+    third = getattr(decoded(engine, [few])[0], "language", "")
+    assert first == second
+    assert third in {"de", "fr"}
+    assert (runner.asked, len(runner.lengths)) == (1, 1)
+    decoded(engine, [again(1)])
+    assert (runner.asked, len(runner.lengths)) == (2, 2)
+    engine.close()
 
 
 def test_a_language_is_found(many_languages: Vocabulary) -> None:

@@ -15,13 +15,13 @@ from whisperd.tokens import Vocabulary
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
-from whisperd.engine.cuda.graphs import FixedSteps, sizes
+from whisperd.engine.cuda.graphs import FixedSteps, FixedWindows, pieces, sizes
 from whisperd.engine.cuda.rows import RowPlan
 from whisperd.engine.cuda.runner import Runner
 
 COMPARED = """
 import torch
-from whisperd.engine.cuda.attention import gathered
+from whisperd.engine.cuda.attention import Scales, gathered
 from whisperd.engine.cuda.kernels import slotted
 
 torch.manual_seed(0)
@@ -31,6 +31,10 @@ for positions, live in ((1500, [1500, 1500, 1500]), (448, [1, 200, 448]), (448, 
         query = torch.randn(3, 1, 3, 16, dtype=dtype).transpose(1, 2)
         given = (query, keys, values, torch.tensor([4, 0, 2]), torch.tensor(live), positions)
         assert (slotted(*given).float() - gathered(*given).float()).abs().max() < limit, (positions, live, dtype)
+        small, scales = torch.rand(2, 5, 3, positions, 16) * 800 - 400, torch.rand(2, 5, 3)
+        small = small.to(torch.float8_e4m3fn)
+        given = (query, *small, *given[3:], Scales(keys=scales[0] / 100, values=scales[1] / 100))
+        assert (slotted(*given).float() - gathered(*given).float()).abs().max() < 4 * limit, (positions, live, dtype)
 print("equal")
 """
 
@@ -41,6 +45,34 @@ def test_sizes(most: int, count: int) -> None:
     if count <= most:
         size = next(size for size in sizes(most) if size >= count)
         assert size <= max(8, 2 * count)
+
+
+@given(count=st.integers(0, 300), most=st.integers(1, 40))
+def test_pieces(count: int, most: int) -> None:
+    """Any number of windows is a sum of few fixed sizes, the largest first, none beyond the limit."""
+    found = pieces(count, most)
+    assert sum(found) == count
+    assert list(found) == sorted(found, reverse=True)
+    assert set(found) <= {1, 2, 4, 8, 16, 32}
+    assert max(found, default=1) <= most
+    assert len(found) <= count // max(found, default=1) + 5
+
+
+def test_pieces_are_read_as_a_whole(vocabulary: Vocabulary) -> None:
+    """Windows that are encoded in pieces, through buffers that are used again, lie in their slots as if all at once."""
+    runner = Runner(drawn(SHAPES["smoke"], seed=2, spread=SPREAD), vocabulary, device=CPU, dtype=torch.float32, slots=5)
+    spectrogram = torch.zeros(runner.shape.n_mels, 3000)
+    sounds, windows = [audio(key) for key in range(5)], [4, 0, 3, 1, 2]
+    runner.encode(sounds, windows)
+    caches = runner._decoder.caches
+    expected = caches.cross_keys.clone(), caches.cross_values.clone()
+    for most in (1, 2, 3):
+        runner.fixed_windows = FixedWindows(runner.read_windows, most=most, spectrogram=spectrogram, record=None)
+        for repeat in (sounds[::-1], sounds):
+            runner.encode(repeat, windows)
+        torch.testing.assert_close(caches.cross_keys, expected[0])
+        torch.testing.assert_close(caches.cross_values, expected[1])
+    runner.close()
 
 
 def test_padded_steps_write_the_same(vocabulary: Vocabulary) -> None:
@@ -56,7 +88,7 @@ def test_padded_steps_write_the_same(vocabulary: Vocabulary) -> None:
         runner.begin(rows, rows, [RowPlan(prefix=(vocabulary.sot,), max_tokens=8 + row) for row in rows])
         for _ in range(5):
             runner.decode(rows, 4)
-        assert runner.done(rows) == rows
+        assert runner.progress(rows)[0] == rows
         texts.append([text.tokens for text in runner.texts(rows)])
         runner.close()
     assert texts[0] == texts[1]

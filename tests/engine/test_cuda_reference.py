@@ -22,9 +22,10 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 from whisperd.engine.cuda import checkpoint
+from whisperd.engine.cuda.caches import Caches
 from whisperd.engine.cuda.engine import CudaEngine
 from whisperd.engine.cuda.mel import DeviceLogMel
-from whisperd.engine.cuda.model import Caches, Decoder, Encoder
+from whisperd.engine.cuda.model import Decoder, Encoder
 from whisperd.engine.cuda.rows import RowPlan
 from whisperd.engine.cuda.runner import Runner
 from whisperd.engine.cuda.weights import load
@@ -81,7 +82,7 @@ def write(runner: Runner, clips: list[Clip], plan: RowPlan) -> list[tuple[int, .
     rows = list(range(len(clips)))
     runner.encode([window(clip) for clip in clips], rows)
     runner.begin(rows, rows, [plan] * len(clips))
-    while set(runner.done(rows)) != set(rows):
+    while set(runner.progress(rows)[0]) != set(rows):
         runner.decode(rows, 4)
     return [text.tokens for text in runner.texts(rows)]
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import pty
 import re
 import resource
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +20,7 @@ import pytest
 
 from tests.integration.daemon import EMBEDDED, DaemonProcess, clean_environ, running
 from tests.speech import Clip, plain
+from tests.test_audio import encoded
 
 HELP_CPU_S = 0.15
 
@@ -53,6 +58,7 @@ def test_help() -> None:
     for command in ("serve", "reconcile", "config", "transcribe", "status", "models", "reload", "demo"):
         assert f"\n  {command} " in done.stdout
     assert "78 wrong configuration" in done.stdout
+    assert "..." not in done.stdout, "what a command does fits on its line"
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 4 * HELP_CPU_S  # a loaded machine
 
 
@@ -94,6 +100,57 @@ def test_transcribe_to_files(daemon: DaemonProcess, clips: dict[str, Clip], tmp_
     assert names == {f"{stem}.{kind}" for stem in ("monkeys", "agent") for kind in ("txt", "srt", "vtt", "tsv", "json")}
     whole = json.loads((tmp_path / "out/monkeys.json").read_text())
     assert [word["word"].strip() for word in whole["segments"][0]["words"]][-1] == "monkeys."
+
+
+def test_a_pattern_of_videos(daemon: DaemonProcess, clips: dict[str, Clip], tmp_path: Path) -> None:
+    """A pattern that the shell has left alone, on videos in two containers: their sound is transcribed."""
+    for name, container, codec in (("a.mp4", "mp4", "aac"), ("b.mkv", "matroska", "flac")):
+        sample_format = "fltp" if codec == "aac" else "s16"
+        video = encoded(clips["monkeys"].samples(), container, codec, 16_000, sample_format)
+        (tmp_path / name).write_bytes(video.getvalue())
+    done = whisperd(daemon.directory, "transcribe", f"{tmp_path}/*.m*")
+    assert done.returncode == 0, done.stderr
+    assert plain(done.stdout).count(plain(clips["monkeys"].text)) == 2
+
+
+def test_progress_on_a_terminal(daemon: DaemonProcess, clips: dict[str, Clip]) -> None:
+    """The bar counts seconds of audio of all files together, and says how long it will take; -q shows nothing."""
+    files = [str(clips[name].path) for name in ("instruct", "agent")]
+    shown = on_a_terminal(daemon.directory, "transcribe", *files, "-j", "2")
+    bars = re.findall(r"transcribing: +\d+% .*? (\d+)/(\d+) s, ([0-9:?]+) left", shown)
+    assert len(bars) > 2, repr(shown)
+    done_s = [int(done) for done, _, _ in bars]
+    assert done_s == sorted(done_s)
+    assert (
+        0
+        < done_s[-1]
+        <= int(bars[-1][1])
+        == round(sum(len(clips[name].samples()) for name in ("instruct", "agent")) / 16_000)
+    )
+    assert any(re.fullmatch(r"\d\d:\d\d", left) for _, _, left in bars)
+    assert on_a_terminal(daemon.directory, "transcribe", "-q", files[1]) == ""
+
+
+def on_a_terminal(directory: Path, *arguments: str) -> str:
+    """What a command shows on stderr when that is a terminal."""
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 120))
+    command = [sys.executable, "-m", "whisperd", *arguments]
+    with subprocess.Popen(
+        command,
+        cwd=directory,
+        env=clean_environ(directory, {}),
+        stdout=subprocess.DEVNULL,
+        stderr=theirs,
+    ) as process:
+        os.close(theirs)
+        shown = b""
+        with contextlib.suppress(OSError):  # how a terminal ends on Linux
+            while piece := os.read(ours, 65_536):
+                shown += piece
+        assert process.wait(60) == 0
+    os.close(ours)
+    return shown.decode()
 
 
 def test_same_stem(daemon: DaemonProcess, clips: dict[str, Clip], tmp_path: Path) -> None:
@@ -268,6 +325,7 @@ def test_no_daemon(tmp_path: Path, clips: dict[str, Clip]) -> None:
         assert f"{tmp_path}/no.sock" in done.stderr
         assert "whisperd serve" in done.stderr
         assert len(done.stderr.splitlines()) == 1
+        assert ("--standalone" in done.stderr) == (command[0] == "transcribe")
 
 
 def test_reconcile_embedded(tmp_path: Path) -> None:

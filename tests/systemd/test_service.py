@@ -149,6 +149,25 @@ def test_kill(service: Service, clips: dict[str, Clip]) -> None:
     assert service.machine.run("stat", "-c", "%i", SOCKET).stdout == inode, socket
 
 
+def test_the_engine_is_killed(service: Service, clips: dict[str, Clip]) -> None:
+    """An engine in a process of its own works in the sandbox; when it is killed, no request and no restart is seen."""
+    service.configure(f"{MODEL}\n[engine]\nown_process = true")
+    service.systemctl("restart")
+    since = service.machine.cursor()
+    with service.load(clips["monkeys"]) as load:
+        (model,) = service.client.status()["models"]
+        inside = int(model["engine_pid"])
+        assert service.machine.run("cat", f"/proc/{inside}/oom_score_adj").stdout.strip() == "500"
+        service.machine.run("sh", "-c", f"kill -9 {inside}")
+        service.machine.journal_until(since, "was killed (SIGKILL): out of memory?", "3")
+        service.machine.until(lambda: service.status_text.startswith("serving tiny (cpu, int8"), "it serves again")
+    assert load.failures == {}
+    assert service.machine.show("NRestarts") == "0"
+    assert service.machine.show("ActiveState") == "active"
+    service.systemctl("stop")
+    assert service.machine.run("sh", "-c", f"test -d /proc/{inside}", check=False).returncode == 1
+
+
 def test_watchdog(service: Service, clips: dict[str, Clip]) -> None:
     """An engine that does not move is killed, shows where it was, and comes back."""
     # nothing can hang CTranslate2 on purpose, so a batch that takes long counts as hung

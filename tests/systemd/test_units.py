@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from whisperd.cli.serve import WYOMING
 from whisperd.config import Config, socket_path
+from whisperd.config.options import ServerTable
 from whisperd.errors import CachePermissionError, ConfigError, UsageError
 
 pytestmark = pytest.mark.systemd
@@ -42,6 +44,13 @@ def test_the_socket_is_the_default() -> None:
     (path,) = settings("whisperd.socket")["ListenStream"]
     assert path == str(socket_path(Config(), {}, uid=0))
     assert settings("whisperd.service")["ExecReload"] == [f"/usr/bin/whisperd reload --socket {path}"]
+
+
+def test_the_socket_of_the_wyoming_protocol() -> None:
+    """The example goes to the service, by the name by which the daemon knows it."""
+    found = settings("examples/whisperd-wyoming.socket")
+    assert (found["Service"], found["FileDescriptorName"]) == (["whisperd.service"], [WYOMING])
+    assert ServerTable(wyoming=found["ListenStream"][0]).wyoming
 
 
 def test_exit_codes_that_end_it() -> None:

@@ -11,6 +11,7 @@ from whisperd.api.service import (
     Peer,
     Readiness,
     ReconcileOrder,
+    Seat,
     Service,
     Tell,
 )
@@ -23,6 +24,7 @@ __all__ = [
     "Peer",
     "Readiness",
     "ReconcileOrder",
+    "Seat",
     "Service",
     "Tell",
     "create_app",

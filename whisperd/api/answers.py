@@ -10,7 +10,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from whisperd import formats
 from whisperd.api.params import ResponseFormat
-from whisperd.errors import Error, Unavailable
+from whisperd.errors import DeadlineExceeded, Error, Unavailable
 from whisperd.subtitles import Layout
 from whisperd.transcript import Segment, Transcript
 
@@ -65,7 +65,12 @@ def envelope(message: str, *, type: str, code: str, param: str | None = None) ->
 
 
 def retry_headers(error: Error) -> dict[str, str]:
-    """Both spellings of the time to wait: whole seconds for everybody, milliseconds for OpenAI's clients."""
+    """Both spellings of the time to wait: whole seconds for everybody, milliseconds for OpenAI's clients.
+
+    Those clients also repeat what took too long, unless they are told not to.
+    """
+    if isinstance(error, DeadlineExceeded):
+        return {"x-should-retry": "false"}
     if not isinstance(error, Unavailable):
         return {}
     return {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from functools import partial
 from http import HTTPStatus
 from typing import Any
 
@@ -16,17 +17,18 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from whisperd.api.answers import envelope, transcript_response
+from whisperd.api.deadline import deadline
 from whisperd.api.exchange import Exchange, ExchangeMiddleware
 from whisperd.api.guard import Guard
 from whisperd.api.openapi import description
 from whisperd.api.params import Parameters, parse_fields
 from whisperd.api.peers import refuse_stranger
-from whisperd.api.service import ApiSettings, Job, ModelCard, Service
+from whisperd.api.service import ApiSettings, Job, ModelCard, Seat, Service
 from whisperd.api.spool import Spool
 from whisperd.api.store import Reconcile
 from whisperd.api.streaming import stream, while_connected
 from whisperd.api.upload import Pace, Upload, receive_upload
-from whisperd.errors import Cancelled, Draining, ModelLoading, ModelNotFound
+from whisperd.errors import DeadlineExceeded, Draining, ModelLoading
 from whisperd.meter import HttpMeter
 from whisperd.transcript import Task
 
@@ -76,17 +78,20 @@ class Audio:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI; the file is closed when the answer is out."""
-        await self._service.admitted()  # before the body: nobody uploads an hour of audio to hear "later"
-        request = Request(scope, receive)
-        upload = await receive_upload(request, self._spool, self._pace)
-        with upload.file:
-            await self._answer(request, upload, send)
+        # before the body: nobody uploads an hour of audio to hear "later", and uploads count as requests
+        with await self._service.admitted() as seat:
+            request = Request(scope, receive)
+            upload = await receive_upload(request, self._spool, self._pace, self._service.resolve)
+            with upload.file:
+                await self._answer(request, upload, seat, send)
 
-    async def _answer(self, request: Request, upload: Upload, send: Send) -> None:
+    async def _answer(self, request: Request, upload: Upload, seat: Seat, send: Send) -> None:
         parameters = parse_fields(upload.fields, self._task, self._service.default_options())
         exchange = Exchange.of(request)
         exchange.model = parameters.model or next((card.id for card in self._service.models()), None)
+        exchange.device = partial(self._service.device, parameters.model)
         job = Job(
+            seat=seat,
             audio=upload.file.rewound(),
             filename=upload.filename,
             model=parameters.model,
@@ -95,13 +100,14 @@ class Audio:
             request_id=exchange.request_id,
             bulk=parameters.bulk,
         )
+        last = deadline(parameters.timeout_s, request.headers, elapsed_s=exchange.wall_s, stream=parameters.stream)
         try:
-            async with asyncio.timeout(parameters.timeout_s):
+            async with asyncio.timeout(last.left_s if last else None):
                 await self._work(request, job, parameters, send)
         except TimeoutError as error:
-            if parameters.timeout_s is None:
+            if last is None:
                 raise
-            raise Cancelled(f"it was not done in the {parameters.timeout_s:g} s that the request gave it") from error
+            raise DeadlineExceeded(last.message) from error
 
     async def _work(self, request: Request, job: Job, parameters: Parameters, send: Send) -> None:
         exchange = Exchange.of(request)
@@ -136,14 +142,13 @@ class Routes:
         return JSONResponse({"object": "list", "data": [_card(card) for card in self._service.models()]})
 
     async def model(self, request: Request) -> Response:
-        """``GET /v1/models/{id}``, by name or alias."""
+        """``GET /v1/models/{id}``, by every name that a request may use."""
+        cards = {name: card for card in self._service.models() for name in (card.id, *card.aliases)}
         wanted = request.path_params["id"]
-        cards = self._service.models()
-        for card in cards:
-            if wanted == card.id or wanted in card.aliases:
-                return JSONResponse(_card(card))
-        known = ", ".join(card.id for card in cards) or "none"
-        raise ModelNotFound(f"no model {wanted!r} is declared here; declared: {known}", param="model")
+        card = cards.get(wanted) or cards.get(self._service.resolve(wanted))
+        if card is None:
+            raise ModelLoading(f"model {wanted!r} comes or goes with a reload at this moment")
+        return JSONResponse(_card(card))
 
     async def live(self, _: Request) -> Response:
         """``GET /livez``: the loop answers."""

@@ -7,7 +7,7 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Self
 from urllib.parse import quote
 
@@ -29,12 +29,13 @@ OTHER = "other"
 
 
 class Exchange:
-    """One request and its answer. Handlers fill in ``audio_s`` and ``model`` for the log."""
+    """One request and its answer. Handlers fill in ``audio_s`` and ``model`` for the log, ``device`` for a header."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, send_idle_s: float) -> None:
         self.request_id = _request_id(Headers(scope=scope).get("x-request-id", ""))
         self.audio_s: float | None = None
         self.model: str | None = None
+        self.device: Callable[[], str | None] = lambda: None
         self.streaming = False
         self._scope = scope
         self._receive = receive
@@ -72,6 +73,8 @@ class Exchange:
             headers = MutableHeaders(scope=message)
             headers["x-request-id"] = self.request_id
             headers["openai-processing-ms"] = str(round(self.wall_s * 1000))
+            if device := self.device():
+                headers["x-whisperd-device"] = device
         else:
             self._complete = not message.get("more_body", False)
         try:

@@ -18,6 +18,7 @@ ERRORS = {
     "429": "Too many requests wait; Retry-After says when to come back.",
     "500": "The engine failed.",
     "503": "The model loads, the daemon stops, or the spool is full; Retry-After says when to come back.",
+    "504": "It was not done in the time that the request gave it, or after which its client gives up.",
 }
 
 

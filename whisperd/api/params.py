@@ -151,6 +151,10 @@ def _field(name: str, base: str) -> Field:
 def _value(name: str, field: Field, text: str) -> Any:
     try:
         return field.read(text)
+    except UnsupportedParameter:
+        raise
+    except RequestError as error:  # it names the field, but not as this client has spelled it
+        raise RequestError(str(error), param=_cut(name)) from error
     except ValueError as error:
         raise RequestError(f"{_cut(name)} must be {field.expects}, got {_cut(text)!r}", param=_cut(name)) from error
 
@@ -161,13 +165,6 @@ def _cut(text: str) -> str:
 
 def _language(text: str) -> str | None:
     return None if text.strip().lower() == "auto" else language_code(_cut(text))
-
-
-def _spoken(text: str) -> str:
-    try:
-        return language_code(_cut(text))
-    except RequestError as error:
-        raise RequestError(str(error), param="languages[]") from error
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -244,7 +241,9 @@ FIELDS: Mapping[str, Field] = {
     "stream": Field(expects="true or false", read=_boolean),
     "chunking_strategy": Field(expects="'auto' or an object of type server_vad", read=str),
     "include": _choice(("logprobs",), array=True),
-    "languages": Field(expects="a language code or an English name", read=_spoken, array=True),
+    "languages": Field(
+        expects="a language code or an English name", read=lambda text: language_code(_cut(text)), array=True
+    ),
     "keywords": Field(expects="a word or a name", read=str.strip, array=True),
     "hotwords": Field(expects="words and names, with commas between them", read=_words),
     "vad_filter": Field(expects="true or false", read=_boolean),

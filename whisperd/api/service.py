@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Protocol
+from typing import Any, BinaryIO, NamedTuple, Protocol, Self
 
 from whisperd.decoding import Options
 from whisperd.transcript import Segment, Transcript
@@ -36,13 +36,14 @@ class Readiness:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelCard:
-    """A declared model as ``/v1/models`` shows it."""
+    """A declared model as ``/v1/models`` shows it. Without ``languages`` it is not known which it has."""
 
     id: str
     aliases: tuple[str, ...] = ()
     source: str = ""
     revision: str | None = None
     loaded: bool = False
+    languages: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,14 +56,41 @@ class Chunking:
     silence_ms: int | None = None
 
 
+class Seat(Protocol):
+    """A place among the requests that are served at the same time, from the headers to the answer; given back at the
+    end of a ``with`` block."""
+
+    def __enter__(self) -> Self:
+        """The seat itself."""
+        ...
+
+    def __exit__(self, *_: object) -> None:
+        """Gives it back."""
+        ...
+
+    def begin(self) -> None:
+        """All of the request has arrived."""
+        ...
+
+    def announce(self, total_s: float, limit_s: float) -> None:
+        """So long is the audio; raises QueueFull when all together would be over ``limit_s``."""
+        ...
+
+    def progress(self, done_s: float) -> None:
+        """The audio is transcribed up to here."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
     """One request for a transcription.
 
-    ``audio`` stands at its beginning and stays open until ``transcribe`` has ended. A ``model`` of None is the
-    default one; a ``bulk`` of None goes by the length of the audio. The callbacks may be called from any thread.
+    ``seat`` is what ``admitted`` gave for it. ``audio`` stands at its beginning and stays open until ``transcribe`` has
+    ended. A ``model`` of None is the default one; a ``bulk`` of None goes by the length of the audio. The callbacks may
+    be called from any thread.
     """
 
+    seat: Seat
     audio: BinaryIO
     filename: str
     model: str | None
@@ -93,12 +121,20 @@ class Service(Protocol):
         """Whether requests are served now."""
         ...
 
-    async def admitted(self) -> None:
+    async def admitted(self) -> Seat:
         """Returns when a request for a transcription may go on; raises Unavailable when that is not soon."""
+        ...
+
+    def resolve(self, name: str) -> str:
+        """The declared model that a name means; raises ModelNotFound, or ModelLoading while that is not known."""
         ...
 
     def models(self) -> Sequence[ModelCard]:
         """The declared models, the default one first."""
+        ...
+
+    def device(self, model: str | None) -> str | None:
+        """Where a model computes now, as in ``cuda`` or ``cpu (fallback)``; None when it is not in memory."""
         ...
 
     def status(self) -> Mapping[str, object]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import shutil
 import tempfile
 from contextlib import suppress
 from pathlib import Path
@@ -39,6 +40,29 @@ class Spool:
                 param="file",
             )
 
+    def refuse_announced(self, length_bytes: int) -> None:
+        """Raises FileTooLarge or SpoolFull when a file of at least this size cannot be taken now."""
+        self.refuse_length(length_bytes)
+        self.refuse_more(length_bytes)
+        try:
+            free_bytes = shutil.disk_usage(self.directory).free
+        except OSError as error:
+            raise _translated(error, self.directory) from error
+        if free_bytes < length_bytes:
+            raise SpoolFull(
+                f"the upload has {length_bytes} bytes or more, and the spool directory {self.directory} has room for "
+                f"{free_bytes}",
+                retry_after_s=RETRY_AFTER_S,
+            )
+
+    def refuse_more(self, n_bytes: int) -> None:
+        """Raises SpoolFull when so much more would be over the budget."""
+        if self.used_bytes + n_bytes > self.budget_bytes:
+            raise SpoolFull(
+                f"uploads in flight fill the spool of {self.budget_bytes} bytes (limits.spool_bytes)",
+                retry_after_s=RETRY_AFTER_S,
+            )
+
     def create(self) -> SpoolFile:
         """A new file without a name; raises SpoolFull when the disk has no room for one."""
         try:
@@ -60,11 +84,7 @@ class SpoolFile:
         """Appends; raises FileTooLarge or SpoolFull, the latter for the budget as well as for the disk."""
         spool = self._spool
         spool.refuse_length(self.size_bytes + len(data))
-        if spool.used_bytes + len(data) > spool.budget_bytes:
-            raise SpoolFull(
-                f"uploads in flight fill the spool of {spool.budget_bytes} bytes (limits.spool_bytes)",
-                retry_after_s=RETRY_AFTER_S,
-            )
+        spool.refuse_more(len(data))
         self.size_bytes += len(data)
         spool.used_bytes += len(data)
         try:

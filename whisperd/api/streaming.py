@@ -128,21 +128,25 @@ async def send_events(
         await exchange.send({"type": "http.response.body", "body": last(result)})
         return result
     finally:
-        await _ended(work)
+        await ended(work)
 
 
 async def while_connected(work: Coroutine[Any, Any, T], receive: Receive) -> T:
     """Does the work, or raises Cancelled when the client goes away first; then the work has ended."""
-    task = asyncio.create_task(work)
-    gone = asyncio.create_task(_gone(receive))
+    return await unless(work, _gone(receive))
+
+
+async def unless(work: Coroutine[Any, Any, T], gone: Coroutine[Any, Any, object]) -> T:
+    """Does the work, or raises Cancelled when ``gone`` returns first; then the work has ended."""
+    task, leaving = asyncio.create_task(work), asyncio.create_task(gone)
     try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({task, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
             raise Cancelled("the client went away")
         return task.result()
     finally:
-        await _ended(task)
-        await _ended(gone)
+        await ended(task)
+        await ended(leaving)
 
 
 def event(kind: str, **members: Any) -> bytes:
@@ -155,7 +159,7 @@ async def _gone(receive: Receive) -> None:
         pass
 
 
-async def _ended(task: asyncio.Task[Any]) -> None:
+async def ended(task: asyncio.Task[Any]) -> None:
     """Waits for the task's end without looking at its outcome."""
     if not task.done():
         task.cancel()

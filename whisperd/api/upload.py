@@ -47,8 +47,9 @@ class _Part:
 class _Form:
     """Receives what the parser finds. The limits are checked here, so that no byte too much is kept."""
 
-    def __init__(self, spool: Spool) -> None:
+    def __init__(self, spool: Spool, resolve: Callable[[str], object]) -> None:
         self._spool = spool
+        self._resolve = resolve
         self._part = _Part()
         self._header_name = bytearray()
         self._header_value = bytearray()
@@ -121,6 +122,9 @@ class _Form:
     def _open(self, part: _Part) -> None:
         if self.file is not None:
             raise RequestError("the form has two files; send one request for each", param="file")
+        for name, value in self.fields:  # those that came first: here the rest of the upload can still be saved
+            if name == "model" and value.strip():
+                self._resolve(value.strip())
         self.file = self._spool.create()
         self.filename = part.filename or "audio"
 
@@ -174,14 +178,15 @@ class Pace:
         return elapsed_s <= self.idle_s or n_bytes >= elapsed_s * self.bytes_per_s
 
 
-async def receive_upload(request: Request, spool: Spool, pace: Pace) -> Upload:
+async def receive_upload(request: Request, spool: Spool, pace: Pace, resolve: Callable[[str], object]) -> Upload:
     """Reads the whole body; raises RequestError, FileTooLarge, SpoolFull, or Cancelled when the client went away.
 
-    Whatever is raised, the spool is as it was before.
+    What the headers tell is refused before the body, and a model before the file where its name comes first:
+    ``resolve`` raises for one that is not served. Whatever is raised, the spool is as it was before.
     """
     boundary = _boundary(request.headers.get("content-type", ""))
     _refuse_long(request.headers.get("content-length", ""), spool)
-    form = _Form(spool)
+    form = _Form(spool, resolve)
     try:
         with _translated(pace):
             await _feed(request.stream(), form.parser(boundary).write, pace)
@@ -228,5 +233,5 @@ def _boundary(content_type: str) -> bytes:
 
 
 def _refuse_long(content_length: str, spool: Spool) -> None:
-    if content_length.isdecimal() and int(content_length) > spool.upload_bytes + FORM_BYTES:
-        spool.refuse_length(int(content_length) - FORM_BYTES)
+    if content_length.isdecimal() and int(content_length) > FORM_BYTES:
+        spool.refuse_announced(int(content_length) - FORM_BYTES)

@@ -21,7 +21,8 @@ EXIT_CODES = """\b
 Exit codes:
   0 done           1 something failed     2 wrong usage        3 changes pending
   4 Hub not asked  65 undecodable audio   66 no such input     69 no daemon answers
-  70 engine error  75 try again later     77 no permission     78 wrong configuration
+  70 engine error  73 cannot write        75 try again later   77 no permission
+  78 wrong configuration                  130 interrupted
 """
 
 

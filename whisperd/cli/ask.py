@@ -41,7 +41,7 @@ def models(config_file: Path | None, overrides: Sequence[str], socket_file: Path
         click.echo(f"{names}  {model['source']}{revision}  {'loaded' if model['loaded'] else 'not loaded'}")
 
 
-@click.command()
+@click.command(short_help="Make the daemon read its configuration again.")
 @config_options
 @socket_option
 def reload(config_file: Path | None, overrides: Sequence[str], socket_file: Path | None) -> None:
@@ -78,10 +78,12 @@ def _status_lines(found: Mapping[str, Any]) -> Iterator[str]:
 
 def _model_line(model: Mapping[str, Any]) -> str:
     if model["failure"]:
-        return f"{model['name']} DIED: {model['failure']}; the next request loads it again"
+        return f"{model['name']} DOWN: {model['failure']}; it is being opened again"
     if not model["loaded"]:
         return f"{model['name']} (not loaded)"
     return (
         f"{model['name']} on {model['device']} ({model['compute_type']}): {model['windows_running']} of "
         f"{model['slots']} slots, {model['windows_waiting']} windows wait"
+        + (f"; engine replaced {model['engine_restarts']} times" if model["engine_restarts"] else "")
+        + (f"; IN PLACE OF A GPU: {model['fallback']}" if model["fallback"] else "")
     )

@@ -27,7 +27,7 @@ spool_dir = "{directory}"
 """
 
 
-@click.command()
+@click.command(short_help="Go the whole way once, on an embedded model.")
 @click.argument("file", required=False, type=click.Path(path_type=Path, exists=True, dir_okay=False))
 def demo(file: Path | None) -> None:
     """Start a daemon on the embedded model, transcribe FILE (or a sample), stop it.

@@ -30,7 +30,16 @@ def private_daemon(directory: Path, arguments: Sequence[str], on_status: Callabl
         on_status: hears what the daemon says about itself until it is ready.
     """
     socket_path, notify_path = directory / "whisperd.sock", directory / "notify.sock"
-    own = ["-o", f"server.socket='{socket_path}'", "-o", 'server.tcp=""', "-o", 'log_level="warning"']
+    own = [
+        "-o",
+        f"server.socket='{socket_path}'",
+        "-o",
+        'server.tcp=""',
+        "-o",
+        'server.wyoming=""',
+        "-o",
+        'log_level="warning"',
+    ]
     environ = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
         notify.bind(str(notify_path))

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 
     from whisperd.config import Config
     from whisperd.notify import Notifier
+    from whisperd.sockets import Inherited
+
+WYOMING = "wyoming"  # FileDescriptorName= of its socket unit
+UNIX = "unix:"
 
 log = logging.getLogger(__name__)
 
@@ -33,11 +37,11 @@ def serve(config_file: Path | None, overrides: Sequence[str]) -> None:
     import faulthandler
 
     from whisperd.notify import Notifier
-    from whisperd.server import inherited_sockets
+    from whisperd.sockets import inherited_sockets
 
     faulthandler.enable()  # the watchdog's SIGABRT shows where every thread was
     notifier = Notifier(os.environ)
-    inherited: Sequence[socket.socket] = ()
+    inherited: Sequence[Inherited] = ()
     try:
         inherited = inherited_sockets(os.environ)
         _run(config_file, overrides, notifier, inherited)
@@ -50,7 +54,7 @@ def serve(config_file: Path | None, overrides: Sequence[str]) -> None:
 
 
 def _run(
-    config_file: Path | None, overrides: Sequence[str], notifier: Notifier, inherited: Sequence[socket.socket]
+    config_file: Path | None, overrides: Sequence[str], notifier: Notifier, inherited: Sequence[Inherited]
 ) -> None:
     import asyncio
 
@@ -63,7 +67,9 @@ def _run(
     log.info("%s", loaded.header)
     for warning in loaded.warnings:
         log.warning("%s", warning)
-    sockets = [*(inherited or [_own_socket(loaded.config)]), *_tcp_sockets(loaded.config)]
+    passed = [one.socket for one in inherited if one.name != WYOMING]
+    sockets = [*(passed or [_own_socket(loaded.config)]), *_tcp_sockets(loaded.config)]
+    wyoming_sockets = _wyoming_sockets(loaded.config, [one.socket for one in inherited if one.name == WYOMING])
 
     async def run() -> None:
         daemon = Daemon(
@@ -72,6 +78,7 @@ def _run(
             environ=os.environ,
             notifier=notifier,
             sockets=sockets,
+            wyoming_sockets=wyoming_sockets,
         )
         await daemon.run()
 
@@ -80,9 +87,13 @@ def _run(
 
 def _own_socket(config: Config) -> socket.socket:
     from whisperd.config import socket_path
-    from whisperd.server import bind_unix
 
-    path = socket_path(config, os.environ, uid=os.getuid())
+    return _unix_socket(socket_path(config, os.environ, uid=os.getuid()), config)
+
+
+def _unix_socket(path: Path, config: Config) -> socket.socket:
+    from whisperd.sockets import bind_unix
+
     log.info("listening at %s", path)
     return bind_unix(path, mode=int(config.server.socket_mode, 8), group=config.server.socket_group)
 
@@ -98,15 +109,32 @@ def _tcp_sockets(config: Config) -> Sequence[socket.socket]:
     return (listener,)
 
 
+def _wyoming_sockets(config: Config, passed: Sequence[socket.socket]) -> Sequence[socket.socket]:
+    """What systemd has passed, or else where it is asked for."""
+    address = config.server.wyoming
+    if not (passed or address):
+        return ()
+    from whisperd import wyoming
+    from whisperd.tcp import bind_tcp
+
+    wyoming.require()
+    if passed or address is None:
+        return passed
+    if address.startswith(UNIX):
+        return (_unix_socket(Path(address.removeprefix(UNIX)), config),)
+    log.info("listening at tcp://%s for the Wyoming protocol", address)
+    return (bind_tcp(address, option="server.wyoming"),)
+
+
 def _say_why(error: Error, notifier: Notifier) -> None:
     notifier.status(str(error))
     if isinstance(error, ConfigError):
         notifier.errno(errno.EINVAL)
 
 
-def _turn_away(error: Error, inherited: Sequence[socket.socket], read: Callable[[], object]) -> None:
+def _turn_away(error: Error, inherited: Sequence[Inherited], read: Callable[[], object]) -> None:
     """Tells those who wait in a socket that the daemon has not served."""
-    waiting = [listener for listener in inherited if listener.fileno() >= 0]
+    waiting = [one.socket for one in inherited if one.name != WYOMING and one.socket.fileno() >= 0]
     if not waiting:
         return
     from whisperd.server import turn_away

@@ -19,7 +19,7 @@ from whisperd.cli.deliver import FORMATS, Output, written
 from whisperd.cli.inputs import STDIN, count_stdin, expand
 from whisperd.cli.private import private_daemon
 from whisperd.cli.progress import Progress, progress
-from whisperd.errors import Cancelled, DaemonUnreachable, Error, RemoteError, UsageError
+from whisperd.errors import Cancelled, DaemonUnreachable, Error, RemoteError, SocketPermissionError, UsageError
 
 if TYPE_CHECKING:
     from whisperd.client import Client
@@ -33,7 +33,7 @@ ATTEMPTS = 20  # for a daemon that is busy and says when to come back
 PASSING = (429, 503)
 
 
-@click.command()
+@click.command(short_help="Transcribe audio and video files.")
 @click.argument("files", nargs=-1, required=True, metavar="FILE...", type=click.Path(path_type=Path))
 @click.option("-m", "--model", help="Model to use (the daemon's first).")
 @click.option("-l", "--language", help="Spoken language, a code or a name (detected).")
@@ -135,7 +135,8 @@ def _daemon(
     standalone: bool, socket_file: Path | None, config_file: Path | None, overrides: Sequence[str], *, quiet: bool
 ) -> Iterator[Client]:
     if not standalone:
-        yield client(socket_file, config_file, overrides, SILENCE_S)
+        with _another_way():
+            yield client(socket_file, config_file, overrides, SILENCE_S)
         return
     from whisperd.client import Client
 
@@ -148,6 +149,17 @@ def _daemon(
 
     with tempfile.TemporaryDirectory(prefix="whisperd-") as name, private_daemon(Path(name), arguments, say) as path:
         yield Client(path, SILENCE_S)
+
+
+@contextmanager
+def _another_way() -> Iterator[None]:
+    """Who has no daemon does not need one."""
+    try:
+        yield
+    except SocketPermissionError:
+        raise
+    except DaemonUnreachable as error:
+        raise DaemonUnreachable(f"{error}; without a daemon: whisperd transcribe --standalone") from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

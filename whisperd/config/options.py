@@ -53,9 +53,19 @@ def _tcp_address(text: str | None) -> str | None:
     return text
 
 
+def _wyoming_address(text: str | None) -> str | None:
+    if text is None or re.fullmatch(r"unix:/.+", text):
+        return text
+    try:
+        return _tcp_address(text)
+    except ValueError:
+        raise ValueError(f'expects "127.0.0.1:10300", "[::1]:10300" or "unix:/path", got {text!r}') from None
+
+
 Text = Annotated[str | None, BeforeValidator(_empty_is_unset)]
 PathText = Annotated[Text, AfterValidator(_absolute)]
 TcpAddress = Annotated[Text, AfterValidator(_tcp_address)]
+WyomingAddress = Annotated[Text, AfterValidator(_wyoming_address)]
 Url = Annotated[Text, AfterValidator(_url)]
 Mode = Annotated[str, AfterValidator(_octal_mode)]
 Temperature = Annotated[float, Field(ge=0, le=1)]
@@ -87,6 +97,13 @@ class ServerTable(Table):
     )
     tcp_hosts: tuple[str, ...] = option(
         (), reload="restart", help="Further names by which clients reach the TCP listener; others are refused."
+    )
+
+    wyoming: WyomingAddress = option(
+        None,
+        reload="restart",
+        help='Speak the Wyoming protocol at "127.0.0.1:10300" or "unix:/path" (whisperd[wyoming]); it knows no keys: '
+        "whoever reaches it may transcribe.",
     )
 
     @model_validator(mode="after")
@@ -132,12 +149,31 @@ class EngineTable(Table):
         help="Memory of the GPU that one model may take; it decides how many windows are decoded together. "
         "0: nine tenths of what is free when the model is loaded, which leaves no room for a second one.",
     )
+    fp8_cross: bool = option(
+        False,
+        reload="restart",
+        help="Keep audio in the memory of the GPU in 8 bits: more windows at a time, and less to read for each token. "
+        "Needs a card with 8-bit floats (Ada, Hopper); tested for accuracy on tiny.en only.",
+    )
+    own_process: bool = option(
+        False,
+        reload="restart",
+        help="Run the cpu's engine in a process of its own, as that of a GPU always is: when it dies or is killed for "
+        "memory, the daemon opens it again and loses no request. It costs a second process.",
+    )
+    cpu_fallback: bool = option(
+        False,
+        reload="restart",
+        help="While a GPU that was there cannot be used, serve on the cpu and say so everywhere; "
+        "false: answer 503 until it is back.",
+    )
     stall_timeout_s: float = option(
         300.0,
         reload="restart",
         ge=0.1,
         le=86400,
-        help="When no batch ends for this long while some run, the engine hangs, and systemd restarts the daemon.",
+        help="When no batch ends for this long while some run, the engine hangs: its own process is replaced, or "
+        "without one systemd restarts the daemon.",
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from typing import Self
 
 from whisperd.errors import QueueFull
 
@@ -25,7 +26,8 @@ class Backlog:
         self._lock = threading.Lock()
         self._places: set[Place] = set()
         self._done_s = 0.0  # audio, for the speed
-        self._busy_s = 0.0  # time with at least one request
+        self._working: set[Place] = set()  # the others still arrive
+        self._busy_s = 0.0  # time with work
         self._busy_since_s = 0.0
 
     @property
@@ -47,11 +49,16 @@ class Backlog:
                     f"{limit} requests are being served, which is the limit (limits.requests); try again later",
                     retry_after_s=self._retry_after_s(self._audio_s() / limit),
                 )
-            if not self._places:
-                self._busy_since_s = self._clock()
             place = Place(self)
             self._places.add(place)
             return place
+
+    def begin(self, place: Place) -> None:
+        """There is work to do; see ``Place.begin``."""
+        with self._lock:
+            if not self._working:
+                self._busy_since_s = self._clock()
+            self._working.add(place)
 
     def announce(self, place: Place, total_s: float, limit_s: float) -> None:
         """The length of a request's audio is known; see ``Place.announce``."""
@@ -74,9 +81,10 @@ class Backlog:
     def leave(self, place: Place) -> None:
         """A request is over; see ``Place.leave``."""
         with self._lock:
-            if place in self._places:
-                self._places.remove(place)
-                if not self._places:
+            self._places.discard(place)
+            if place in self._working:
+                self._working.remove(place)
+                if not self._working:
                     self._busy_s += self._clock() - self._busy_since_s
 
     def _audio_s(self) -> float:
@@ -84,7 +92,7 @@ class Backlog:
 
     def _retry_after_s(self, audio_s: float) -> float:
         """When so much audio will be done, by the speed so far."""
-        busy_s = self._busy_s + (self._clock() - self._busy_since_s if self._places else 0.0)
+        busy_s = self._busy_s + (self._clock() - self._busy_since_s if self._working else 0.0)
         if self._done_s <= 0 or busy_s <= 0:
             return RETRY_AFTER_UNKNOWN_S
         return min(RETRY_AFTER_MAX_S, max(RETRY_AFTER_MIN_S, audio_s * busy_s / self._done_s))
@@ -97,6 +105,16 @@ class Place:
         self._backlog = backlog
         self.total_s = 0.0
         self.done_s = 0.0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.leave()
+
+    def begin(self) -> None:
+        """All of the request has arrived; from now on its time says how fast this daemon is."""
+        self._backlog.begin(self)
 
     @property
     def left_s(self) -> float:

@@ -13,12 +13,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from whisperd import wyoming
 from whisperd.api import ReconcileOrder, Tell, create_app
 from whisperd.config import Config, Loaded, diff
 from whisperd.daemon import settings
 from whisperd.daemon.logs import set_level
 from whisperd.daemon.models import Loader
-from whisperd.daemon.orders import carry_out, report_members
+from whisperd.daemon.orders import carry_out, counted, report_members
+from whisperd.daemon.queueing import LoaderQueue
 from whisperd.daemon.registry import Registry
 from whisperd.daemon.service import DaemonService, State
 from whisperd.daemon.supervision import Supervision
@@ -47,7 +49,8 @@ class Daemon:
         read_config: reads it again for a reload; raises ConfigError.
         environ: the environment.
         notifier: how systemd hears of it.
-        sockets: where it listens.
+        sockets: where it listens for HTTP.
+        wyoming_sockets: where it listens for the Wyoming protocol.
     """
 
     def __init__(
@@ -58,11 +61,13 @@ class Daemon:
         environ: Mapping[str, str],
         notifier: Notifier,
         sockets: Sequence[socket.socket],
+        wyoming_sockets: Sequence[socket.socket] = (),
     ) -> None:
         self._read_config = read_config
         self._environ = environ
         self._notifier = notifier
         self._sockets = sockets
+        self._wyoming_sockets = wyoming_sockets
         config = loaded.config
         self._state = State(loaded=loaded, cache_dir=str(settings.store_settings(config, environ).cache_dir))
         self._seen = config
@@ -71,21 +76,27 @@ class Daemon:
             notifier, self._state, self._registry, engine_stall_s=config.engine.stall_timeout_s
         )
         self._metrics = Metrics()
-        self._loader = Loader(
-            self._registry, settings.engine_settings(config), settings.conversions_dir(config, environ), self._metrics
-        )
+        work_dir = settings.conversions_dir(config, environ)
+        self._loader = LoaderQueue(Loader(self._registry, settings.engine_settings(config), work_dir, self._metrics))
         self._service = DaemonService(
             self._state,
             self._registry,
             self._metrics,
-            load_one=self._load_one,
+            load_one=self._loader.load_one,
             reload=self._reload_and_wait,
             reconcile=self._reconcile,
         )
         self._app = create_app(self._service, settings.api_settings(config, environ), self._metrics)
         spool = self._app.state.spool
         self._service.spool_usage = lambda: (spool.used_bytes, spool.open_files)
-        self._server = Server(settings.server_settings(config))
+        self._server = Server(settings.server_settings(config), self._metrics)
+        self._wyoming = wyoming.Listener(
+            self._service,
+            spool,
+            settings.wyoming_settings(config, lambda: self._state.loaded.config.limits.audio_s),
+            drain_s=config.server.shutdown_timeout_s,
+            meter=self._metrics,
+        )
         self._reloads: asyncio.Queue[Waiter | None] = asyncio.Queue()
         self._at_the_cache = asyncio.Lock()
         self._held: Mapping[str, int | None] = {}
@@ -96,7 +107,7 @@ class Daemon:
     async def run(self) -> None:
         """Serves until SIGTERM or SIGINT; raises Error when the default model cannot be served."""
         self._handle_signals()
-        serving = asyncio.create_task(self._server.serve(self._app, self._sockets))
+        serving = asyncio.create_task(self._serve())
         working = asyncio.create_task(self._work())
         watching = asyncio.create_task(self._supervision.watch())
         tending = asyncio.create_task(self._tend())
@@ -111,6 +122,9 @@ class Daemon:
             await asyncio.to_thread(self._registry.close)
             self._service.close()
         _raise_failure(outcomes[0])
+
+    async def _serve(self) -> None:
+        await asyncio.gather(self._server.serve(self._app, self._sockets), self._wyoming.serve(self._wyoming_sockets))
 
     def _handle_signals(self) -> None:
         loop = asyncio.get_running_loop()
@@ -148,7 +162,7 @@ class Daemon:
 
     async def _switch(self, config: Config, snapshots: Mapping[str, Path]) -> None:
         self._supervision.loading(snapshots)
-        await asyncio.to_thread(self._loader.switch, config, snapshots)
+        await self._loader.switch(config, snapshots)
         self._state.revisions = {name: _commit(path) for name, path in snapshots.items()}
         self._hold(snapshots)
 
@@ -169,7 +183,8 @@ class Daemon:
         async with self._at_the_cache:
             config = self._state.loaded.config
             try:
-                report = await carry_out(order, config, self._environ, tell, self._supervision.fetched)
+                work = carry_out(order, config, self._environ, tell, self._supervision.fetched)
+                report = await (work if order.check else counted(work, self._metrics))
             finally:
                 self._supervision.fetching_ended()
             moved = {name: path for name, path in report.snapshots.items() if self._paths.get(name) not in (None, path)}
@@ -186,9 +201,11 @@ class Daemon:
         store = settings.store_settings(config, self._environ)
         self._supervision.note("checking the cache")
         if not store.force:
+            started_s = time.monotonic()
             found = await asyncio.to_thread(snapshots_without_network, wanted, store)
             if len(found) == len(wanted):
                 self._state.problems = ()
+                self._metrics.reconciled("ok", time.monotonic() - started_s)
                 return found
         report = await self._reconciled(wanted, store)
         failed = {result.name: result.error for result in report.results if result.error is not None}
@@ -209,7 +226,7 @@ class Daemon:
             self._supervision.fetched(progress)
 
         try:
-            return await asyncio.to_thread(
+            work = asyncio.to_thread(
                 reconcile,
                 wanted,
                 store,
@@ -217,6 +234,7 @@ class Daemon:
                 on_progress=on_progress,
                 cancel=self._cancel_store,
             )
+            return await counted(work, self._metrics)
         finally:
             self._supervision.fetching_ended()
             self._state.wait_again()
@@ -274,15 +292,12 @@ class Daemon:
         spool = self._app.state.spool
         spool.upload_bytes, spool.budget_bytes = config.limits.upload_bytes, config.limits.spool_bytes
 
-    async def _load_one(self, name: str) -> None:
-        await asyncio.to_thread(self._loader.load_one, name)
-
     async def _tend(self) -> None:
         """Unloads models that nobody needs."""
         while True:
             idle_s = self._state.loaded.config.limits.model_idle_s
             if idle_s:
-                await asyncio.to_thread(self._loader.unload_idle, idle_s)
+                await self._loader.unload_idle(idle_s)
             await asyncio.sleep(min(TEND_EVERY_S, idle_s / 4) if idle_s else TEND_EVERY_S)
 
     async def _drain(self, serving: asyncio.Task[None], failure: Error | None) -> None:
@@ -300,6 +315,7 @@ class Daemon:
             if waiter is not None and not waiter.done():
                 waiter.set_exception(Draining("the daemon is stopping"))
         self._server.stop()
+        self._wyoming.stop()
         await serving
 
 

@@ -14,12 +14,12 @@ from pathlib import Path
 from types import MappingProxyType
 
 from whisperd.config import Config
-from whisperd.daemon.loading import load
+from whisperd.daemon.loading import Opener, load
 from whisperd.daemon.memory import trim, weights_bytes
 from whisperd.daemon.registry import Registry, Served
 from whisperd.daemon.settings import aliases
-from whisperd.engine import EngineSettings
-from whisperd.errors import Error, ModelLoading
+from whisperd.engine import EngineSettings, open_engine
+from whisperd.errors import Error, ModelLoading, OutOfMemory
 from whisperd.metrics import Metrics
 from whisperd.pipeline import LoadedModel
 from whisperd.vad import SpeechDetector
@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 COOLDOWN_S = 10.0  # a model that could not be loaded is not tried again at each request
 ROOM_RETRY_AFTER_S = 5.0
+DRAIN_S = 60.0
 
 
 class Loader:
@@ -38,13 +39,26 @@ class Loader:
         settings: how engines are opened; the same as long as the daemon lives.
         work_dir: where conversions are kept.
         metrics: counts loads, and what the models do.
+        opener: makes engines.
+        drain_s: how long a reload waits for requests that hold a model which has to make room.
     """
 
-    def __init__(self, registry: Registry, settings: EngineSettings, work_dir: Path, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        settings: EngineSettings,
+        work_dir: Path,
+        metrics: Metrics,
+        *,
+        opener: Opener = open_engine,
+        drain_s: float = DRAIN_S,
+    ) -> None:
         self._registry = registry
         self._settings = settings
         self._work_dir = work_dir
         self._metrics = metrics
+        self._opener = opener
+        self._drain_s = drain_s
         self._detector: SpeechDetector | None = None
         self._loaded_from: Mapping[str, Path] = MappingProxyType({})
         self._snapshots: Mapping[str, Path] = MappingProxyType({})
@@ -57,7 +71,8 @@ class Loader:
         """Serves what ``config`` declares from now on: all or nothing.
 
         The first model is loaded in any case, the others unless they wait for their first request. Models whose
-        snapshot is the same stay as they are. Requests keep what they hold.
+        snapshot is the same stay as they are. Requests keep what they hold. New models are loaded beside those that
+        leave; where the memory does not hold both, these go first, and new requests wait meanwhile.
 
         Raises:
             Error: a model could not be loaded; what was served before is served still.
@@ -74,7 +89,8 @@ class Loader:
             budget_bytes = config.limits.model_bytes
             missing = [name for name in snapshots if name in wanted and name not in kept]
             fitting = _fitting(missing, snapshots, sum(model.memory_bytes for model in kept.values()), budget_bytes)
-            models = kept | self._load_all(fitting, snapshots)
+            leaving = [model for name, model in current.items() if name not in kept]
+            models = kept | self._load_instead(leaving, fitting, snapshots)
             self._budget_bytes = budget_bytes
             self._kept = frozenset(model.served_name for model in config.models if model.keep_loaded)
             self._failed.clear()
@@ -97,6 +113,8 @@ class Loader:
             Error: it cannot be loaded.
         """
         with self._one_at_a_time:
+            if name not in self._registry.served.names:
+                return  # a reload was faster; the caller asks for the name again
             found = self._registry.served.models.get(name)
             if found is not None and found.batcher.failure is None:
                 return
@@ -153,24 +171,79 @@ class Loader:
         log.info("model %s unloaded, %s", name, reason)
         return True
 
-    def _load_all(self, names: list[str], snapshots: Mapping[str, Path]) -> dict[str, LoadedModel]:
+    def _load_instead(
+        self, leaving: Sequence[LoadedModel], names: Sequence[str], snapshots: Mapping[str, Path]
+    ) -> dict[str, LoadedModel]:
+        """Beside those that leave where that works; else these are closed first, and come back when it fails."""
+        if not leaving or not names:
+            return self._load_all(names, snapshots)
+        try:
+            if not any(map(self._takes_all, leaving)):
+                return self._load_all(names, snapshots, beside=True)
+            log.info("the models that leave have all of the GPU's memory: they go first")
+        except OutOfMemory as error:
+            log.warning("no room beside the models that leave, they go first: %s", error)
+        before, loaded_from = self._registry.served, self._loaded_from
+        try:
+            self._dismiss(leaving)
+            return self._load_all(names, snapshots)
+        except Error:
+            self._put_back(before, loaded_from)
+            raise
+
+    def _takes_all(self, model: LoadedModel) -> bool:
+        return model.batcher.info.device != "cpu" and not self._settings.gpu_bytes
+
+    def _dismiss(self, leaving: Sequence[LoadedModel]) -> None:
+        """Takes models out of service and waits until the last request has left them."""
+        served = self._registry.served
+        for model in leaving:
+            served = served.without_model(model.name)
+        self._registry.swap(served)
+        if not self._registry.left(leaving, self._drain_s):
+            raise OutOfMemory(
+                "there is no room for the new models beside the old ones, and requests still hold these after "
+                f"{self._drain_s:g} s; reload again when they are done"
+            )
+        trim()
+
+    def _put_back(self, before: Served, loaded_from: Mapping[str, Path]) -> None:
+        """What served before serves again; what is closed by now is loaded anew."""
+        served = self._registry.served
+        for name, model in before.models.items():
+            if name in served.models:
+                continue
+            if self._registry.is_open(model):
+                served = served.with_model(model)
+                continue
+            try:
+                served = served.with_model(self._load(name, loaded_from[name]))
+            except Error as error:
+                log.error("model %s served before and cannot be loaded again: %s", name, error)
+        self._registry.swap(served)
+
+    def _load_all(
+        self, names: Sequence[str], snapshots: Mapping[str, Path], *, beside: bool = False
+    ) -> dict[str, LoadedModel]:
         models: dict[str, LoadedModel] = {}
         try:
             for name in names:
-                models[name] = self._load(name, snapshots[name])
+                models[name] = self._load(name, snapshots[name], beside=beside)
         except Error:
             for model in models.values():
                 model.batcher.close()
             raise
         return models
 
-    def _load(self, name: str, snapshot: Path, *, again: bool = False) -> LoadedModel:
+    def _load(self, name: str, snapshot: Path, *, again: bool = False, beside: bool = False) -> LoadedModel:
         if self._detector is None:
             self._detector = SpeechDetector()
         started_s = time.monotonic()
         meter = self._metrics.model(name)
-        model = load(name, snapshot, self._settings, self._work_dir, self._detector, meter)
+        model = load(name, snapshot, self._settings, self._work_dir, self._detector, meter, self._opener, beside=beside)
         model = replace(model, memory_bytes=weights_bytes(snapshot))
+        if model.batcher.info.device != "cpu":
+            self._settings = replace(self._settings, device="cuda")  # from now on its absence is a loss, and no choice
         self._metrics.loaded(name, time.monotonic() - started_s, again=again)
         return model
 

@@ -1,16 +1,21 @@
-"""A reconcile that a client has asked for: the files keep their owner, and the daemon knows what changed."""
+"""A reconcile that a client has asked for: the files keep their owner, and the daemon knows what changed.
+
+And what is counted of each, whoever asked.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 
 from whisperd.api import ReconcileOrder, Tell
 from whisperd.config import Config
 from whisperd.daemon import settings
-from whisperd.errors import RequestError, SourceError
+from whisperd.errors import Cancelled, Error, RequestError, SourceError
+from whisperd.metrics import Metrics
 from whisperd.plan import CachePlan
 from whisperd.reconcile import Progress, Report, reconcile
 from whisperd.sources import Wanted, parse
@@ -60,6 +65,26 @@ async def carry_out(
         cancel.set()
         await asyncio.wait([running])
         raise
+
+
+async def counted(work: Awaitable[Report], metrics: Metrics) -> Report:
+    """Does the work and counts how it went."""
+    started_s = time.monotonic()
+    try:
+        report = await work
+    except (Error, asyncio.CancelledError) as error:
+        result = "failed" if isinstance(error, Error) and not isinstance(error, Cancelled) else "cancelled"
+        metrics.reconciled(result, time.monotonic() - started_s)
+        raise
+    fetched_bytes = {one.name: one.fetched_bytes for one in report.results if one.fetched_bytes}
+    metrics.reconciled(_outcome(report), time.monotonic() - started_s, fetched_bytes)
+    return report
+
+
+def _outcome(report: Report) -> str:
+    if any(one.outcome == "failed" for one in report.results):
+        return "failed"
+    return "unchecked" if any(one.warning for one in report.results) else "ok"
 
 
 def report_members(report: Report) -> dict[str, object]:

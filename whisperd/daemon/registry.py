@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -65,11 +65,12 @@ class Registry:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._used_at_s: dict[str, float] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
         self._served = Served()
         self._holders: Counter[int] = Counter()
         self._leaving: dict[int, LoadedModel] = {}
         self._closers: list[threading.Thread] = []
+        self._closing: set[int] = set()
 
     @property
     def served(self) -> Served:
@@ -100,10 +101,23 @@ class Registry:
                 model.name: self._clock() for model in served.models.values() if id(model) not in present
             }
             self._served = served
+            self._leaving = {key: model for key, model in self._leaving.items() if key not in kept}
             idle = [model for model in old if not self._holders[id(model)]]
+            self._closing |= {id(model) for model in idle}
             self._leaving.update({id(model): model for model in old if self._holders[id(model)]})
         for model in idle:
             self._close(model)
+
+    def left(self, models: Collection[LoadedModel], timeout_s: float) -> bool:
+        """Waits until these models, which were swapped out, are closed; False when it takes too long. Blocks."""
+        keys = {id(model) for model in models}
+        with self._lock:
+            return self._lock.wait_for(lambda: not keys & (self._leaving.keys() | self._closing), timeout_s)
+
+    def is_open(self, model: LoadedModel) -> bool:
+        """Whether a model that was swapped out is still held by requests, and may be swapped in again."""
+        with self._lock:
+            return id(model) in self._leaving
 
     def idle(self) -> list[tuple[str, float]]:
         """Loaded models that nobody holds and for how many seconds nobody did, the longest first."""
@@ -138,11 +152,21 @@ class Registry:
             self._used_at_s[model.name] = self._clock()
             last = not self._holders[id(model)]
             leaving = self._leaving.pop(id(model), None) if last else None
+            if leaving is not None:
+                self._closing.add(id(leaving))
         if leaving is not None:
             self._close(leaving)
 
     def _close(self, model: LoadedModel) -> None:
         """Beside the caller, which may be the event loop: an engine first ends the batch that runs."""
-        thread = threading.Thread(target=model.batcher.close, name=f"close-{model.name}")
+        thread = threading.Thread(target=self._end, args=(model,), name=f"close-{model.name}")
         self._closers = [*(other for other in self._closers if other.is_alive()), thread]
         thread.start()
+
+    def _end(self, model: LoadedModel) -> None:
+        try:
+            model.batcher.close()
+        finally:
+            with self._lock:
+                self._closing.discard(id(model))
+                self._lock.notify_all()

@@ -8,19 +8,21 @@ import os
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from whisperd.api import Job, ModelCard, Readiness, ReconcileOrder, Tell
+from whisperd.api import Job, ModelCard, Readiness, ReconcileOrder, Seat, Tell
 from whisperd.config import Loaded, effective
-from whisperd.daemon.backlog import Backlog, Place
+from whisperd.daemon.backlog import Backlog
+from whisperd.daemon.hearer import Hearer
 from whisperd.daemon.registry import Registry
 from whisperd.daemon.settings import cut_options, decode_options
 from whisperd.decoding import Options
-from whisperd.errors import Draining, EngineError, ModelLoading
+from whisperd.errors import Draining, EngineError, ModelLoading, ModelNotFound
 from whisperd.metrics import Figures, Metrics, ModelFigures
-from whisperd.pipeline import Listener, Transcription
-from whisperd.transcript import Segment, Transcript
+from whisperd.pipeline import LoadedModel, Transcription
+from whisperd.transcript import Transcript
 from whisperd.version import VERSION
 
 log = logging.getLogger(__name__)
@@ -119,12 +121,21 @@ class DaemonService:
             return Readiness(ready=False, reason=state.doing, retry_after_s=RETRY_AFTER_S)
         return Readiness(ready=True)
 
-    async def admitted(self) -> None:
-        """Returns when a request may go on.
+    async def admitted(self) -> Seat:
+        """Returns when a request may go on; raises QueueFull at once when too many are there.
 
         A request that comes while the models load waits for them, as it would have waited in the socket. One that
         comes during a drain is served: its connection was accepted before, and nobody else will answer it.
         """
+        seat = self._state.backlog.enter(self._state.loaded.config.limits.requests)
+        try:
+            await self._booted()
+        except BaseException:
+            seat.leave()
+            raise
+        return seat
+
+    async def _booted(self) -> None:
         state = self._state
         await state.decided.wait()
         if state.booted:
@@ -134,16 +145,22 @@ class DaemonService:
             raise Draining(reason, retry_after_s=BOOT_RETRY_AFTER_S)
         raise ModelLoading(state.doing, retry_after_s=BOOT_RETRY_AFTER_S)
 
+    def resolve(self, name: str) -> str:
+        """The declared model that a name means; raises ModelNotFound, or ModelLoading before the first load."""
+        return self._registry.served.resolve(name)
+
     def models(self) -> Sequence[ModelCard]:
         """The declared models, the default one first."""
         loaded = self._registry.served.models
+        languages = {name: model.batcher.info.languages for name, model in loaded.items()}
         return [
             ModelCard(
                 id=model.served_name,
                 aliases=model.aliases,
                 source=model.reference,
                 revision=self._state.revisions.get(model.served_name) or model.revision,
-                loaded=model.served_name in loaded and loaded[model.served_name].batcher.failure is None,
+                loaded=model.served_name in loaded and not failure_of(loaded[model.served_name]),
+                languages=languages.get(model.served_name, ()),
             )
             for model in self._state.loaded.config.models
         ]
@@ -159,24 +176,38 @@ class DaemonService:
             queue_audio_s=state.backlog.audio_s,
             spool_bytes=used_bytes,
             spool_files=n_files,
-            models=[self._model_figures(card.id) for card in self.models()],
+            models=[self._model_figures(card) for card in self.models()],
         )
         return self._metrics.render(accept, figures)
 
-    def _model_figures(self, name: str) -> ModelFigures:
-        model = self._registry.served.models.get(name)
+    def _model_figures(self, card: ModelCard) -> ModelFigures:
+        model = self._registry.served.models.get(card.id)
         if model is None:
-            return ModelFigures(name=name)
+            return ModelFigures(name=card.id, revision=card.revision or "")
         info, load = model.batcher.info, model.batcher.load
         return ModelFigures(
-            name=name,
+            name=card.id,
+            revision=card.revision or "",
             device=info.device,
             compute_type=info.compute_type,
-            loaded=model.batcher.failure is None,
+            loaded=not failure_of(model),
+            fallback=bool(info.fallback),
             waiting=load.waiting,
             running=load.running,
             memory_bytes=model.memory_bytes,
         )
+
+    def device(self, model: str | None) -> str | None:
+        """Where a model computes, for a response's header; None when it is not loaded."""
+        served = self._registry.served
+        try:
+            found = served.models.get(served.resolve(model))
+        except (ModelLoading, ModelNotFound):
+            return None
+        if found is None or failure_of(found):
+            return None
+        info = found.batcher.info
+        return f"{info.device} (fallback)" if info.fallback else info.device
 
     def default_options(self) -> Options:
         """How a request without parameters is decoded."""
@@ -192,14 +223,12 @@ class DaemonService:
 
     async def transcribe(self, job: Job) -> Transcript:
         """Does the job; cancelling the task cancels the work, and ends when the audio is no longer read."""
-        place = self._state.backlog.enter(self._state.loaded.config.limits.requests)
+        job.seat.begin()
         try:
-            transcript = await self._transcribe(job, place)
+            transcript = await self._transcribe(job)
         except BaseException:
             self._state.requests_failed += 1
             raise
-        finally:
-            place.leave()
         self._state.requests_done += 1
         self._state.audio_s += transcript.duration_s
         return transcript
@@ -240,10 +269,13 @@ class DaemonService:
         model = self._registry.served.models.get(card.id)
         if model is None:
             return common | {"loaded": False, "failure": None}
-        info, load, failure = model.batcher.info, model.batcher.load, model.batcher.failure
+        info, load, failure = model.batcher.info, model.batcher.load, failure_of(model)
         return common | {
-            "loaded": failure is None,
-            "failure": str(failure) if failure else None,
+            "loaded": not failure,
+            "failure": failure or None,
+            "fallback": info.fallback or None,
+            "engine_pid": info.pid,
+            "engine_restarts": info.restarts,
             "memory_bytes": model.memory_bytes,
             "engine": info.engine,
             "device": info.device,
@@ -253,28 +285,41 @@ class DaemonService:
             "windows_running": load.running,
         }
 
-    async def _transcribe(self, job: Job, place: Place) -> Transcript:
+    async def _transcribe(self, job: Job) -> Transcript:
         """Where the engine dies before the client has heard anything, the request survives it once."""
-        name = self._registry.served.resolve(job.model)
-        hearer = _Hearer(job, place, self._state.loaded.config.limits.queue_audio_s, self._metrics, name)
+        name = await self._loaded(job.model)
+        hearer = Hearer(job, self._state.loaded.config.limits.queue_audio_s, self._metrics, name)
         try:
-            transcript = await self._attempt(name, job, hearer)
+            transcript = await self._attempt(job, hearer)
         except EngineError as error:
             if not (hearer.silent and self._is_dead(name)):
                 raise
             log.warning("%s: %s; it is begun again", job.request_id, error)
             job.audio.seek(0)
-            transcript = await self._attempt(name, job, hearer)
+            transcript = await self._attempt(job, hearer)
         self._metrics.transcribed(name, transcript, hearer.wall_s)
         return transcript
 
-    async def _attempt(self, name: str, job: Job, hearer: _Hearer) -> Transcript:
-        if name not in self._registry.served.models or self._is_dead(name):
+    async def _loaded(self, model: str | None) -> str:
+        """The name of a model that is in memory now; a reload may give the name to another one meanwhile."""
+        name = self._registry.served.resolve(model)
+        while name not in self._registry.served.models or self._is_dead(name):
             await self._load_one(name)
+            name = self._registry.served.resolve(model)
+        return name
+
+    async def _held(self, model: str | None, held: ExitStack) -> LoadedModel:
+        """The model, which stays open as long as ``held``; a reload may take it away between two looks at it."""
+        while True:
+            name = await self._loaded(model)
+            with suppress(ModelLoading):
+                return held.enter_context(self._registry.lease(name))
+
+    async def _attempt(self, job: Job, hearer: Hearer) -> Transcript:
         config = self._state.loaded.config
-        with self._registry.lease(name) as model:
+        with ExitStack() as held:
             transcription = Transcription(
-                model,
+                await self._held(job.model, held),
                 job.options,
                 cut_options(config, job.chunking),
                 listener=hearer.listener(),
@@ -301,39 +346,6 @@ class DaemonService:
             raise
 
 
-class _Hearer:
-    """Tells the client of a job, the backlog and the metrics; on the job's thread.
-
-    ``silent`` until the client has heard of a segment.
-    """
-
-    def __init__(self, job: Job, place: Place, queue_audio_s: float, metrics: Metrics, model: str) -> None:
-        self._job = job
-        self._place = place
-        self._queue_audio_s = queue_audio_s
-        self._metrics = metrics
-        self._model = model
-        self._started_s = time.monotonic()
-        self.silent = True
-
-    @property
-    def wall_s(self) -> float:
-        """Time since the upload was complete."""
-        return time.monotonic() - self._started_s
-
-    def listener(self) -> Listener:
-        """What the pipeline calls."""
-        return Listener(on_length=self._length, on_segment=self._segment, on_progress=self._progress)
-
-    def _length(self, total_s: float) -> None:
-        self._place.announce(total_s, self._queue_audio_s)
-
-    def _segment(self, segment: Segment) -> None:
-        if self.silent:
-            self.silent = False
-            self._metrics.first_segment(self._model, self.wall_s)
-        self._job.on_segment(segment)
-
-    def _progress(self, done_s: float, total_s: float | None) -> None:
-        self._place.progress(done_s)
-        self._job.on_progress(done_s, total_s)
+def failure_of(model: LoadedModel) -> str:
+    """Why a model in memory does not serve at the moment; empty when it does."""
+    return str(model.batcher.failure or model.batcher.info.outage)

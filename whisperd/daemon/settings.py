@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
 from whisperd import config as declared
+from whisperd import wyoming
 from whisperd.api import ApiSettings, Chunking
 from whisperd.config import Config, ModelTable
 from whisperd.decoding import Options
@@ -68,6 +69,10 @@ def engine_settings(config: Config) -> EngineSettings:
         threads_per_worker=engine.threads_per_worker,
         short_windows=engine.short_windows,
         gpu_bytes=engine.gpu_bytes,
+        fp8_cross=engine.fp8_cross,
+        own_process=engine.own_process,
+        cpu_fallback=engine.cpu_fallback,
+        stall_timeout_s=engine.stall_timeout_s,
     )
 
 
@@ -119,6 +124,13 @@ def _tcp_key(path: str | None) -> str | None:
     if not key:
         raise ConfigError(Problem(where="", key="server.tcp_key_file", message=f"{path} is empty"))
     return key
+
+
+def wyoming_settings(config: Config, audio_s: Callable[[], float]) -> wyoming.Settings:
+    """Patience with clients of the Wyoming protocol; ``audio_s`` is asked for the limit of the moment."""
+    return wyoming.Settings(
+        event_s=config.server.header_timeout_s, idle_s=config.server.idle_timeout_s, audio_s=audio_s
+    )
 
 
 def server_settings(config: Config) -> ServerSettings:

@@ -7,8 +7,10 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 
+from whisperd.batcher import Batcher
 from whisperd.daemon.registry import Registry, Served
 from whisperd.daemon.service import State
+from whisperd.engine.base import EngineInfo
 from whisperd.notify import Notifier
 from whisperd.reconcile import Progress
 
@@ -99,8 +101,12 @@ class Supervision:
 
     def _alive(self) -> bool:
         """The event loop runs, since it runs this; the engines move, or have nothing to do."""
-        batchers = [model.batcher for model in self._registry.served.models.values()]
-        return all(batcher.failure is None and batcher.load.stalled_s < self._engine_stall_s for batcher in batchers)
+        return all(self._moves(model.batcher) for model in self._registry.served.models.values())
+
+    def _moves(self, batcher: Batcher) -> bool:
+        """An engine in a process of its own is replaced when it hangs; for one in here the whole daemon has to be."""
+        is_here = batcher.info.pid is None and not batcher.info.outage
+        return batcher.failure is None and (not is_here or batcher.load.stalled_s < self._engine_stall_s)
 
 
 def status_line(state: State, served: Served) -> str:
@@ -112,8 +118,14 @@ def status_line(state: State, served: Served) -> str:
 
 def serving_text(served: Served) -> str:
     """The loaded models and where they compute."""
-    infos = ((name, model.batcher.info) for name, model in served.models.items())
-    return "serving " + ", ".join(f"{name} ({info.device}, {info.compute_type})" for name, info in infos)
+    return "serving " + ", ".join(_model_text(name, model.batcher.info) for name, model in served.models.items())
+
+
+def _model_text(name: str, info: EngineInfo) -> str:
+    if info.outage:
+        return f"{name} DOWN ({info.outage[:ERROR_CHARS]})"
+    place = f"{info.device}, {info.compute_type}"
+    return f"{name} ({place}, fallback: {info.fallback[:ERROR_CHARS]})" if info.fallback else f"{name} ({place})"
 
 
 def queue_text(state: State, served: Served) -> str:

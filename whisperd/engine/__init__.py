@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from whisperd.convert import converted, is_ctranslate2, is_huggingface
 from whisperd.engine.base import Engine
-from whisperd.engine.cuda.presence import obstacle
+from whisperd.engine.child import ChildEngine
+from whisperd.engine.cuda.presence import absence, obstacle
 from whisperd.errors import EngineError, SourceError
 from whisperd.meter import ModelMeter
 from whisperd.tokens import Vocabulary
@@ -30,6 +32,9 @@ CPU_COMPUTE_TYPE = "int8"  # the fastest on every CPU that CTranslate2 supports,
 class EngineSettings:
     """How engines are opened; 0 workers or threads means that the usable cores decide, 0 gpu_bytes the free memory.
 
+    ``own_process`` is for the cpu: GPUs always have one. ``cpu_fallback`` lets the cpu serve when the GPU is lost, and
+    ``stall_timeout_s`` is when an engine in a process of its own counts as hung.
+
     A lone window should have several cores, and two batches in flight hide each other's serial stages: measured on
     two cores, two workers of two threads are as fast on long files as two of one, and 1.5 times as fast on short ones.
     """
@@ -41,6 +46,10 @@ class EngineSettings:
     threads_per_worker: int = 0
     short_windows: bool = False
     gpu_bytes: int = 0
+    fp8_cross: bool = False
+    own_process: bool = False
+    cpu_fallback: bool = False
+    stall_timeout_s: float = 300.0
 
     def placed(self, n_cores: int) -> tuple[int, int]:
         """Workers, and threads of each, on a machine with so many usable cores."""
@@ -55,21 +64,45 @@ def open_engine(
     work_dir: Path,
     meter: ModelMeter | None = None,
 ) -> Engine:
-    """Loads a snapshot in either format; ``work_dir`` keeps conversions. Raises SourceError or EngineError."""
+    """Loads a snapshot in either format; ``work_dir`` keeps conversions. Raises SourceError or EngineError.
+
+    An engine on a GPU is in a process of its own: an error of CUDA spoils the whole process in which it happens.
+    """
+    missing = absence() if settings.device != "cpu" else None
+    if missing is not None:
+        settings = replace(settings, device=_without_gpu(settings.device, missing))
+    if settings.device == "cpu" and not settings.own_process:
+        return _on_cpu(snapshot, vocabulary, settings, work_dir, meter)
+    opener = partial(_open_here, snapshot, settings, work_dir)
+    return ChildEngine(opener, stall_timeout_s=settings.stall_timeout_s, meter=meter)
+
+
+def _open_here(snapshot: Path, settings: EngineSettings, work_dir: Path, meter: ModelMeter) -> Engine:
+    """In the engine's own process."""
+    vocabulary = Vocabulary.load(snapshot)
+    missing = obstacle() if settings.device != "cpu" else None
+    if missing is not None:
+        settings = replace(settings, device=_without_gpu(settings.device, missing))
     if settings.device == "cpu":
         return _on_cpu(snapshot, vocabulary, settings, work_dir, meter)
-    missing = obstacle()
-    if missing is None:
-        from whisperd.engine.cuda.engine import CudaEngine
+    from whisperd.engine.cuda.engine import CudaEngine
 
-        compute_type, gpu_bytes = settings.compute_type, settings.gpu_bytes
-        return CudaEngine.load(
-            snapshot, vocabulary, device="cuda", compute_type=compute_type, budget_bytes=gpu_bytes, meter=meter
-        )
-    if settings.device == "cuda":
+    return CudaEngine.load(
+        snapshot,
+        vocabulary,
+        device="cuda",
+        compute_type=settings.compute_type,
+        budget_bytes=settings.gpu_bytes,
+        fp8_cross=settings.fp8_cross,
+        meter=meter,
+    )
+
+
+def _without_gpu(device: Device, missing: str) -> Device:
+    if device == "cuda":
         raise EngineError(f"engine.device is 'cuda', but {missing}; 'auto' and 'cpu' work without a GPU")
     log.info("engine.device is 'auto' and takes the cpu: %s", missing)
-    return _on_cpu(snapshot, vocabulary, settings, work_dir, meter)
+    return "cpu"
 
 
 def _on_cpu(

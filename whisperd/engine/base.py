@@ -6,14 +6,15 @@ drives it: ``admit`` up to ``free_slots`` windows, call ``step``, repeat.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from whisperd.transcript import SAMPLE_RATE_HZ, Task
+from whisperd.vad import SpeechNetwork
 
 WINDOW_S = 30
 WINDOW_SAMPLES = WINDOW_S * SAMPLE_RATE_HZ
@@ -30,7 +31,8 @@ class DecodeRequest:
 
     ``language`` None asks a multilingual model to detect it, among ``languages`` when there are any. ``prompt_tokens``
     are previous-text tokens without ``<|startofprev|>``. ``temperature`` 0 is greedy (or ``beam_size`` beams), above 0
-    samples ``best_of`` times.
+    samples ``best_of`` times. A text that repeats itself and compresses better than ``compression_ratio_threshold`` may
+    be broken off; None: never.
     """
 
     task: Task = "transcribe"
@@ -41,6 +43,7 @@ class DecodeRequest:
     beam_size: int = 1
     best_of: int = 5
     word_timestamps: bool = False
+    compression_ratio_threshold: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -49,13 +52,15 @@ class Window:
 
     ``samples``: float32 [n], mono 16 kHz, 0 < n <= WINDOW_SAMPLES; the engine pads with silence to 30 s. An engine
     whose batches run to their end decodes interactive windows first and apart, and keeps a worker free for them
-    beside yielding ones.
+    beside yielding ones. ``audio``: windows of one engine with an equal number have the same samples, as those that are
+    decoded again; what the engine still knows of them it need not compute anew. None: it will not come again.
     """
 
     id: int
     samples: NDArray[np.float32]
     request: DecodeRequest
     lane: Lane = "interactive"
+    audio: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +80,7 @@ class Hypothesis:
     ``tokens``: sampled ids with timestamp tokens, without the prefix and the end token. ``avg_logprob``: sum of the
     tokens' natural log probabilities over ``len(tokens) + 1``, as in openai-whisper. ``alignment``: one entry per
     text token (id below the end token), in order, when word times were asked for. ``halvings``: how often its batch
-    was halved because the memory was not enough.
+    was halved because the memory was not enough. ``looped``: it was broken off while it repeated itself.
     """
 
     window_id: int
@@ -87,6 +92,7 @@ class Hypothesis:
     temperature: float
     alignment: tuple[TokenTime, ...] | None = None
     halvings: int = 0
+    looped: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +108,12 @@ Outcome = Hypothesis | WindowFailure
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineInfo:
-    """Facts for status, logs and responses."""
+    """Facts for status, logs and responses.
+
+    ``pid`` is that of an engine in a process of its own, ``restarts`` how often an engine took the
+    place of one that had died. ``fallback`` says why this engine serves instead of one on a GPU, and ``outage`` why
+    nothing serves at the moment; both are empty when all is well.
+    """
 
     engine: str
     device: str
@@ -110,6 +121,10 @@ class EngineInfo:
     multilingual: bool
     languages: tuple[str, ...]
     slots: int
+    pid: int | None = None
+    restarts: int = 0
+    fallback: str = ""
+    outage: str = ""
 
 
 class Engine(Protocol):
@@ -139,4 +154,23 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Frees memory and threads; the engine is not used again."""
+        ...
+
+
+@runtime_checkable
+class Restless(Protocol):
+    """An engine in which something may happen while no window is inside, and which wants a ``step`` then."""
+
+    def on_news(self, nudge: Callable[[], None]) -> None:
+        """``nudge`` is called from any thread, and must return at once."""
+        ...
+
+
+@runtime_checkable
+class Hearing(Protocol):
+    """An engine that may also find speech, where its device does it faster than the CPU."""
+
+    @property
+    def detector(self) -> SpeechNetwork | None:
+        """The voice detector on its device, for any thread beside ``step``; None: none better than the CPU's."""
         ...

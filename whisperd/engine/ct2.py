@@ -29,9 +29,10 @@ from whisperd.engine.base import (
 )
 from whisperd.engine.halving import BatchLimit
 from whisperd.engine.lanes import Lanes
-from whisperd.engine.short import States, frames_of, is_doubtful, joined, quiet_samples
+from whisperd.engine.short import frames_of, is_doubtful
+from whisperd.engine.states import Encoder, as_array
 from whisperd.errors import EngineError, OutOfMemory, SourceError
-from whisperd.features import CHUNK_FRAMES, HOP_SAMPLES, LogMel
+from whisperd.features import CHUNK_FRAMES, HOP_SAMPLES
 from whisperd.meter import ModelMeter
 from whisperd.tokens import TIMESTAMP_STEP_S, Vocabulary
 
@@ -67,7 +68,8 @@ class Ct2Engine:
         short_windows: bool = False,
         meter: ModelMeter | None = None,
     ) -> None:
-        self._decode = _Decoder(model, vocabulary, short_windows=short_windows)
+        slots = batch_size * workers
+        self._decode = _Decoder(model, vocabulary, kept=slots, short_windows=short_windows)
         self._model = model
         self._meter = meter or ModelMeter()
         self._limit = BatchLimit(batch_size, self._meter)
@@ -83,7 +85,7 @@ class Ct2Engine:
             compute_type=model.compute_type,
             multilingual=vocabulary.multilingual,
             languages=tuple(vocabulary.languages),
-            slots=batch_size * workers,
+            slots=slots,
         )
         self._threads = [
             threading.Thread(target=self._work, name=f"ct2-{number}", daemon=True) for number in range(workers)
@@ -199,11 +201,11 @@ class _Decoder:
     """Windows that may share a batch to hypotheses; used by several workers at the same time."""
 
     def __init__(
-        self, model: ctranslate2.models.Whisper, vocabulary: Vocabulary, *, short_windows: bool = False
+        self, model: ctranslate2.models.Whisper, vocabulary: Vocabulary, *, kept: int, short_windows: bool
     ) -> None:
         self._model = model
         self._vocabulary = vocabulary
-        self._encode = _Encoder(model)
+        self._encode = Encoder(model, kept=kept)
         self._short_windows = short_windows
         self._language_of = {f"<|{code}|>": code for code in vocabulary.languages}
 
@@ -297,48 +299,6 @@ class _Decoder:
         return replace(hypothesis, alignment=_token_times(tokens, result))
 
 
-class _Encoder:
-    """Windows to encoder states, float32 [n, up to 1500, d_model].
-
-    One window at a time: on a CPU a batch is no faster to encode, and needs 400 MB more (tiny.en, two batches of 8).
-    """
-
-    def __init__(self, model: ctranslate2.models.Whisper) -> None:
-        self._model = model
-        self._log_mel = LogMel(model.n_mels)
-        self._quiet: States | None = None
-
-    def whole(self, batch: Sequence[Window]) -> ctranslate2.StorageView:
-        """Each padded with silence to 30 s."""
-        import ctranslate2
-
-        return ctranslate2.StorageView.from_array(
-            np.concatenate([self._states(self._log_mel(window.samples)) for window in batch])
-        )
-
-    def short(self, batch: Sequence[Window]) -> ctranslate2.StorageView:
-        """Each as long as it has to be, and the end of a quiet window behind it."""
-        import ctranslate2
-
-        if self._quiet is None:  # several workers may find it missing: they compute the same
-            self._quiet = self._states(self._log_mel(quiet_samples()))
-        rows = [self._states(self._log_mel(window.samples)[:, : frames_of(window)]) for window in batch]
-        return ctranslate2.StorageView.from_array(joined(rows, self._quiet))
-
-    def _states(self, features: NDArray[np.float32]) -> States:
-        """float32 [n_mels, frames] to float32 [1, frames / 2, d_model]."""
-        import ctranslate2
-
-        view = ctranslate2.StorageView.from_array(np.ascontiguousarray(features[None]))
-        return _array(self._model.encode(view))
-
-
-def _array(states: ctranslate2.StorageView) -> States:
-    import ctranslate2
-
-    return np.asarray(states.to(ctranslate2.DataType.float32))
-
-
 def _sampling(request: DecodeRequest) -> dict[str, Any]:
     common = {"max_length": DECODER_POSITIONS, "return_scores": True, "return_no_speech_prob": True}
     if request.temperature == 0.0:
@@ -367,7 +327,7 @@ def _hypothesis(window: Window, language: tuple[str, float], result: Any) -> Hyp
 
 
 def _rows(encoded: ctranslate2.StorageView) -> list[NDArray[np.float32]]:
-    states = _array(encoded)
+    states = as_array(encoded)
     return [np.ascontiguousarray(states[index : index + 1]) for index in range(len(states))]
 
 

@@ -6,16 +6,23 @@ import logging
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
 
-from whisperd.engine.base import DecodeRequest, EngineInfo, Hypothesis, Outcome, TokenTime, Window, WindowFailure
+from whisperd.decoding import compression_ratio
+from whisperd.engine.base import EngineInfo, Outcome, TokenTime, Window, WindowFailure
 from whisperd.engine.cuda import checkpoint as checkpoints
 from whisperd.engine.cuda import memory
+from whisperd.engine.cuda.attention import FP8
+from whisperd.engine.cuda.jobs import Job, asks_for_beams
+from whisperd.engine.cuda.presence import fp8_obstacle
 from whisperd.engine.cuda.rows import RowPlan, RowText
 from whisperd.engine.cuda.runner import Runner, Spoken
+from whisperd.engine.cuda.slots import Slot, Slots
+from whisperd.engine.cuda.vad import DeviceSpeech
 from whisperd.errors import EngineError, OutOfMemory
 from whisperd.meter import ModelMeter
 from whisperd.tokens import Vocabulary
@@ -24,23 +31,6 @@ log = logging.getLogger(__name__)
 
 STEPS_PER_TURN = 4  # tokens of each row between two looks at what is complete: a row wastes less than that many
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-
-@dataclass(slots=True, kw_only=True)
-class _Job:
-    """One window inside the engine. ``unstarted`` texts still wait for a row; ``texts`` are complete."""
-
-    window: Window
-    slot: int
-    language: tuple[str, float] = ("en", 1.0)
-    plan: RowPlan = field(default_factory=lambda: RowPlan(prefix=()))
-    unstarted: int = 0
-    rows: set[int] = field(default_factory=set)
-    texts: list[RowText] = field(default_factory=list)
-
-    @property
-    def complete(self) -> bool:
-        return not self.unstarted and not self.rows
 
 
 class CudaEngine:
@@ -62,8 +52,8 @@ class CudaEngine:
         )
         self._waiting: list[Window] = []
         self._refused: list[Window] = []
-        self._jobs: list[_Job] = []
-        self._free_slots = list(range(runner.slots))
+        self._jobs: list[Job] = []
+        self._free_slots = Slots(runner.windows)
         self._free_rows = list(range(runner.slots))
         self._encode_windows = memory.ENCODE_WINDOWS
 
@@ -77,6 +67,7 @@ class CudaEngine:
         compute_type: str = "auto",
         slots: int = 0,
         budget_bytes: int = 0,
+        fp8_cross: bool = False,
         meter: ModelMeter | None = None,
     ) -> CudaEngine:
         """Opens a snapshot in either format.
@@ -88,26 +79,37 @@ class CudaEngine:
             compute_type: float16, bfloat16 or float32; auto is float16 on a GPU.
             slots: windows at the same time; 0: as many as the memory holds.
             budget_bytes: memory that it may take; 0: what is free.
+            fp8_cross: keep the audio of windows in 8 bits.
             meter: told what happens.
 
         Raises:
             SourceError: the snapshot is no whole Whisper.
             OutOfMemory: not even one window fits.
-            EngineError: the compute type is unknown here.
+            EngineError: the compute type is unknown here, or the card cannot read 8 bits.
         """
         name = ("float32" if device == "cpu" else "float16") if compute_type == "auto" else compute_type
         if name not in DTYPES:
             raise EngineError(
                 f"engine.compute_type {name!r} is for the cpu; on a GPU it is one of auto, {', '.join(DTYPES)}"
             )
+        if fp8_cross and device == "cuda":
+            _require_fp8()
         found = checkpoints.read(path)
-        wanted = slots or memory.slots(found.shape, DTYPES[name].itemsize, _budget_bytes(device, budget_bytes))
-        return cls(_opened(found, vocabulary, device, name, wanted), vocabulary, compute_type=name, meter=meter)
+        item_bytes, audio_item_bytes = DTYPES[name].itemsize, FP8.itemsize if fp8_cross else 0
+        budget_bytes = _budget_bytes(device, budget_bytes)
+        wanted = slots or memory.slots(found.shape, item_bytes, budget_bytes, audio_item_bytes=audio_item_bytes)
+        runner = _opened(found, vocabulary, device, name, wanted, fp8_cross=fp8_cross)
+        return cls(runner, vocabulary, compute_type=name, meter=meter)
 
     @property
     def info(self) -> EngineInfo:
         """Constant facts about the loaded model."""
         return self._info
+
+    @cached_property
+    def detector(self) -> DeviceSpeech:
+        """The voice detector on the same device."""
+        return DeviceSpeech(self._runner.device)
 
     @property
     def free_slots(self) -> int:
@@ -115,9 +117,10 @@ class CudaEngine:
         return self._info.slots - len(self._refused) - len(self._waiting) - len(self._jobs)
 
     def admit(self, windows: Sequence[Window]) -> None:
-        """Queues windows; the next steps encode them. Windows that ask for beams come back as failures."""
+        """Queues windows; the next steps encode them. Windows that ask for too many beams come back as failures."""
         for window in windows:
-            (self._refused if _asks_for_beams(window.request) else self._waiting).append(window)
+            too_many = asks_for_beams(window) and window.request.beam_size > self._info.slots
+            (self._refused if too_many else self._waiting).append(window)
 
     def step(self) -> Sequence[Outcome]:
         """Lets waiting windows in, writes a few tokens in every row, and returns the windows that are complete."""
@@ -148,7 +151,7 @@ class CudaEngine:
 
     def _refusals(self) -> list[Outcome]:
         refused, self._refused = self._refused, []
-        error = EngineError("this engine reads greedily or by sampling: decode.beam_size must be 1")
+        error = EngineError(f"decode.beam_size must be at most {self._info.slots}: the memory holds no more rows")
         return [WindowFailure(window_id=window.id, error=error) for window in refused]
 
     def _let_in(self) -> list[Outcome]:
@@ -177,18 +180,24 @@ class CudaEngine:
     def _encode(self, windows: Sequence[Window]) -> None:
         if not windows:
             return
-        slots = self._free_slots[: len(windows)]
-        self._runner.encode([window.samples for window in windows], slots)
-        jobs = [_Job(window=window, slot=slot) for window, slot in zip(windows, slots, strict=True)]
-        self._find_languages(jobs)
-        del self._free_slots[: len(windows)]
+        found = {window.id: self._free_slots.holding(window.audio) for window in windows}  # before any is overwritten
+        jobs = [Job(window=window, slot=found[window.id] or self._free_slots.oldest()) for window in windows]
+        new = [job for job in jobs if found[job.window.id] is None]
+        try:
+            if new:
+                self._runner.encode([job.window.samples for job in new], [job.slot.number for job in new])
+            self._find_languages(jobs)
+        except OutOfMemory:
+            for job in jobs:
+                self._free_slots.give_back(job.slot)
+            raise
+        for job in new:
+            job.slot.audio = job.window.audio
         for job in jobs:
-            request = job.window.request
-            job.plan = self.plan(job.window, job.language[0])
-            job.unstarted = request.best_of if request.temperature > 0 else 1
+            job.plan_rows(self.plan(job.window, job.language[0]))
         self._jobs += jobs
 
-    def _find_languages(self, jobs: Sequence[_Job]) -> None:
+    def _find_languages(self, jobs: Sequence[Job]) -> None:
         """Takes the language that was asked for, or asks the model; each question needs a row for a moment."""
         asked = [job for job in jobs if job.window.request.language is not None]
         for job in asked:
@@ -197,56 +206,90 @@ class CudaEngine:
         if not self.vocabulary.multilingual:
             for job in jobs:
                 job.language = ("en", 1.0)
-        elif unknown:
-            rows = self._free_rows[: len(unknown)]
-            found = self._runner.detect([job.slot for job in unknown], rows, tuple(self.vocabulary.languages.values()))
-            for job, probabilities in zip(unknown, found, strict=True):
-                job.language = self._likeliest(probabilities, job.window.request.languages)
+            return
+        self._detect([job.slot for job in unknown if not job.slot.languages])
+        for job in unknown:
+            job.language = self._likeliest(job.slot.languages, job.window.request.languages)
+
+    def _detect(self, slots: Sequence[Slot]) -> None:
+        if not slots:
+            return
+        rows, ids = self._free_rows[: len(slots)], tuple(self.vocabulary.languages.values())
+        found = self._runner.detect([slot.number for slot in slots], rows, ids)
+        for slot, probabilities in zip(slots, found, strict=True):
+            slot.languages = probabilities
 
     def _likeliest(self, probabilities: Sequence[float], among: Sequence[str]) -> tuple[str, float]:
         known = zip(self.vocabulary.languages, probabilities, strict=True)
         candidates = [(code, probability) for code, probability in known if not among or code in among]
         return max(candidates, key=lambda pair: pair[1], default=("en", 0.0))
 
-    def _start_rows(self, jobs: Sequence[_Job]) -> None:
-        """Gives free rows to texts that wait for one, the oldest window first."""
-        started: list[tuple[int, _Job]] = []
+    def _start_rows(self, jobs: Sequence[Job]) -> None:
+        """Gives free rows to texts that wait for one, the oldest window first: a search waits until it has all."""
+        started: list[tuple[int, Job]] = []
         for job in jobs:
-            while job.unstarted and self._free_rows:
-                row = self._free_rows.pop()
-                job.unstarted -= 1
-                job.rows.add(row)
-                started.append((row, job))
+            if job.beams > len(self._free_rows):
+                break
+            taken = [self._free_rows.pop() for _ in range(min(job.unstarted, len(self._free_rows)))]
+            job.unstarted -= len(taken)
+            job.rows.update(taken)
+            if job.beams:
+                self._runner.begin_beams(job.group, job.slot.number, job.plan)
+            else:
+                started += [(row, job) for row in taken]
         for at in range(0, len(started), self._encode_windows):  # prefixes need workspace, as audio does
             rows, theirs = zip(*started[at : at + self._encode_windows], strict=True)
-            self._runner.begin(rows, [job.slot for job in theirs], [job.plan for job in theirs])
+            self._runner.begin(rows, [job.slot.number for job in theirs], [job.plan for job in theirs])
 
     def _write(self) -> None:
         rows = sorted(row for job in self._jobs for row in job.rows)
         if not rows:
             return
         started_s = time.monotonic()
-        self._runner.decode(rows, STEPS_PER_TURN)
-        done = self._runner.done(rows)
+        self._decode(rows)
+        done, looping = self._runner.progress(rows)
         self._meter.batch(len(rows), time.monotonic() - started_s)
-        texts = dict(zip(done, self._runner.texts(done), strict=True)) if done else {}
+        texts = self._texts(done) | self._hopeless(looping)
         for job in self._jobs:
             ended = job.rows & texts.keys()
-            job.texts += [texts[row] for row in sorted(ended)]
+            searched = ended and job.beams
+            job.texts += self._runner.beam_texts(job.group) if searched else [texts[row] for row in sorted(ended)]
             job.rows -= ended
             self._free_rows += sorted(ended)
+
+    def _decode(self, rows: Sequence[int]) -> None:
+        groups = [job.group for job in self._jobs if job.group]
+        searching = {row for group in groups for row in group}
+        alone = [row for row in rows if row not in searching]
+        if alone:
+            self._runner.decode(alone, STEPS_PER_TURN)
+        for size in {len(group) for group in groups}:
+            self._runner.decode_beams([group for group in groups if len(group) == size], STEPS_PER_TURN)
+
+    def _texts(self, rows: Sequence[int]) -> dict[int, RowText]:
+        return dict(zip(rows, self._runner.texts(rows), strict=True)) if rows else {}
+
+    def _hopeless(self, looping: Sequence[int]) -> dict[int, RowText]:
+        """Of texts that repeat themselves those that no longer pass: writing on would only take the place of others."""
+        limits = {row: job.limit for job in self._jobs for row in job.rows}
+        texts = self._texts([row for row in looping if limits[row] is not None])
+        return {
+            row: replace(text, looped=True)
+            for row, text in texts.items()
+            if compression_ratio(self.vocabulary.decode(text.tokens)) > (limits[row] or 0.0)
+        }
 
     def _complete(self) -> list[Outcome]:
         jobs = [job for job in self._jobs if job.complete]
         if not jobs:
             return []
-        best = [max(job.texts, key=_avg_logprob) for job in jobs]
+        best = [job.best() for job in jobs]
         times = self._aligned(jobs, best)
         for job in jobs:
             self._leave(job)
-        return [_hypothesis(job, text, times.get(job.window.id)) for job, text in zip(jobs, best, strict=True)]
+        return [job.hypothesis(text, times.get(job.window.id)) for job, text in zip(jobs, best, strict=True)]
 
-    def _aligned(self, jobs: Sequence[_Job], best: Sequence[RowText]) -> dict[int, tuple[TokenTime, ...]]:
+    def _aligned(self, jobs: Sequence[Job], best: Sequence[RowText]) -> dict[int, tuple[TokenTime, ...]]:
         """Token times by window, for those that asked. Each job has just given back a row, which is read into."""
         asked = [pair for pair in zip(jobs, best, strict=True) if pair[0].window.request.word_timestamps]
         times: dict[int, tuple[TokenTime, ...]] = {job.window.id: () for job, _ in asked}
@@ -260,26 +303,35 @@ class CudaEngine:
             times |= dict(zip(keys, self._runner.align(texts), strict=True))
         return times
 
-    def _spoken(self, job: _Job, text: RowText, row: int) -> Spoken:
+    def _spoken(self, job: Job, text: RowText, row: int) -> Spoken:
         return Spoken(
             row=row,
-            window=job.slot,
+            window=job.slot.number,
             n_samples=len(job.window.samples),
             start=tuple(self.vocabulary.start(job.window.request.task, job.language[0])),
             tokens=tuple(token for token in text.tokens if token < self.vocabulary.eot),
         )
 
-    def _leave(self, job: _Job) -> None:
+    def _leave(self, job: Job) -> None:
         self._jobs.remove(job)
-        self._free_slots.append(job.slot)
+        self._free_slots.give_back(job.slot)
         self._free_rows += sorted(job.rows)
 
 
-def _opened(found: checkpoints.Checkpoint, vocabulary: Vocabulary, device: str, dtype: str, slots: int) -> Runner:
+def _require_fp8() -> None:
+    missing = fp8_obstacle(torch.cuda.get_device_capability(), hip=torch.version.hip is not None)
+    if missing is not None:
+        raise EngineError(f"engine.fp8_cross is set, but {missing}; set it to false")
+
+
+def _opened(
+    found: checkpoints.Checkpoint, vocabulary: Vocabulary, device: str, dtype: str, slots: int, *, fp8_cross: bool
+) -> Runner:
     """Half as many slots where the memory, whoever used it meanwhile, holds no more."""
+    place, number = torch.device(device), DTYPES[dtype]
     while True:
         try:
-            return Runner(found, vocabulary, device=torch.device(device), dtype=DTYPES[dtype], slots=slots)
+            return Runner(found, vocabulary, device=place, dtype=number, slots=slots, fp8_cross=fp8_cross)
         except OutOfMemory:
             if slots == 1:
                 raise
@@ -294,24 +346,3 @@ def _budget_bytes(device: str, wanted_bytes: int) -> int:
     else:
         free_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return min(wanted_bytes or free_bytes, free_bytes)
-
-
-def _asks_for_beams(request: DecodeRequest) -> bool:
-    return request.temperature == 0 and request.beam_size > 1
-
-
-def _avg_logprob(text: RowText) -> float:
-    return text.sum_logprob / (len(text.tokens) + 1)
-
-
-def _hypothesis(job: _Job, text: RowText, times: tuple[TokenTime, ...] | None) -> Hypothesis:
-    return Hypothesis(
-        window_id=job.window.id,
-        language=job.language[0],
-        language_probability=job.language[1],
-        tokens=text.tokens,
-        avg_logprob=_avg_logprob(text),
-        no_speech_prob=text.no_speech_prob,
-        temperature=job.window.request.temperature,
-        alignment=times,
-    )

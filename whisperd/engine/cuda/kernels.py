@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from whisperd.engine.cuda.attention import gathered
+from whisperd.engine.cuda.attention import Scales, gathered
 
 BLOCK = 64  # positions that a program loads at once
 PARTS = 4  # programs for each row and head, so that few rows fill a device too
@@ -25,6 +25,8 @@ def _attend_part(
     values,
     slots,
     live,
+    key_scales,
+    value_scales,
     sums,
     maxima,
     weights,
@@ -38,11 +40,15 @@ def _attend_part(
     scale,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
+    SCALED: tl.constexpr,
 ):
     row, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     column = tl.arange(0, WIDTH)
     wanted = tl.load(query + row * query_row_stride + head * query_head_stride + column).to(tl.float32) * scale
-    base = tl.load(slots + row) * slot_stride + head * head_stride
+    slot = tl.load(slots + row)
+    if SCALED:
+        wanted *= tl.load(key_scales + slot * n_heads + head)
+    base = slot * slot_stride + head * head_stride
     end = tl.minimum((part + 1) * part_length, tl.load(live + row))
     largest = tl.full([1], -1e30, tl.float32)
     weight = tl.zeros([1], tl.float32)
@@ -60,17 +66,27 @@ def _attend_part(
         found = found * kept + tl.sum(share[:, None] * value, 0)
         weight = weight * kept + tl.sum(share, 0)
         largest = larger
+    if SCALED:
+        found *= tl.load(value_scales + slot * n_heads + head)
     at = (row * n_heads + head) * tl.num_programs(2) + part
     tl.store(maxima + at + tl.arange(0, 1), largest)
     tl.store(weights + at + tl.arange(0, 1), weight)
     tl.store(sums + at * WIDTH + column, found)
 
 
-def slotted(query: Tensor, keys: Tensor, values: Tensor, slots: Tensor, live: Tensor, bound: int) -> Tensor:
+def slotted(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    live: Tensor,
+    bound: int,
+    scales: Scales | None = None,
+) -> Tensor:
     """``SlotAttention`` for one new position in each row; several, as in prefixes, are gathered."""
     n_rows, n_heads, new, width = query.shape
     if new != 1:
-        return gathered(query, keys, values, slots, live, bound)
+        return gathered(query, keys, values, slots, live, bound, scales)
     sums = torch.empty((n_rows, n_heads, PARTS, width), dtype=torch.float32, device=query.device)
     maxima = torch.empty((n_rows, n_heads, PARTS), dtype=torch.float32, device=query.device)
     weights = torch.empty_like(maxima)
@@ -81,6 +97,8 @@ def slotted(query: Tensor, keys: Tensor, values: Tensor, slots: Tensor, live: Te
         values,
         slots,
         live,
+        scales.keys if scales else maxima,
+        scales.values if scales else maxima,
         sums,
         maxima,
         weights,
@@ -92,6 +110,7 @@ def slotted(query: Tensor, keys: Tensor, values: Tensor, slots: Tensor, live: Te
         width**-0.5,
         WIDTH=width,
         BLOCK=BLOCK,
+        SCALED=scales is not None,
     )
     share = torch.exp(maxima - maxima.amax(dim=2, keepdim=True))
     joined = (sums * share[..., None]).sum(dim=2) / (weights * share).sum(dim=2)[..., None]

@@ -3,46 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from whisperd.engine.cuda.attention import SlotAttention, gathered
-from whisperd.engine.cuda.checkpoint import Shape
+from whisperd.engine.cuda.caches import Caches
 from whisperd.engine.cuda.weights import Affine, DecoderLayer, DecoderWeights, EncoderLayer, EncoderWeights
 
 FLOAT16_LIMIT = 64_504.0  # float16's largest less 1000: residuals of large models run over, as transformers found
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Caches:
-    """Keys and values of the decoder, for each layer.
-
-    ``cross_*`` [layers, windows, heads, frames, head width]: the audio of a window, written once.
-    ``self_*`` [layers, rows, heads, positions, head width]: the text of a row, one position with each token.
-    """
-
-    cross_keys: Tensor
-    cross_values: Tensor
-    self_keys: Tensor
-    self_values: Tensor
-
-    @classmethod
-    def allocate(cls, shape: Shape, n_windows: int, n_rows: int, device: torch.device, dtype: torch.dtype) -> Caches:
-        """Zeros: what no row has written is masked, but a NaN there would still spread."""
-        heads, width = shape.decoder_heads, shape.width // shape.decoder_heads
-
-        def zeros(n_slots: int, length: int) -> Tensor:
-            return torch.zeros((shape.decoder_layers, n_slots, heads, length, width), device=device, dtype=dtype)
-
-        return cls(
-            cross_keys=zeros(n_windows, shape.frames),
-            cross_values=zeros(n_windows, shape.frames),
-            self_keys=zeros(n_rows, shape.positions),
-            self_values=zeros(n_rows, shape.positions),
-        )
 
 
 class Encoder:
@@ -83,8 +53,7 @@ class Decoder:
         """Projects what the encoder made of windows ([n, frames, width]) into their slots (int64 [n])."""
         for index, layer in enumerate(self._weights.layers):
             keys, values = _linear(encoded, layer.cross_kv).chunk(2, dim=-1)
-            self.caches.cross_keys[index, windows] = _split(keys, self._n_heads)
-            self.caches.cross_values[index, windows] = _split(values, self._n_heads)
+            self.caches.put_audio(index, windows, _split(keys, self._n_heads), _split(values, self._n_heads))
 
     def __call__(
         self,
@@ -138,13 +107,13 @@ class Decoder:
     def _cross_attended(self, index: int, layer: DecoderLayer, query: Tensor, windows: Tensor) -> Tensor:
         keys, values = self.caches.cross_keys[index], self.caches.cross_values[index]
         frames = keys.shape[2]
-        found = self._attention(query, keys, values, windows, torch.full_like(windows, frames), frames)
+        live, scales = torch.full_like(windows, frames), self.caches.scales_of(index)
+        found = self._attention(query, keys, values, windows, live, frames, scales)
         return _linear(_joined(found), layer.cross_out)
 
     def _scores(self, index: int, head: int, query: Tensor, windows: Tensor) -> Tensor:
-        keys = self.caches.cross_keys[index, windows, head]
-        scale = query.shape[-1] ** -0.5
-        return query[:, head].float() @ keys.float().transpose(1, 2) * scale
+        keys = self.caches.audio_keys(index, head, windows)
+        return query[:, head].float() @ keys.transpose(1, 2) * query.shape[-1] ** -0.5
 
 
 def _linear(states: Tensor, layer: Affine) -> Tensor:

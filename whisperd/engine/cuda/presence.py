@@ -5,15 +5,23 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+FP8_CAPABILITY = (8, 9)  # Ada; Triton converts no 8-bit floats for older ones
 DEVICE_NODES = ("/dev/nvidiactl", "/dev/nvhost-gpu", "/dev/kfd", "/dev/dxg")  # NVIDIA, Jetson, AMD, Windows' WSL
 
 
-def obstacle(nodes: tuple[str, ...] = DEVICE_NODES) -> str | None:
-    """None when a GPU can be used; else what is missing. Cheap on machines without one: torch is asked last."""
+def absence(nodes: tuple[str, ...] = DEVICE_NODES) -> str | None:
+    """What is missing for a GPU at first sight, or None. Cheap, and leaves the GPU's libraries out of this process."""
     if not any(Path(node).exists() for node in nodes):
         return "this machine shows no GPU: its driver is not loaded, or the container was started without the device"
     if importlib.util.find_spec("torch") is None:
         return "PyTorch is not installed: pip install 'whisperd[cuda]'"
+    return None
+
+
+def obstacle(nodes: tuple[str, ...] = DEVICE_NODES) -> str | None:
+    """None when a GPU can be used; else what is missing. Asks PyTorch, which then stays in this process."""
+    if (missing := absence(nodes)) is not None:
+        return missing
     import torch
 
     if torch.version.cuda is None and torch.version.hip is None:
@@ -22,4 +30,14 @@ def obstacle(nodes: tuple[str, ...] = DEVICE_NODES) -> str | None:
         return (
             f"PyTorch {torch.__version__} finds no usable GPU: its driver may be older than CUDA {torch.version.cuda}"
         )
+    return None
+
+
+def fp8_obstacle(capability: tuple[int, int], *, hip: bool) -> str | None:
+    """None when a GPU of this compute capability converts 8-bit floats while it loads them; else what is missing."""
+    if hip:
+        return "the 8-bit floats of AMD's GPUs are others"
+    if capability < FP8_CAPABILITY:
+        needed, found = (".".join(map(str, pair)) for pair in (FP8_CAPABILITY, capability))
+        return f"this GPU has compute capability {found}, and 8-bit floats need {needed} (Ada, Hopper or newer)"
     return None

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from whisperd.engine.base import MAX_NEW_TOKENS
+from whisperd.engine.cuda.loops import Loops
 from whisperd.engine.cuda.rules import History, TokenRules
+from whisperd.engine.cuda.transfer import uploaded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,11 +32,12 @@ class RowPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowText:
-    """What one row wrote, without the end token; ``sum_logprob`` includes it."""
+    """What one row wrote, without the end token; ``sum_logprob`` includes it. ``looped``: it was broken off."""
 
     tokens: tuple[int, ...]
     sum_logprob: float
     no_speech_prob: float
+    looped: bool = False
 
 
 class Rows:
@@ -51,33 +54,35 @@ class Rows:
         self.position = integers()
         self.done = torch.ones(n_rows, dtype=torch.bool, device=device)
         self.no_speech = torch.zeros(n_rows, device=device)
-        self._tokens = torch.zeros((n_rows, MAX_NEW_TOKENS), dtype=torch.int64, device=device)
-        self._n_tokens, self._last, self._previous, self._last_timestamp = (
+        self.tokens = torch.zeros((n_rows, MAX_NEW_TOKENS), dtype=torch.int64, device=device)
+        self.n_tokens, self._last, self._previous, self._last_timestamp = (
             integers(),
             integers(),
             integers(),
             integers(),
         )
-        self._min_tokens, self._max_tokens = integers(), integers()
+        self._min_tokens, self.max_tokens = integers(), integers()
         self._timestamps = torch.zeros_like(self.done)
         self._temperature = torch.zeros_like(self.no_speech)
-        self._sum_logprob = torch.zeros_like(self.no_speech)
+        self.sum_logprob = torch.zeros_like(self.no_speech)
+        self._loops = Loops(n_rows, device)
 
     def begin(self, rows: Tensor, windows: Sequence[int], plans: Sequence[RowPlan]) -> None:
         """Resets rows for new plans; ``position`` is where the first written token will stand."""
 
         def put(target: Tensor, values: Sequence[float]) -> None:
-            target[rows] = torch.tensor(values, dtype=target.dtype, device=self._device)
+            target[rows] = uploaded(values, self._device, target.dtype)
 
         put(self.window, windows)
         put(self.position, [len(plan.prefix) for plan in plans])
         put(self._timestamps, [plan.timestamps for plan in plans])
         put(self._temperature, [plan.temperature for plan in plans])
         put(self._min_tokens, [plan.min_tokens for plan in plans])
-        put(self._max_tokens, [plan.max_tokens for plan in plans])
-        for target in (self._n_tokens, self._last, self._previous, self._sum_logprob, self.no_speech, self.done):
+        put(self.max_tokens, [plan.max_tokens for plan in plans])
+        for target in (self.n_tokens, self._last, self._previous, self.sum_logprob, self.no_speech, self.done):
             target[rows] = 0
         self._last_timestamp[rows] = -1
+        self._loops.begin(rows)
 
     def last(self, rows: Tensor) -> Tensor:
         """int64 [rows]: what was written last."""
@@ -94,15 +99,36 @@ class Rows:
         logprob = allowed.log_softmax(dim=-1).gather(1, picked[:, None])[:, 0]
         alive = ~self.done[rows]
         text = alive & (picked != self._eot)
-        self._append(rows, picked, text, history)
-        self._sum_logprob[rows] += torch.where(alive, logprob, 0.0)
-        self.done[rows] |= (picked == self._eot) | (self._n_tokens[rows] >= self._max_tokens[rows])
+        self.extend(rows, picked, text)
+        self.sum_logprob[rows] += torch.where(alive, logprob, 0.0)
+        self.done[rows] |= (picked == self._eot) | (self.n_tokens[rows] >= self.max_tokens[rows])
+
+    def extend(self, rows: Tensor, picked: Tensor, text: Tensor) -> None:
+        """Appends tokens (int64 [rows]) to those rows that ``text`` (bool [rows]) names."""
+        history = self.history(rows)
+        at = history.n_tokens.clamp(max=MAX_NEW_TOKENS - 1)
+        self.tokens[rows, at] = torch.where(text, picked, self.tokens[rows, at])
+        self.n_tokens[rows] += text
+        self._previous[rows] = torch.where(text, history.last, history.previous)
+        self._last[rows] = torch.where(text, picked, history.last)
+        timestamp = text & (picked >= self._timestamp_begin)
+        self._last_timestamp[rows] = torch.where(timestamp, picked, history.last_timestamp)
+        self._loops.append(rows, picked, text & (picked < self._eot))
+
+    def copy(self, source: Tensor, rows: Tensor) -> None:
+        """Rows (int64 [rows]) go on with the texts of others (int64 [rows]) that have the same plan."""
+        for target in (self.tokens, self.n_tokens, self._last, self._previous, self._last_timestamp, self.sum_logprob):
+            target[rows] = target[source]
+
+    def progress(self, rows: Tensor) -> Tensor:
+        """bool [2, rows]: whose text is complete, and whose repeats itself."""
+        return torch.stack([self.done[rows], self._loops.going(rows)])
 
     def texts(self, rows: Tensor) -> list[RowText]:
         """What rows wrote; the host waits for it."""
-        counts = self._n_tokens[rows].tolist()
-        tokens = self._tokens[rows].tolist()
-        figures = torch.stack([self._sum_logprob[rows], self.no_speech[rows]], dim=1).tolist()
+        counts = self.n_tokens[rows].tolist()
+        tokens = self.tokens[rows].tolist()
+        figures = torch.stack([self.sum_logprob[rows], self.no_speech[rows]], dim=1).tolist()
         return [
             RowText(tokens=tuple(ids[:count]), sum_logprob=sum_logprob, no_speech_prob=no_speech)
             for count, ids, (sum_logprob, no_speech) in zip(counts, tokens, figures, strict=True)
@@ -111,7 +137,7 @@ class Rows:
     def history(self, rows: Tensor) -> History:
         """What the rules must know."""
         return History(
-            n_tokens=self._n_tokens[rows],
+            n_tokens=self.n_tokens[rows],
             last=self._last[rows],
             previous=self._previous[rows],
             last_timestamp=self._last_timestamp[rows],
@@ -127,12 +153,3 @@ class Rows:
         noise = -torch.empty_like(allowed).exponential_().log()
         drawn = allowed / temperature.clamp(min=1e-6) + noise
         return torch.where(temperature > 0, drawn, allowed).argmax(dim=-1)
-
-    def _append(self, rows: Tensor, picked: Tensor, text: Tensor, history: History) -> None:
-        at = history.n_tokens.clamp(max=MAX_NEW_TOKENS - 1)
-        self._tokens[rows, at] = torch.where(text, picked, self._tokens[rows, at])
-        self._n_tokens[rows] += text
-        self._previous[rows] = torch.where(text, history.last, history.previous)
-        self._last[rows] = torch.where(text, picked, history.last)
-        timestamp = text & (picked >= self._timestamp_begin)
-        self._last_timestamp[rows] = torch.where(timestamp, picked, history.last_timestamp)

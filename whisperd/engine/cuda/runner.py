@@ -1,6 +1,6 @@
 """What an engine asks of the device: encode, detect, begin, decode, align. Rows and windows are numbers here.
 
-Nothing here waits for the device but ``detect``, ``done``, ``texts`` and ``align``.
+Nothing here waits for the device but ``detect``, ``progress``, ``texts``, ``beam_texts`` and ``align``.
 """
 
 from __future__ import annotations
@@ -15,18 +15,22 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from whisperd.engine.base import WINDOW_SAMPLES, TokenTime
-from whisperd.engine.cuda.align import attention_matrix, first_frames, token_times
+from whisperd.engine.base import TokenTime
+from whisperd.engine.cuda import dtw, memory
+from whisperd.engine.cuda.align import attention_matrix, token_times
 from whisperd.engine.cuda.attention import SlotAttention, gathered
+from whisperd.engine.cuda.beams import Beams
+from whisperd.engine.cuda.caches import Caches
 from whisperd.engine.cuda.checkpoint import Checkpoint
-from whisperd.engine.cuda.graphs import FixedSteps, Step, recorder
+from whisperd.engine.cuda.graphs import FixedSteps, FixedWindows, recorder
 from whisperd.engine.cuda.mel import DeviceLogMel
-from whisperd.engine.cuda.model import Caches, Decoder, Encoder
+from whisperd.engine.cuda.model import Decoder, Encoder
 from whisperd.engine.cuda.rows import RowPlan, Rows, RowText
 from whisperd.engine.cuda.rules import TokenRules
+from whisperd.engine.cuda.transfer import uploaded, uploaded_audio
 from whisperd.engine.cuda.weights import load
 from whisperd.errors import EngineError, OutOfMemory
-from whisperd.features import HOP_SAMPLES
+from whisperd.features import CHUNK_FRAMES, HOP_SAMPLES
 from whisperd.tokens import Vocabulary
 
 PREFIX_CHUNK = 32  # tokens of a prefix that are read at once
@@ -44,22 +48,31 @@ class Spoken:
 
 
 class Runner:
-    """One model on one device, with as many rows as windows. On a GPU its decode steps are recorded.
+    """One model on one device. On a GPU its decode steps and its encoder are recorded.
 
     Args:
         checkpoint: what to load.
         vocabulary: its tokens.
         device: where to.
         dtype: what to compute with.
-        slots: how many windows and rows it holds.
+        slots: how many rows it writes at the same time; ``windows``, the audio that it holds, is a few more.
+        fp8_cross: whether it keeps the audio in 8 bits.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, vocabulary: Vocabulary, *, device: torch.device, dtype: torch.dtype, slots: int
+        self,
+        checkpoint: Checkpoint,
+        vocabulary: Vocabulary,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        slots: int,
+        fp8_cross: bool = False,
     ) -> None:
         shape = checkpoint.shape
         self.shape = shape
         self.slots = slots
+        self.windows = slots + memory.kept(slots)
         self.device = device
         self.dtype = dtype
         self._vocabulary = vocabulary
@@ -69,22 +82,24 @@ class Runner:
             encoder, decoder = load(checkpoint, device, dtype)
             self._encoder = Encoder(encoder, shape.encoder_heads)
             # one row more than anybody uses, for steps that are padded
-            caches = Caches.allocate(shape, slots, slots + 1, device, dtype)
+            caches = Caches.allocate(shape, self.windows, slots + 1, device, dtype, fp8_cross=fp8_cross)
             self._decoder = Decoder(decoder, shape.decoder_heads, caches, _attention(device))
             self._rows = Rows(slots + 1, eot=vocabulary.eot, timestamp_begin=vocabulary.timestamp_begin, device=device)
+            self._beams = Beams(self._rows, caches, eot=vocabulary.eot)
             self._rules = _rules(checkpoint, vocabulary, device)
-        self.fixed = _fixed_steps(self.write_next, slots, device)
+            self.fixed: FixedSteps | None = None
+            self.fixed_windows: FixedWindows | None = None
+            if device.type == "cuda":
+                self._record()
         self._ends: dict[int, int] = {}  # for each running row, behind its last position
         self._sampled: set[int] = set()
 
     def encode(self, samples: Sequence[NDArray[np.float32]], windows: Sequence[int]) -> None:
         """Reads audio (float32 [n], n <= 480000, each) into the slots of windows; raises OutOfMemory."""
-        padded = np.zeros((len(samples), WINDOW_SAMPLES), np.float32)
-        for row, one in zip(padded, samples, strict=True):
-            row[: len(one)] = one
         with translated(), torch.inference_mode():
-            mel = self._log_mel(torch.from_numpy(padded).to(self.device))
-            self._decoder.store(self._encoder(mel.to(self.dtype)), self._index(windows))
+            spectrograms = self._log_mel(uploaded_audio(samples, self.device)).to(self.dtype)
+            read = self.read_windows if self.fixed_windows is None else self.fixed_windows
+            read(spectrograms, self._index(windows))
 
     def detect(self, windows: Sequence[int], rows: Sequence[int], languages: Sequence[int]) -> list[list[float]]:
         """How likely each of these languages (ids) is for each window, among them; reads into ``rows`` for it."""
@@ -98,35 +113,52 @@ class Runner:
 
     def begin(self, rows: Sequence[int], windows: Sequence[int], plans: Sequence[RowPlan]) -> None:
         """Shows rows their prefixes and writes their first tokens."""
-        fitting = [_fitting(plan, self.shape.positions) for plan in plans]
+        logits = self._shown(rows, windows, plans)
+        sampled = any(plan.temperature > 0 for plan in plans)
         with translated(), torch.inference_mode():
-            self._rows.begin(self._index(rows), windows, fitting)
-            logits = self._read_prefixes(rows, windows, fitting)
-            sampled = any(plan.temperature > 0 for plan in fitting)
             self._rows.write(self._index(rows), logits, self._rules, sampled=sampled)
-        for row, plan in zip(rows, fitting, strict=True):
-            self._ends[row] = len(plan.prefix)
-            self._sampled.discard(row)
-            if plan.temperature > 0:
-                self._sampled.add(row)
+        self._sampled.difference_update(rows)
+        self._sampled.update(row for row, plan in zip(rows, plans, strict=True) if plan.temperature > 0)
+
+    def begin_beams(self, group: Sequence[int], window: int, plan: RowPlan) -> None:
+        """The same for rows that search the text of one window together."""
+        logits = self._shown(group, [window] * len(group), [plan] * len(group))
+        with translated(), torch.inference_mode():
+            rows = self._index([list(group)])
+            self._beams.begin(rows)
+            self._beams.write(rows, logits, self._rules, self._ends[group[0]])
+        self._sampled.difference_update(group)
+
+    def decode_beams(self, groups: Sequence[Sequence[int]], n_steps: int) -> None:
+        """Writes up to so many further tokens in each group; all have the same number of rows."""
+        flat = [row for group in groups for row in group]
+        bound = self._reach(flat, n_steps)
+        with translated(), torch.inference_mode():
+            rows, at = self._index([list(group) for group in groups]), self._index(flat)
+            for _ in range(n_steps):
+                self._beams.write(rows, self._next_logits(at, bound), self._rules, bound)
+
+    def beam_texts(self, group: Sequence[int]) -> list[RowText]:
+        """What a search has found."""
+        return self._beams.texts(self._index(group))
 
     def decode(self, rows: Sequence[int], n_steps: int) -> None:
         """Writes up to so many further tokens in each row."""
         sampled = not self._sampled.isdisjoint(rows)
-        for row in rows:
-            self._ends[row] = min(self._ends[row] + n_steps, self.shape.positions)
+        bound = self._reach(rows, n_steps)
         with translated(), torch.inference_mode():
             if self.fixed is not None:
                 self.fixed(rows, n_steps, sampled=sampled)
                 return
-            at, bound = self._index(rows), max(self._ends[row] for row in rows)
+            at = self._index(rows)
             for _ in range(n_steps):
                 self._step(at, bound, sampled=sampled)
 
-    def done(self, rows: Sequence[int]) -> list[int]:
-        """Those of the rows whose text is complete."""
-        flags = self._rows.done[self._index(rows)].tolist()
-        return [row for row, flag in zip(rows, flags, strict=True) if flag]
+    def progress(self, rows: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Those of the rows whose text is complete, and those of the others whose text repeats itself."""
+        done, looping = self._rows.progress(self._index(rows)).tolist()
+        flags = list(zip(rows, done, looping, strict=True))
+        return [row for row, ended, _ in flags if ended], [row for row, ended, loops in flags if loops and not ended]
 
     def texts(self, rows: Sequence[int]) -> list[RowText]:
         """What rows wrote so far."""
@@ -147,25 +179,65 @@ class Runner:
                 longest,
                 self._heads,
             )
-            by_text = torch.stack(scores, dim=1)
-            return [self._times(text, *pair) for text, *pair in zip(texts, states, by_text, strict=True)]
+            return self._times(texts, states, torch.stack(scores, dim=1))
 
     def close(self) -> None:
         """Lets go of all tensors."""
-        del self.fixed, self._encoder, self._decoder, self._rows, self._rules, self._log_mel
+        del (
+            self.fixed,
+            self.fixed_windows,
+            self._encoder,
+            self._decoder,
+            self._rows,
+            self._beams,
+            self._rules,
+            self._log_mel,
+        )
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def read_windows(self, spectrograms: Tensor, windows: Tensor) -> None:
+        """Reads spectrograms [n, n_mels, 3000] into slots (int64 [n]), waiting for nothing."""
+        self._decoder.store(self._encoder(spectrograms), windows)
 
     def write_next(self, rows: Tensor, sampled: bool) -> None:
         """Writes one token in each row, waiting for nothing."""
         self._step(rows, self.shape.positions, sampled=sampled)
 
+    def _record(self) -> None:
+        """On a GPU alone; elsewhere steps and pieces have the size that they need."""
+        record, device = recorder(), self.device
+        self.fixed = FixedSteps(self.write_next, most=self.slots, padding=self.slots, device=device, record=record)
+        spectrogram = torch.zeros((self.shape.n_mels, CHUNK_FRAMES), dtype=self.dtype, device=device)
+        self.fixed_windows = FixedWindows(
+            self.read_windows, most=memory.ENCODE_WINDOWS, spectrogram=spectrogram, record=record
+        )
+
+    def _reach(self, rows: Sequence[int], n_steps: int) -> int:
+        """Moves the ends of rows on; returns the furthest."""
+        for row in rows:
+            self._ends[row] = min(self._ends[row] + n_steps, self.shape.positions)
+        return max(self._ends[row] for row in rows)
+
     def _step(self, rows: Tensor, bound: int, *, sampled: bool) -> None:
+        self._rows.write(rows, self._next_logits(rows, bound), self._rules, sampled=sampled)
+
+    def _next_logits(self, rows: Tensor, bound: int) -> Tensor:
+        """float32 [rows, vocabulary], behind what each row wrote last."""
         position = self._rows.position[rows]
         tokens = self._rows.last(rows)[:, None]
         states, _ = self._decoder(tokens, position, rows, self._rows.window[rows], bound)
-        self._rows.write(rows, self._decoder.logits(states[:, 0]), self._rules, sampled=sampled)
         self._rows.position[rows] = (position + 1).clamp(max=self.shape.positions - 1)
+        return self._decoder.logits(states[:, 0])
+
+    def _shown(self, rows: Sequence[int], windows: Sequence[int], plans: Sequence[RowPlan]) -> Tensor:
+        """Rows start anew and read their prefixes; float32 [rows, vocabulary]."""
+        fitting = [_fitting(plan, self.shape.positions) for plan in plans]
+        for row, plan in zip(rows, fitting, strict=True):
+            self._ends[row] = len(plan.prefix)
+        with translated(), torch.inference_mode():
+            self._rows.begin(self._index(rows), windows, fitting)
+            return self._read_prefixes(rows, windows, fitting)
 
     def _read_prefixes(self, rows: Sequence[int], windows: Sequence[int], plans: Sequence[RowPlan]) -> Tensor:
         """float32 [rows, vocabulary] behind each prefix; the no-speech probability is read at its start token.
@@ -185,22 +257,45 @@ class Runner:
                 (lasts, [len(plan.prefix) - 1 for plan in plans]),
                 (starts, [plan.start_at for plan in plans]),
             ):
-                _keep(target, states, [place - begin for place in places])
+                self._keep(target, states, [place - begin for place in places])
         probabilities = self._decoder.logits(starts).softmax(dim=-1)
         self._rows.no_speech[at_rows] = probabilities[:, self._vocabulary.no_speech]
         return self._decoder.logits(lasts)
 
-    def _times(self, text: Spoken, states: Tensor, scores: Tensor) -> tuple[TokenTime, ...]:
+    def _keep(self, target: Tensor, states: Tensor, places: Sequence[int]) -> None:
+        """Copies the states of those rows whose place is in this chunk."""
+        rows = [row for row, place in enumerate(places) if 0 <= place < states.shape[1]]
+        if rows:
+            at = self._index(rows)
+            target[at] = states[at, self._index([places[row] for row in rows])]
+
+    def _times(self, texts: Sequence[Spoken], states: Tensor, scores: Tensor) -> list[tuple[TokenTime, ...]]:
+        """Paths and probabilities of all texts; the host waits once, for both together."""
+        matrices = [self._matrix(text, mine) for text, mine in zip(texts, scores, strict=True)]
+        sizes = self._index([list(matrix.shape) for matrix in matrices])
+        starts = dtw.first_columns(-dtw.joined(matrices), sizes[:, 0], sizes[:, 1])
+        probabilities = torch.zeros_like(starts, dtype=torch.float64)
+        for place, text, mine in zip(probabilities, texts, states, strict=True):
+            place[: len(text.tokens)] = self._probabilities(text, mine)
+        found = torch.stack([starts.double(), probabilities]).tolist()
+        return [
+            token_times(text.tokens, frames[: len(text.tokens) + 1], likely[: len(text.tokens)])
+            for text, frames, likely in zip(texts, *found, strict=True)
+        ]
+
+    def _matrix(self, text: Spoken, scores: Tensor) -> Tensor:
+        """float32 [tokens + 1, frames]: how each token and the end attend to the audio."""
         begin, end = len(text.start), len(text.start) + 1 + len(text.tokens)
         n_frames = min(self.shape.frames, -(-text.n_samples // HOP_SAMPLES) // 2)
-        matrix = attention_matrix(scores[:, : end + 1, : max(1, n_frames)])[begin:end]
-        logits = self._decoder.logits(states[begin : end - 1])[:, : self._vocabulary.eot]
-        tokens = self._index(text.tokens)[:, None]
-        probabilities = logits.softmax(dim=-1).gather(1, tokens)[:, 0].tolist()
-        return token_times(text.tokens, first_frames(matrix.cpu().numpy()), probabilities)
+        return attention_matrix(scores[:, : end + 1, : max(1, n_frames)])[begin:end]
+
+    def _probabilities(self, text: Spoken, states: Tensor) -> Tensor:
+        begin = len(text.start)
+        logits = self._decoder.logits(states[begin : begin + len(text.tokens)])[:, : self._vocabulary.eot]
+        return logits.softmax(dim=-1).gather(1, self._index(text.tokens)[:, None])[:, 0]
 
     def _index(self, numbers: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
-        return torch.tensor(numbers, dtype=torch.int64, device=self.device)
+        return uploaded(numbers, self.device)
 
 
 @contextmanager
@@ -222,13 +317,6 @@ def _attention(device: torch.device) -> SlotAttention:
     from whisperd.engine.cuda.kernels import slotted
 
     return slotted
-
-
-def _fixed_steps(step: Step, slots: int, device: torch.device) -> FixedSteps | None:
-    """Recorded steps on a GPU; elsewhere steps have the size that they need."""
-    if device.type != "cuda":
-        return None
-    return FixedSteps(step, most=slots, padding=slots, device=device, record=recorder())
 
 
 def _rules(checkpoint: Checkpoint, vocabulary: Vocabulary, device: torch.device) -> TokenRules:
@@ -254,10 +342,3 @@ def _fitting(plan: RowPlan, positions: int) -> RowPlan:
 def _chunk(prefix: tuple[int, ...], begin: int, length: int, padding: int) -> list[int]:
     part = list(prefix[begin : begin + length])
     return part + [padding] * (length - len(part))
-
-
-def _keep(target: Tensor, states: Tensor, places: Sequence[int]) -> None:
-    """Copies the states of those rows whose place is in this chunk."""
-    rows = [row for row, place in enumerate(places) if 0 <= place < states.shape[1]]
-    if rows:
-        target[rows] = states[rows, [places[row] for row in rows]]

@@ -1,0 +1,81 @@
+"""Windows inside the engine for GPUs, with what they have written so far."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from whisperd.engine.base import Hypothesis, TokenTime, Window
+from whisperd.engine.cuda.rows import RowPlan, RowText
+from whisperd.engine.cuda.slots import Slot
+
+
+@dataclass(slots=True, kw_only=True)
+class Job:
+    """One window. ``unstarted`` texts still wait for a row; ``texts`` are complete.
+
+    ``beams``: so many rows are one search and start together; 0: each row is a text of its own.
+    """
+
+    window: Window
+    slot: Slot
+    language: tuple[str, float] = ("en", 1.0)
+    plan: RowPlan = field(default_factory=lambda: RowPlan(prefix=()))
+    beams: int = 0
+    unstarted: int = 0
+    rows: set[int] = field(default_factory=set)
+    texts: list[RowText] = field(default_factory=list)
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing of it waits or runs."""
+        return not self.unstarted and not self.rows
+
+    @property
+    def group(self) -> tuple[int, ...]:
+        """Its rows, where they are one search."""
+        return tuple(sorted(self.rows)) if self.beams else ()
+
+    @property
+    def limit(self) -> float | None:
+        """The compression ratio from which a text that repeats itself is broken off; of searches none is."""
+        return None if self.beams else self.window.request.compression_ratio_threshold
+
+    def plan_rows(self, plan: RowPlan) -> None:
+        """How it is to be written, and in how many rows."""
+        request = self.window.request
+        self.plan = plan
+        self.beams = request.beam_size if asks_for_beams(self.window) else 0
+        self.unstarted = self.beams or (request.best_of if request.temperature > 0 else 1)
+
+    def best(self) -> RowText:
+        """The likeliest of its texts."""
+        return max(self.texts, key=_mean_logprob if self.beams else avg_logprob)
+
+    def hypothesis(self, text: RowText, times: tuple[TokenTime, ...] | None) -> Hypothesis:
+        """What comes out of the engine."""
+        return Hypothesis(
+            window_id=self.window.id,
+            language=self.language[0],
+            language_probability=self.language[1],
+            tokens=text.tokens,
+            avg_logprob=avg_logprob(text),
+            no_speech_prob=text.no_speech_prob,
+            temperature=self.window.request.temperature,
+            alignment=times,
+            looped=text.looped,
+        )
+
+
+def asks_for_beams(window: Window) -> bool:
+    """Whether a window wants to be searched."""
+    return window.request.temperature == 0 and window.request.beam_size > 1
+
+
+def avg_logprob(text: RowText) -> float:
+    """Of all tokens and the end, as in openai-whisper."""
+    return text.sum_logprob / (len(text.tokens) + 1)
+
+
+def _mean_logprob(text: RowText) -> float:
+    """By which openai-whisper ranks the texts of a search: the end is not counted, its probability is."""
+    return text.sum_logprob / max(1, len(text.tokens))
