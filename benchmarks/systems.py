@@ -118,7 +118,8 @@ class Whisperd:
         self.config = directory / "whisperd.toml"
         self.config.write_text(
             f'models = ["{EMBEDDED}"]\ncache_dir = "{directory}/cache"\nlog_level = "warning"\n'
-            f'[server]\nsocket = "{self.socket}"\nspool_dir = "{self.spool}"\n[engine]\ndevice = "{device}"\n{options}\n'
+            f'[server]\nsocket = "{self.socket}"\nspool_dir = "{self.spool}"\n'
+            f'[engine]\ndevice = "{device}"\n{options}\n'
         )
         self.client = Client(self.socket)
 
