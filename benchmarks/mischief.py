@@ -114,7 +114,7 @@ class Clients:
             (self.no_audio, 6, {"audio_decode_error"}),
             (self.wrong_field, 4, {"invalid_value"}),
             (self.wrong_model, 4, {"model_not_found"}),
-            (self.malformed, 3, {"400"}),
+            (self.malformed, 3, {"refused"}),
             (self.idle_connection, 3, {"left"}),
             (self.half_a_head, 3, {"left"}),
             (self.reload, 1, {"done", "config_error"}),
@@ -190,8 +190,9 @@ class Clients:
         return self._transcribe(Client(self._path, PATIENCE_S), self._clip, model="no-such-model")
 
     def malformed(self) -> str:
-        """All kinds of it; statuses of the answers."""
-        return " ".join(sorted({self._raw(data) for data in MALFORMED}))
+        """All kinds of it; each is refused or cut off."""
+        others = {self._raw(data) for data in MALFORMED} - {"400", "431", "closed"}
+        return _unless(not others, "refused", others)
 
     def idle_connection(self) -> str:
         self._send(b"", IDLE_S)
@@ -255,7 +256,8 @@ class Clients:
             raw.connect(str(self._path))
             raw.sendall(data)
             raw.shutdown(socket.SHUT_WR)
-            return raw.recv(65536).split()[1].decode()
+            found = raw.recv(65536).split()
+        return found[1].decode() if found else "closed"
 
     def _send(self, data: bytes, wait_s: float = 0.0) -> None:
         with socket.socket(socket.AF_UNIX) as raw:
