@@ -96,14 +96,13 @@ def test_a_loop_ends_early(vocabulary: Vocabulary) -> None:
 def test_real_speech_is_never_broken_off(snapshot: object, vocabulary: Vocabulary, clips: dict[str, Clip]) -> None:
     """Of good speech nothing is stopped; of speech that the model loses itself in, only what fails when whole."""
     speech = clips["instruct"].samples()[: 20 * SAMPLE_RATE_HZ]
-    sounds = [speech, speech[::-1].copy(), np.repeat(speech, 2)[: 30 * SAMPLE_RATE_HZ], clips["agent"].samples()]
-    engine = CudaEngine.load(snapshot, vocabulary, device="cpu", slots=4)  # type: ignore[arg-type]
+    sounds = [speech, np.repeat(speech, 2)[: 30 * SAMPLE_RATE_HZ], clips["agent"].samples()]
+    engine = CudaEngine.load(snapshot, vocabulary, device="cpu", slots=3)  # type: ignore[arg-type]
     windows = [Window(id=key, samples=samples, request=DecodeRequest()) for key, samples in enumerate(sounds)]
     whole = decoded(engine, windows)
     hasty = decoded(engine, [with_limit(window, THRESHOLD) for window in windows])
     for key, one in whole.items():
         assert hasty[key].looped or hasty[key].tokens == one.tokens
         assert not hasty[key].looped or compression_ratio(vocabulary.decode(one.tokens)) > THRESHOLD
-    assert not hasty[0].looped
-    assert not hasty[3].looped
+    assert [hasty[key].looped for key in range(3)] == [False, True, False], "at half speed this model loops"
     engine.close()
