@@ -58,7 +58,7 @@ def cuda(snapshot: Path, meter: ModelMeter) -> Engine:
 
 
 def cramped_ct2(snapshot: Path, room: int, meter: ModelMeter) -> Engine:
-    model = ctranslate2.models.Whisper(str(snapshot), device="cpu", compute_type="float32")
+    model = ctranslate2.models.Whisper(str(snapshot), device="cpu", compute_type="float32", intra_threads=1)
     return Ct2Engine(Cramped(model, room), Vocabulary.load(snapshot), batch_size=6, workers=1, meter=meter)
 
 
@@ -66,7 +66,7 @@ def ct2_in_little_room(snapshot: Path, batch_size: int, room: int, meter: ModelM
     """Opens with at most so many windows in a batch."""
     if batch_size > room:
         raise OutOfMemory(f"no room for batches of {batch_size}")
-    model = ctranslate2.models.Whisper(str(snapshot), device="cpu", compute_type="float32")
+    model = ctranslate2.models.Whisper(str(snapshot), device="cpu", compute_type="float32", intra_threads=1)
     return Ct2Engine(model, Vocabulary.load(snapshot), batch_size=batch_size, workers=1, meter=meter)
 
 
