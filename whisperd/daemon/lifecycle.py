@@ -18,7 +18,7 @@ from whisperd.api import ReconcileOrder, Tell, create_app
 from whisperd.config import Config, Loaded, diff
 from whisperd.daemon import settings
 from whisperd.daemon.logs import set_level
-from whisperd.daemon.memory import trim
+from whisperd.daemon.memory import Leftovers, trim
 from whisperd.daemon.models import Loader
 from whisperd.daemon.orders import carry_out, counted, report_members
 from whisperd.daemon.queueing import LoaderQueue
@@ -295,14 +295,13 @@ class Daemon:
 
     async def _tend(self) -> None:
         """Unloads models that nobody needs, and gives back what served requests have left in the memory."""
-        n_trimmed = 0
+        leftovers = Leftovers()
         while True:
             idle_s = self._state.loaded.config.limits.model_idle_s
             if idle_s:
                 await self._loader.unload_idle(idle_s)
             n_served = self._state.requests_done + self._state.requests_failed
-            if n_served != n_trimmed and not self._state.backlog.n_requests:
-                n_trimmed = n_served
+            if leftovers.due(n_served=n_served, n_active=self._state.backlog.n_requests):
                 await asyncio.to_thread(trim)
             await asyncio.sleep(min(TEND_EVERY_S, idle_s / 4) if idle_s else TEND_EVERY_S)
 

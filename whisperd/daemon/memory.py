@@ -15,6 +15,20 @@ def trim() -> None:
         malloc_trim(0)
 
 
+class Leftovers:
+    """Whether served requests have left something behind that nobody needs: freed memory that glibc keeps."""
+
+    def __init__(self) -> None:
+        self._n_cleared = 0
+
+    def due(self, *, n_served: int, n_active: int) -> bool:
+        """Whether to ``trim`` now: requests were served since the last time, and none is there that would be slowed."""
+        if n_active or n_served == self._n_cleared:
+            return False
+        self._n_cleared = n_served
+        return True
+
+
 def weights_bytes(snapshot: Path) -> int:
     """Size of a model's weights on disk, which is what the budget counts.
 
