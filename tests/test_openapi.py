@@ -51,6 +51,13 @@ def test_every_field_is_described() -> None:
     assert {name.removesuffix("[]") for name in PROPERTIES} == {"file", *FIELDS}
 
 
+def test_headers_are_there(client: httpx2.Client) -> None:
+    """A transcript comes with the headers that the document names."""
+    path = "/v1/audio/transcriptions"
+    named = description()["paths"][path]["post"]["responses"]["200"]["headers"]
+    assert named.keys() <= client.post(path, files={"file": b"x"}).headers.keys()
+
+
 def test_every_choice_is_accepted(client: httpx2.Client) -> None:
     """What the document lists as a value is one."""
     for name, schema in PROPERTIES.items():

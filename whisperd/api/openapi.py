@@ -21,6 +21,15 @@ ERRORS = {
     "504": "It was not done in the time that the request gave it, or after which its client gives up.",
 }
 
+HEADERS: Json = {
+    name: {"description": text, "schema": {"type": "string"}}
+    for name, text in {
+        "x-request-id": "The request's own, or one that was made for it; the log has it too.",
+        "openai-processing-ms": "Time since the headers of the request were there.",
+        "x-whisperd-device": 'What the model computes on; "cpu (fallback)" while its GPU is lost.',
+    }.items()
+}
+
 
 def description() -> Json:
     """OpenAPI 3.1."""
@@ -65,6 +74,7 @@ def _audio(name: str, summary: str) -> Json:
         "text/vtt": {"schema": {"type": "string"}},
         "text/event-stream": {"schema": {"type": "string"}},
     }
+    operation["responses"]["200"]["headers"] = HEADERS
     return operation
 
 
