@@ -25,7 +25,7 @@ from whisperd.transcript import SAMPLE_RATE_HZ
 States = NDArray[np.float32]
 ShortWindows = Literal["auto", "always", "never"]
 
-MEASURED_LANGUAGES = frozenset({"en", "es", "fr", "it", "ru"})
+MEASURED_LANGUAGES = frozenset({"en", "es", "it"})
 MEASURED_WIDTH_MAX = 512  # of the encoder's states: tiny and base
 STATES = CHUNK_FRAMES // 2  # of a whole window: the encoder halves the frames
 STATES_PER_S = 50
