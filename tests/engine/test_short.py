@@ -49,6 +49,7 @@ def test_only_where_it_was_measured() -> None:
     assert may_be_short("auto", "en", 384)
     assert not may_be_short("auto", "en", 768)
     assert not may_be_short("auto", "ja", 384)
+    assert not may_be_short("auto", "ru", 512), "it was measured, and reads worse"
     assert not may_be_short("auto", None, 384)
     assert may_be_short("always", "ja", 1280)
     assert not may_be_short("always", None, 384)

@@ -133,7 +133,7 @@ class EngineTable(Table):
         "auto",
         reload="restart",
         help="Do not pad short audio to 30 s (cpu), where its language is known: several times faster; auto: with "
-        "small models (tiny, base) and the languages on which it was measured (en, es, it).",
+        "small models (tiny, base) and the languages on which it was measured (en, es, fr, it).",
     )
     gpu_bytes: int = option(
         0,

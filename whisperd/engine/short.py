@@ -5,8 +5,11 @@ Here only the audio and a little behind it are encoded; the states that are miss
 window, computed once for each model, so that the decoder still finds the end that it knows. Without them it loops,
 and with them it is not free of loops, therefore what looks like one is decoded again in a full window.
 
-Measured as a difference to full windows on speech that nothing was tuned on. The languages and models that "auto" holds
-to are those of these measurements; larger models have not been measured.
+Measured as a difference in word error rate to full windows (with its standard error, in points), on prompts that
+nothing was tuned on: tiny.en with noise 10 dB below the speech -0.91 (0.92); base on English +0.34 (0.19), French
+-0.28 (0.53), Italian -0.91 (0.77), Spanish +0.30 (0.85, languages detected), and on Russian +2.38 (1.25): it stays out.
+Segment times move by 0.02 to 0.13 s on average. Detection on short windows names another language in 7 % of Spanish
+prompts, so it always hears whole ones. Larger models have not been measured.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from whisperd.transcript import SAMPLE_RATE_HZ
 States = NDArray[np.float32]
 ShortWindows = Literal["auto", "always", "never"]
 
-MEASURED_LANGUAGES = frozenset({"en", "es", "it"})
+MEASURED_LANGUAGES = frozenset({"en", "es", "fr", "it"})
 MEASURED_WIDTH_MAX = 512  # of the encoder's states: tiny and base
 STATES = CHUNK_FRAMES // 2  # of a whole window: the encoder halves the frames
 STATES_PER_S = 50
