@@ -60,10 +60,15 @@ Transcriber = Callable[[Sequence[Clip]], list[str]]
 
 @contextmanager
 def whisperd_system(
-    path: Path, *, encoder: EncoderName = "auto", short_windows: ShortWindows = "auto", detect: bool = False
+    path: Path,
+    *,
+    encoder: EncoderName = "auto",
+    batch_size: int = 4,
+    short_windows: ShortWindows = "auto",
+    detect: bool = False,
 ) -> Iterator[Transcriber]:
     """whisperd's own pipeline as the daemon configures it, on so many files at the same time."""
-    settings = EngineSettings(device="cpu", encoder=encoder, short_windows=short_windows)
+    settings = EngineSettings(device="cpu", encoder=encoder, batch_size=batch_size, short_windows=short_windows)
     with tempfile.TemporaryDirectory() as work_dir:
         model = load("model", path, settings, Path(work_dir), SpeechDetector())
 
@@ -135,6 +140,7 @@ def transformers_chunked(path: Path) -> Iterator[Transcriber]:
 
 SYSTEMS: Mapping[str, Callable[[Path], AbstractContextManager[Transcriber]]] = {
     "whisperd": whisperd_system,
+    "whisperd batch 8": partial(whisperd_system, batch_size=8),
     "whisperd ctranslate2": partial(whisperd_system, encoder="ctranslate2"),
     "whisperd whole": partial(whisperd_system, short_windows="never"),
     "whisperd detecting": partial(whisperd_system, detect=True),

@@ -17,6 +17,7 @@ CHUNK_SAMPLES = 30 * SAMPLE_RATE_HZ
 CHUNK_FRAMES = CHUNK_SAMPLES // HOP_SAMPLES
 FLOOR_POWER = 1e-10
 DYNAMIC_RANGE_LOG10 = 8.0
+PRODUCT_FRAMES = 8  # a larger product wakes the threads of numpy's BLAS, which then spin for a while
 
 Floats = NDArray[np.float32]
 
@@ -34,14 +35,22 @@ class LogMel:
         power = self._power(samples, n_live)
         log_power = np.full((len(self._filters), CHUNK_FRAMES), np.log10(FLOOR_POWER), np.float32)
         # frames behind the audio are silence: their power is 0, so only the live ones need the transform
-        np.log10(np.maximum(self._filters @ power, FLOOR_POWER), out=log_power[:, :n_live])
+        np.log10(np.maximum(self._bands(power), FLOOR_POWER), out=log_power[:, :n_live])
         np.maximum(log_power, log_power.max() - DYNAMIC_RANGE_LOG10, out=log_power)
         log_power += 4.0
         log_power /= 4.0
         return log_power
 
+    def _bands(self, power: Floats) -> Floats:
+        """float32 [n_frames, 201] to [n_mels, n_frames], in products of few frames."""
+        n_frames, n_bins = power.shape
+        blocks = np.zeros((-(-n_frames // PRODUCT_FRAMES), PRODUCT_FRAMES, n_bins), np.float32)
+        blocks.reshape(-1, n_bins)[:n_frames] = power
+        bands: Floats = (blocks @ self._filters.T).reshape(-1, len(self._filters))[:n_frames].T
+        return bands
+
     def _power(self, samples: Floats, n_frames: int) -> Floats:
-        """float32 [201, n_frames]: squared magnitudes of the first frames of the padded audio."""
+        """float32 [n_frames, 201]: squared magnitudes of the first frames of the padded audio."""
         half = N_FFT // 2
         n_needed = (n_frames - 1) * HOP_SAMPLES + N_FFT
         padded = np.zeros(CHUNK_SAMPLES, np.float32)
@@ -49,7 +58,7 @@ class LogMel:
         reflected = np.pad(padded, half, mode="reflect")[:n_needed]
         frames = np.lib.stride_tricks.sliding_window_view(reflected, N_FFT)[::HOP_SAMPLES]
         spectrum = np.fft.rfft(frames * self._hann, axis=1)
-        power: Floats = (spectrum.real**2 + spectrum.imag**2).astype(np.float32).T
+        power: Floats = (spectrum.real**2 + spectrum.imag**2).astype(np.float32)
         return power
 
 

@@ -45,14 +45,13 @@ def test_every_row_keeps_its_states_and_ends_quietly(lengths: list[int]) -> None
 
 
 def test_only_where_it_was_measured() -> None:
-    """The language must be known; "auto" wants one that was measured, and a small model."""
-    assert may_be_short("auto", "en", 384)
-    assert not may_be_short("auto", "en", 768)
-    assert not may_be_short("auto", "ja", 384)
-    assert not may_be_short("auto", None, 384)
-    assert may_be_short("always", "ja", 1280)
-    assert not may_be_short("always", None, 384)
-    assert not may_be_short("never", "en", 384)
+    """The language must be known; "auto" wants a small model that knows English alone."""
+    assert may_be_short("auto", "en", 384, multilingual=False)
+    assert not may_be_short("auto", "en", 768, multilingual=False)
+    assert not may_be_short("auto", "en", 384, multilingual=True)
+    assert may_be_short("always", "ja", 1280, multilingual=True)
+    assert not may_be_short("always", None, 384, multilingual=True)
+    assert not may_be_short("never", "en", 384, multilingual=False)
 
 
 def test_loops_are_seen() -> None:

@@ -267,8 +267,9 @@ class _Decoder:
         whole = self._short_windows == "never" or frames_of(window) == CHUNK_FRAMES
         if whole or window.request.temperature > 0.0:
             return False
-        language = window.request.language if self._vocabulary.multilingual else "en"
-        return may_be_short(self._short_windows, language, self._encoder.width)
+        multilingual = self._vocabulary.multilingual
+        language = window.request.language if multilingual else "en"
+        return may_be_short(self._short_windows, language, self._encoder.width, multilingual=multilingual)
 
     def _without_doubts(self, batch: Sequence[Window], found: list[Hypothesis]) -> list[Hypothesis]:
         """What looks like a loop or a guess without the silence behind it is decoded again with it."""

@@ -76,8 +76,8 @@ class OpenVinoEncoder:
         """float32 [n_mels, frames] to float32 [1, frames / 2, d_model]; raises RuntimeError or MemoryError."""
         if not hasattr(self._local, "request"):
             self._local.request = self._compiled.create_infer_request()
-        found = self._local.request.infer({0: np.ascontiguousarray(features[None])})
-        return np.array(found[0], np.float32)  # a copy: the next call writes to the same place
+        found = self._local.request.infer({0: np.ascontiguousarray(features[None])}, share_outputs=False)
+        return np.asarray(found[0], np.float32)
 
 
 class _Graph:
