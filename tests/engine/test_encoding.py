@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -143,3 +145,16 @@ def test_no_memory_while_encoding(snapshot: Path, vocabulary: Vocabulary, clips:
     assert all(isinstance(one, Hypothesis) for one in found)
     assert len({one.tokens for one in found if isinstance(one, Hypothesis)}) == 1
     assert meter.count == 1
+
+
+def test_nobody_hears_of_it(tmp_path: Path, snapshot: Path) -> None:
+    """OpenVINO's own reports of its use are not even loaded, and nothing is left in the home directory."""
+    pytest.importorskip("openvino", reason="OpenVINO is not installed")
+    script = (
+        "import sys; from pathlib import Path; from whisperd.engine.openvino import OpenVinoEncoder; "
+        f"OpenVinoEncoder.load(Path({str(snapshot)!r}), compute_type='int8', streams=1, threads_per_stream=1); "
+        "assert not [name for name in sys.modules if 'telemetry' in name or 'ovc' in name]"
+    )
+    environ = {**os.environ, "HOME": str(tmp_path)}
+    subprocess.run([sys.executable, "-W", "error", "-c", script], env=environ, check=True)
+    assert list(tmp_path.iterdir()) == []

@@ -7,8 +7,11 @@ float32 is asked for, the states are those of CTranslate2 in float32 but for rou
 
 from __future__ import annotations
 
+import importlib
+import sys
 import threading
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,6 +29,7 @@ Floats = NDArray[np.float32]
 NORM_EPSILON = 1e-5
 CONVOLUTIONS = ((1, 1), (2, 2))  # number and stride
 BFLOAT16 = "BF16"  # as OpenVINO names what a device can do
+CONVERTER = "openvino.tools.ovc"
 EXACT_TYPES = ("float32",)  # the compute types that ask for no rounding
 
 
@@ -52,8 +56,7 @@ class OpenVinoEncoder:
             OutOfMemory: there is no room for it.
             EngineError: OpenVINO cannot compile it here.
         """
-        import openvino
-
+        openvino = imported()
         try:
             core = openvino.Core()
             short = compute_type not in EXACT_TYPES and BFLOAT16 in core.get_property(
@@ -84,21 +87,21 @@ class _Graph:
     """The operations of one encoder; ``model`` puts them together. Frames may be any even number."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        from openvino import opset13
-
-        self._ops: Any = opset13
+        self._openvino: Any = imported()
+        self._ops: Any = self._openvino.opset13
         self._tensors = checkpoint.tensors
         self._shape = checkpoint.shape
 
     def model(self) -> openvino.Model:
         """Log-mel [1, n_mels, frames] to states [1, frames / 2, width]."""
-        import openvino
-
-        features = self._ops.parameter(openvino.PartialShape([1, self._shape.n_mels, -1]), np.float32)
+        features = self._ops.parameter(self._openvino.PartialShape([1, self._shape.n_mels, -1]), np.float32)
         states = self._with_positions(self._ops.transpose(self._convolved(features), _integers(0, 2, 1)))
         for layer in range(self._shape.encoder_layers):
             states = self._layer(states, f"model.encoder.layers.{layer}")
-        return openvino.Model([self._norm(states, "model.encoder.layer_norm")], [features], "encoder")
+        model: openvino.Model = self._openvino.Model(
+            [self._norm(states, "model.encoder.layer_norm")], [features], "encoder"
+        )
+        return model
 
     def _weight(self, name: str) -> Any:
         return self._ops.constant(np.ascontiguousarray(self._tensors[name], np.float32))
@@ -141,6 +144,19 @@ class _Graph:
     def _norm(self, states: Any, name: str) -> Any:
         scaled = self._ops.mvn(states, _integers(-1), normalize_variance=True, eps=NORM_EPSILON, eps_mode="inside_sqrt")
         return self._ops.add(self._ops.multiply(scaled, self._weight(f"{name}.weight")), self._weight(f"{name}.bias"))
+
+
+def imported() -> ModuleType:
+    """openvino without its converter of models, which nobody needs here: it asks the network on being imported, and
+    keeps a number for the user in the home directory."""
+    if "openvino" not in sys.modules:
+        sys.modules.setdefault(CONVERTER, None)  # type: ignore[arg-type]
+        try:
+            return importlib.import_module("openvino")
+        finally:
+            if sys.modules[CONVERTER] is None:
+                del sys.modules[CONVERTER]
+    return sys.modules["openvino"]
 
 
 def _integers(*numbers: int) -> NDArray[np.int64]:
