@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 
 from benchmarks.random_whisper import SHAPES
 from tests.hf_export import export
@@ -45,6 +46,19 @@ def test_stored_types(snapshot: Path, tmp_path: Path, quantization: str, toleran
         expected = original[name].astype(np.float32)
         largest = np.abs(expected).max()
         assert np.abs(tensor.astype(np.float32) - expected).max() <= tolerance * largest
+
+
+@pytest.mark.parametrize("quantization", ["int8", "float32"])
+def test_equal_tensors_are_stored_once(snapshot: Path, tmp_path: Path, quantization: str) -> None:
+    """CTranslate2 gives one of two equal variables only a second name; both are read."""
+    twins = "model.encoder.layers.0.fc1.weight", "model.encoder.layers.1.fc1.weight"
+    found = checkpoint.read(export(snapshot, tmp_path / "hf")).tensors
+    whole = {name: np.array(tensor) for name, tensor in found.items()} | {twins[1]: np.array(found[twins[0]])}
+    save_file(whole, tmp_path / "hf/model.safetensors")
+    stored = converted(tmp_path / "hf", tmp_path / "work", quantization)
+    one, other = (checkpoint.read(stored).tensors[name].astype(np.float32) for name in twins)
+    assert np.array_equal(one, other)
+    np.testing.assert_allclose(one, whole[twins[0]], atol=0.02 * np.abs(one).max())
 
 
 def test_bfloat16(snapshot: Path, tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """CTranslate2's ``model.bin`` as arrays under the names of transformers.
 
 The format, versions 4 to 6: a version, the name and revision of the specification, then name, shape, type and bytes of
-each variable. Quantised weights have their scales beside them.
+each variable, and the names under which some of them are known as well: equal variables are stored once. Quantised
+weights have their scales beside them.
 """
 
 from __future__ import annotations
@@ -43,8 +44,10 @@ KINDS = {"weight": "weight", "bias": "bias", "gamma": "weight", "beta": "bias"}
 def variables(path: Path) -> dict[str, Array]:
     """Every variable by CTranslate2's name, mapped and not read; raises SourceError when there is no whole Whisper."""
     try:
-        return dict(_Reader(path).variables())
-    except (struct.error, ValueError) as error:  # what struct and numpy say where the file ends too soon
+        reader = _Reader(path)
+        stored = dict(reader.variables())
+        return stored | dict(reader.aliases(stored))
+    except (struct.error, ValueError, KeyError) as error:  # what struct and numpy say where the file ends too soon
         raise SourceError(f"{path} is cut off or damaged: {error}") from error
 
 
@@ -68,6 +71,14 @@ class _Reader:
             raise SourceError(f"{self._path} holds a {name}, expected a {SPECIFICATION}")
         for _ in range(self._number("I")):
             yield self._variable()
+
+    def aliases(self, stored: Mapping[str, Array]) -> Iterator[tuple[str, Array]]:
+        """Behind the variables; a weight's scale goes along with it."""
+        for _ in range(self._number("I")):
+            alias, name = self._text(), self._text()
+            yield alias, stored[name]
+            if f"{name}_scale" in stored:
+                yield f"{alias}_scale", stored[f"{name}_scale"]
 
     def _variable(self) -> tuple[str, Array]:
         name = self._text()
