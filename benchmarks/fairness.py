@@ -111,7 +111,7 @@ def looking(system: System) -> Iterator[list[float]]:
     over = threading.Event()
 
     def look() -> None:
-        while not over.wait(LOOK_EVERY_S):
+        while True:  # once at least, however short the run is
             started_s = time.perf_counter()
             try:
                 system.status()
@@ -119,6 +119,8 @@ def looking(system: System) -> Iterator[list[float]]:
                 found.append(math.inf)
             else:
                 found.append(time.perf_counter() - started_s)
+            if over.wait(LOOK_EVERY_S):
+                return
 
     thread = threading.Thread(target=look)
     thread.start()

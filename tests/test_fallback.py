@@ -13,7 +13,7 @@ import pytest
 
 from tests.fakes import FakeEngine
 from tests.speech import Clip, silence
-from tests.test_service import job
+from tests.test_service import transcribed
 from whisperd.api import ReconcileOrder, Tell
 from whisperd.config import load as load_config
 from whisperd.daemon.loading import load, on_cpu
@@ -143,14 +143,14 @@ def test_without_the_option(house: Builder, clips: dict[str, Clip]) -> None:
     one = house(machine)
     machine.gpu_works = False
     with pytest.raises(ModelLoading, match="no GPU is there any more") as caught:
-        asyncio.run(one.service.transcribe(job(clips["monkeys"])))
+        asyncio.run(transcribed(one.service, clips["monkeys"]))
     assert caught.value.http_status == 503
     assert caught.value.retry_after_s >= 1
     assert "x DOWN (no GPU is there any more)" in one.status
     assert one.service.device(None) is None
     machine.gpu_works = True
     until(lambda: not one.model.batcher.info.outage)
-    assert asyncio.run(one.service.transcribe(job(clips["monkeys"]))).text == "hello"
+    assert asyncio.run(transcribed(one.service, clips["monkeys"])).text == "hello"
     # a GPU that was there is asked for by name, or "auto" would have taken the CPU without a word
     assert set(machine.asked[1:]) == {"cuda"}
 
@@ -162,7 +162,7 @@ def test_with_the_option(house: Builder, clips: dict[str, Clip], caplog: pytest.
     assert one.service.device(None) == "cuda"
     machine.gpu_works = False
     with caplog.at_level(logging.WARNING):
-        assert asyncio.run(one.service.transcribe(job(clips["monkeys"]))).text == "hello"
+        assert asyncio.run(transcribed(one.service, clips["monkeys"])).text == "hello"
     assert "served by a stand-in on the cpu: no GPU is there any more" in caplog.text
     assert one.service.device(None) == "cpu (fallback)"
     assert "x (cpu, float32, fallback: no GPU is there any more)" in one.status
