@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from whisperd.engine import checkpoint as checkpoints
 from whisperd.engine.checkpoint import Checkpoint
-from whisperd.errors import EngineError, OutOfMemory
+from whisperd.errors import EngineError, OutOfMemory, SourceError
 
 if TYPE_CHECKING:
     import openvino
@@ -69,6 +69,8 @@ class OpenVinoEncoder:
                 "ENABLE_CPU_PINNING": False,  # whisperd shares its machine
             }
             compiled = core.compile_model(_Graph(checkpoints.read(path)).model(), "CPU", settings)
+        except KeyError as error:
+            raise SourceError(f"{path} is not a whole Whisper checkpoint: {error.args[0]} is missing") from error
         except MemoryError as error:
             raise OutOfMemory(f"no memory for the encoder in {path}: {error}") from error
         except RuntimeError as error:
