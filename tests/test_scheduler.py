@@ -146,7 +146,7 @@ def test_bulk_gets_all_slots_when_alone() -> None:
     scheduler.submit(2, 100)
     turns = scheduler.take(6)
     assert ids(turns) == [100, 6, 7], "three slots stay free for the next clip"
-    assert [turn.lane for turn in turns] == ["interactive", "yielding", "yielding"]
+    assert [turn.lane for turn in turns] == ["interactive", "bulk", "bulk"]
     taken = 2
     while taken < CALM_WINDOWS:
         assert not scheduler.take(6)
@@ -154,3 +154,13 @@ def test_bulk_gets_all_slots_when_alone() -> None:
             scheduler.finish(window)
         taken += len(scheduler.take(6))
     assert [turn.lane for turn in scheduler.take(3)] == ["bulk"] * 3
+
+
+def test_bulk_leaves_spare_slots() -> None:
+    """Where an engine keeps slots for short requests, a file that is alone does not take them."""
+    scheduler = Scheduler(bulk_slots=4, most_bulk=4)
+    for window in range(10):
+        scheduler.submit(1, window, bulk=True)
+    assert ids(scheduler.take(6)) == [0, 1, 2, 3]
+    scheduler.submit(2, 100)
+    assert ids(scheduler.take(2)) == [100]

@@ -92,7 +92,7 @@ class Batcher:
         self._engine = engine
         self._name = name
         self.meter = meter or ModelMeter()
-        self._scheduler = Scheduler(bulk_slots=engine.info.slots // 2)
+        self._scheduler = Scheduler(bulk_slots=1)
         self._windows: dict[int, _Queued] = {}
         self._ids = itertools.count(1)
         self._wakeup = threading.Condition()
@@ -183,7 +183,7 @@ class Batcher:
     def _admit(self) -> None:
         with self._wakeup:
             dropped, self._dropped = frozenset(self._dropped), set()
-            self._scheduler.bulk_slots = self._engine.info.slots // 2  # another engine may have taken its place
+            self._share_slots()
             taken = [self._started(turn) for turn in self._scheduler.take(self._engine.free_slots)]
             if taken and self._scheduler.running == len(taken):
                 self._moved_at_s = time.monotonic()
@@ -191,6 +191,12 @@ class Batcher:
             self._engine.cancel(dropped)
         if taken:
             self._engine.admit(taken)
+
+    def _share_slots(self) -> None:
+        """Each time, since another engine may have taken the place of the first."""
+        info = self._engine.info
+        self._scheduler.most_bulk = info.slots - info.spare_slots
+        self._scheduler.bulk_slots = self._scheduler.most_bulk if info.spare_slots else info.slots // 2
 
     def _started(self, turn: Turn) -> Window:
         queued = self._windows[turn.window_id]

@@ -196,7 +196,8 @@ class Transcription:
         return index >= INTERACTIVE_WINDOWS if total_s is None else total_s > INTERACTIVE_S
 
     def _may_read_on(self) -> bool:
-        limit = BATCHES_AHEAD * self._model.batcher.info.slots
+        info = self._model.batcher.info
+        limit = BATCHES_AHEAD * (info.slots - info.spare_slots)
         return self._language is not None and len(self._running) < limit
 
     def _submit(self, piece: _Slice) -> None:

@@ -5,8 +5,9 @@ A request's own windows leave in the order in which they came, except that a win
 first: its request waits for it already.
 
 Two rings of requests: interactive ones go before bulk ones, but after ``INTERACTIVE_RUN`` windows in a row one of bulk
-gets its turn, so that nobody starves. While interactive windows are about, bulk ones hold no more than ``bulk_slots``:
-the next short request finds room at once, instead of behind a whole batch of an hour-long file.
+gets its turn, so that nobody starves. While interactive windows are about, bulk ones hold no more than ``bulk_slots``,
+and never more than ``most_bulk``: the next short request finds room at once, instead of behind a whole batch of an
+hour-long file.
 
     submit -> waiting -> take -> running -> finish
                   └────────── cancel ──────────┘
@@ -67,10 +68,12 @@ class Scheduler:
 
     Args:
         bulk_slots: the most that bulk windows hold while interactive ones are about; at least 1. It may change.
+        most_bulk: the most that they hold at any time, likewise; None: all slots.
     """
 
-    def __init__(self, *, bulk_slots: int) -> None:
+    def __init__(self, *, bulk_slots: int, most_bulk: int | None = None) -> None:
         self.bulk_slots = bulk_slots
+        self.most_bulk = most_bulk
         self._interactive = _Ring()
         self._bulk = _Ring()
         self._running: dict[int, tuple[int, bool]] = {}  # window -> (request, whether it is bulk)
@@ -108,7 +111,7 @@ class Scheduler:
         while len(turns) < slots and self.ready:
             lane = self._next_lane()
             request_id, window_id = (self._interactive if lane == "interactive" else self._bulk).pop()
-            self._start(request_id, window_id, bulk=lane != "interactive")
+            self._start(request_id, window_id, bulk=lane == "bulk")
             turns.append(Turn(window_id=window_id, lane=lane))
         return tuple(turns)
 
@@ -131,13 +134,12 @@ class Scheduler:
         return bool(self._interactive) or self._bulk_since < CALM_WINDOWS
 
     def _bulk_may_run(self) -> bool:
-        return bool(self._bulk) and (not self._contended or self._bulk_running < max(1, self.bulk_slots))
+        limit = self.bulk_slots if self._contended else self.most_bulk
+        return bool(self._bulk) and (limit is None or self._bulk_running < max(1, limit))
 
     def _next_lane(self) -> Lane:
         bulks_turn = not self._interactive or (self._run >= INTERACTIVE_RUN and self._bulk_may_run())
-        if not bulks_turn:
-            return "interactive"
-        return "yielding" if self._contended else "bulk"
+        return "bulk" if bulks_turn else "interactive"
 
     def _start(self, request_id: int, window_id: int, *, bulk: bool) -> None:
         self._running[window_id] = (request_id, bulk)

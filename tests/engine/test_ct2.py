@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
+import ctranslate2
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
-from tests.engine.test_contract import decode
+from tests.engine.test_contract import decode, drain
 from tests.speech import Clip, plain
 from whisperd.engine import EngineSettings, open_engine
-from whisperd.engine.base import DecodeRequest
+from whisperd.engine.base import DecodeRequest, Window
+from whisperd.engine.ct2 import Ct2Engine
+from whisperd.engine.encoding import ctranslate2_encoder
 from whisperd.errors import SourceError
 from whisperd.tokens import Vocabulary
 
@@ -45,3 +51,27 @@ def test_damaged_weights(snapshot: Path, vocabulary: Vocabulary, tmp_path: Path)
 def test_placement(n_cores: int, expected: tuple[int, int]) -> None:
     """Two batches are in flight where there are two cores; threads are no more than cores, and four for a worker."""
     assert EngineSettings().placed(n_cores) == expected
+
+
+def test_a_short_request_cuts_in(snapshot: Path, vocabulary: Vocabulary, clips: dict[str, Clip]) -> None:
+    """The only worker encodes two windows of a long request, and decodes a short one that comes meanwhile first."""
+    model = ctranslate2.models.Whisper(str(snapshot), device="cpu", compute_type="int8")
+    encoding, go_on = threading.Event(), threading.Event()
+    encode = ctranslate2_encoder(model)
+
+    def slow(features: NDArray[np.float32]) -> NDArray[np.float32]:
+        encoding.set()
+        assert go_on.wait(60)
+        return encode(features)
+
+    engine = Ct2Engine(model, vocabulary, batch_size=2, workers=1, encode=slow)
+    samples = clips["monkeys"].samples()
+    try:
+        engine.admit([Window(id=key, samples=samples, request=DecodeRequest(), lane="bulk") for key in (1, 2)])
+        assert encoding.wait(60)
+        assert engine.free_slots == engine.info.spare_slots == 2
+        engine.admit([Window(id=3, samples=samples, request=DecodeRequest())])
+        go_on.set()
+        assert list(drain(engine, 3)) == [3, 1, 2]
+    finally:
+        engine.close()

@@ -184,7 +184,7 @@ def test_who_is_let_in(checkpoint: Checkpoint, vocabulary: Vocabulary) -> None:
     """The oldest window, then those that somebody waits for, then the others."""
     runner = NotingRunner(checkpoint, vocabulary, device=CPU, dtype=torch.float32, slots=4)
     engine = CudaEngine(runner, vocabulary, compute_type="float32")
-    lanes: list[Lane] = ["bulk", "yielding", "interactive", "interactive"]
+    lanes: list[Lane] = ["bulk", "bulk", "interactive", "interactive"]
     engine.admit([replace(window(key), lane=lane) for key, lane in enumerate(lanes)])
     drain(engine, 4)
     assert runner.lengths == [len(audio(key)) for key in (0, 2, 3, 1)]

@@ -19,8 +19,7 @@ from whisperd.vad import SpeechNetwork
 WINDOW_S = 30
 WINDOW_SAMPLES = WINDOW_S * SAMPLE_RATE_HZ
 STEP_S = 0.05  # new windows wait no longer than this to be looked at
-# Whose window it is: that of a short request, of a long one, or of a long one that leaves room for short ones
-Lane = Literal["interactive", "bulk", "yielding"]
+Lane = Literal["interactive", "bulk"]  # whose window it is: that of a short request, or of a long one
 
 MAX_NEW_TOKENS = 224  # half of the decoder's 448 positions, as in openai-whisper's sample_len
 
@@ -51,9 +50,9 @@ class Window:
     """One piece of audio to decode.
 
     ``samples``: float32 [n], mono 16 kHz, 0 < n <= WINDOW_SAMPLES; the engine pads with silence to 30 s. An engine
-    whose batches run to their end decodes interactive windows first and apart, and keeps a worker free for them
-    beside yielding ones. ``audio``: windows of one engine with an equal number have the same samples, as those that are
-    decoded again; what the engine still knows of them it need not compute anew. None: it will not come again.
+    whose batches run to their end decodes interactive windows first and apart. ``audio``: windows of one engine with an
+    equal number have the same samples, as those that are decoded again; what the engine still knows of them it need not
+    compute anew. None: it will not come again.
     """
 
     id: int
@@ -110,6 +109,7 @@ Outcome = Hypothesis | WindowFailure
 class EngineInfo:
     """Facts for status, logs and responses.
 
+    Of its ``slots``, ``spare_slots`` are for interactive windows alone: an engine that has some lets these go first.
     ``pid`` is that of an engine in a process of its own, ``restarts`` how often an engine took the
     place of one that had died. ``fallback`` says why this engine serves instead of one on a GPU, and ``outage`` why
     nothing serves at the moment; both are empty when all is well.
@@ -121,6 +121,7 @@ class EngineInfo:
     multilingual: bool
     languages: tuple[str, ...]
     slots: int
+    spare_slots: int = 0
     pid: int | None = None
     restarts: int = 0
     fallback: str = ""

@@ -74,13 +74,13 @@ class Ct2Engine:
         short_windows: ShortWindows = "never",
         meter: ModelMeter | None = None,
     ) -> None:
-        slots = batch_size * workers
-        encoder = WindowEncoder(encode or ctranslate2_encoder(model), model.n_mels, kept=slots)
+        running = batch_size * workers
+        encoder = WindowEncoder(encode or ctranslate2_encoder(model), model.n_mels, kept=running)
         self._decode = _Decoder(model, vocabulary, encoder, short_windows=short_windows)
         self._model = model
         self._meter = meter or ModelMeter()
         self._limit = BatchLimit(batch_size, self._meter)
-        self._lanes = Lanes(workers)
+        self._lanes = Lanes()
         self._inside: set[int] = set()
         self._idle_workers = 0
         self._closing = False
@@ -92,7 +92,8 @@ class Ct2Engine:
             compute_type=model.compute_type,
             multilingual=vocabulary.multilingual,
             languages=tuple(vocabulary.languages),
-            slots=slots,
+            slots=running + batch_size,
+            spare_slots=batch_size,
         )
         self._threads = [
             threading.Thread(target=self._work, name=f"ct2-{number}", daemon=True) for number in range(workers)
@@ -197,7 +198,7 @@ class Ct2Engine:
         """Waits for windows; an empty batch means that the engine closes."""
         with self._changed:
             self._idle_workers += 1
-            self._changed.wait_for(lambda: self._closing or self._lanes.open_for(self._idle_workers))
+            self._changed.wait_for(lambda: self._closing or self._lanes.open)
             batch = [] if self._closing else self._lanes.take(self._idle_workers, self._limit.now)
             self._idle_workers -= 1
             return batch
@@ -218,11 +219,21 @@ class Ct2Engine:
         try:
             for window in batch:  # which grows
                 encoded[window.id] = self._decode.encode(window)
+                self._let_pass(window)
                 with self._changed:
                     batch.extend(self._lanes.join(window, self._limit.now - len(batch)))
         except OutOfMemory:
             log.warning("out of memory while encoding")  # the batch will be halved: what lacks is encoded then
         return encoded
+
+    def _let_pass(self, window: Window) -> None:
+        """Between two windows of a long request short ones are decoded; once, so that it gets on as well."""
+        if window.lane == "interactive":
+            return
+        with self._changed:
+            shorter = self._lanes.cut_in(self._idle_workers, self._limit.now)
+        if shorter:
+            self._finished.put(self._outcomes(shorter))
 
 
 class _Decoder:

@@ -1,7 +1,7 @@
 """Which windows a free worker of an engine takes together. Pure.
 
-Interactive windows go first and share batches with their like only; beside windows that yield to them one worker stays
-free. But nobody waits for ever: whoever was passed over for a few batches has the next one.
+Interactive windows go first and share batches with their like only, and they may cut into a batch of others that is
+still being encoded. But nobody waits for ever: whoever was passed over for a few batches has the next one.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ PASSED_OVER_BATCHES = 2
 
 
 class Lanes:
-    """Windows that wait inside an engine with ``n_workers`` workers."""
+    """Windows that wait inside an engine."""
 
-    def __init__(self, n_workers: int) -> None:
-        self._n_workers = n_workers
+    def __init__(self) -> None:
         self._waiting: list[Window] = []
         self._passed_over = 0  # interactive batches since one of the others was taken
 
@@ -31,27 +30,29 @@ class Lanes:
         self._waiting = [window for window in self._waiting if window.id not in dropped]
         return dropped
 
-    def open_for(self, n_idle: int) -> list[Window]:
-        """The windows of which a worker may take some now, when ``n_idle`` workers have nothing to do."""
+    @property
+    def open(self) -> list[Window]:
+        """The windows of which a worker may take some now."""
         interactive = [window for window in self._waiting if window.lane == "interactive"]
         others = [window for window in self._waiting if window.lane != "interactive"]
         if others and self._passed_over >= PASSED_OVER_BATCHES:
             return others
-        if interactive:
-            return interactive
-        if n_idle > 1 or self._n_workers == 1:
-            return others
-        return [window for window in others if window.lane != "yielding"]
+        return interactive or others
 
     def take(self, n_idle: int, limit: int) -> list[Window]:
-        """The first window and those that may run beside it; a fair share, so that no worker stays idle."""
-        open_now = self.open_for(n_idle)
-        fitting = [window for window in open_now if batch_key(window.request) == batch_key(open_now[0].request)]
-        takers = n_idle - (fitting[0].lane == "yielding" and n_idle > 1)
-        taken = fitting[: min(limit, -(-len(fitting) // takers))]
+        """The first window and those that may run beside it; a fair share, so that no idle worker stays so."""
+        fitting = _like_the_first(self.open)
+        taken = fitting[: min(limit, -(-len(fitting) // n_idle))]
         self.drop(frozenset(window.id for window in taken))
         passed = taken[0].lane == "interactive" and any(window.lane != "interactive" for window in self._waiting)
         self._passed_over = self._passed_over + 1 if passed else 0
+        return taken
+
+    def cut_in(self, n_idle: int, limit: int) -> list[Window]:
+        """Interactive windows that a worker decodes before the others that it is encoding; none when one is idle."""
+        interactive = [window for window in self._waiting if window.lane == "interactive"]
+        taken = [] if n_idle else _like_the_first(interactive)[:limit]
+        self.drop(frozenset(window.id for window in taken))
         return taken
 
     def join(self, first: Window, limit: int) -> list[Window]:
@@ -64,6 +65,10 @@ class Lanes:
         fitting = [window for window in self._waiting if _may_join(window, first)][: max(0, limit)]
         self.drop(frozenset(window.id for window in fitting))
         return fitting
+
+
+def _like_the_first(windows: Sequence[Window]) -> list[Window]:
+    return [window for window in windows if batch_key(window.request) == batch_key(windows[0].request)]
 
 
 def _may_join(window: Window, first: Window) -> bool:
