@@ -121,9 +121,19 @@ class _Patience:
         raise Cancelled("cancelled while talking to the Hub")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Child:
+    """A running child and what it writes: ``lines`` of its own, None behind them, and the last line of its errors."""
+
+    process: subprocess.Popen[str]
+    lines: queue.SimpleQueue[str | None]
+    last_words: list[str]
+    readers: Sequence[threading.Thread]
+
+
 @contextmanager
-def _child(job: Message) -> Iterator[subprocess.Popen[str]]:
-    child = subprocess.Popen(
+def _child(job: Message) -> Iterator[_Child]:
+    process = subprocess.Popen(
         COMMAND,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -133,42 +143,50 @@ def _child(job: Message) -> Iterator[subprocess.Popen[str]]:
         errors="replace",
         start_new_session=True,
     )
-    with child:
+    with process:
+        child = _heard(process)
         try:
-            _send(child, job)
+            _send(process, job)
             yield child
         finally:
             with suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)
+                os.killpg(process.pid, signal.SIGKILL)
+            for reader in child.readers:  # before the pipes are closed under them
+                reader.join()
             with suppress(BrokenPipeError):
-                child.stdin.close() if child.stdin else None
+                process.stdin.close() if process.stdin else None
 
 
-def _send(child: subprocess.Popen[str], job: Message) -> None:
-    stdin = _pipe(child.stdin)
+def _heard(process: subprocess.Popen[str]) -> _Child:
+    lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    last_words: list[str] = []
+    readers = [
+        threading.Thread(target=_read, args=(_pipe(process.stdout), lines), daemon=True),
+        threading.Thread(target=_keep_last, args=(_pipe(process.stderr), last_words), daemon=True),
+    ]
+    for reader in readers:
+        reader.start()
+    return _Child(process=process, lines=lines, last_words=last_words, readers=readers)
+
+
+def _send(process: subprocess.Popen[str], job: Message) -> None:
+    stdin = _pipe(process.stdin)
     with suppress(BrokenPipeError):  # a child that died at once says why on stderr
         stdin.write(json.dumps(job) + "\n")
         stdin.flush()
 
 
-def _listen(child: subprocess.Popen[str], patience: _Patience) -> Iterator[Message]:
-    lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-    last_words: list[str] = []
-    readers = [
-        threading.Thread(target=_read, args=(_pipe(child.stdout), lines), daemon=True),
-        threading.Thread(target=_keep_last, args=(_pipe(child.stderr), last_words), daemon=True),
-    ]
-    for reader in readers:
-        reader.start()
-    while (line := patience.next(lines)) is not None:
+def _listen(child: _Child, patience: _Patience) -> Iterator[Message]:
+    while (line := patience.next(child.lines)) is not None:
         message = json.loads(line)
         if message["event"] == "error":
             raise failure(message)
         yield message
         if message["event"] == "done":
             return
-    readers[1].join()
-    raise HubError(f"the process that talks to the Hub {_end(child.wait(), last_words)}")
+    for reader in child.readers:
+        reader.join()
+    raise HubError(f"the process that talks to the Hub {_end(child.process.wait(), child.last_words)}")
 
 
 def _end(code: int, last_words: Sequence[str]) -> str:
