@@ -16,10 +16,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.integration.daemon import EMBEDDED, DaemonProcess, clean_environ, running
-from tests.speech import Clip, plain
+from tests.speech import Clip, plain, wav
 from tests.test_audio import encoded
 
 HELP_CPU_S = 0.15
@@ -210,8 +211,8 @@ def test_readable_subtitles(daemon: DaemonProcess, clips: dict[str, Clip]) -> No
 def test_interrupted_batch(daemon: DaemonProcess, clips: dict[str, Clip], tmp_path: Path) -> None:
     """Ctrl-C ends the command with 130 and its requests on the daemon; what was finished is kept."""
     (tmp_path / "1.flac").write_bytes(clips["monkeys"].path.read_bytes())
-    for name in ("2.flac", "3.flac"):
-        (tmp_path / name).write_bytes(clips["instruct"].path.read_bytes())
+    long = np.tile(clips["instruct"].samples(), 12)  # not done yet when its first lines are there
+    (tmp_path / "2.wav").write_bytes(wav(long).getvalue())
     arguments = ["transcribe", str(tmp_path), "-j", "1", "-o", str(tmp_path / "out"), "--live"]
     process = subprocess.Popen(
         [sys.executable, "-m", "whisperd", *arguments],
@@ -220,7 +221,7 @@ def test_interrupted_batch(daemon: DaemonProcess, clips: dict[str, Clip], tmp_pa
         env=clean_environ(daemon.directory, {}),
     )
     assert process.stdout is not None
-    while b"2.flac" not in process.stdout.readline():
+    while b"2.wav" not in process.stdout.readline():
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=30)
