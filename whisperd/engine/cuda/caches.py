@@ -1,4 +1,7 @@
-"""What the decoder remembers on the device: the audio of windows and the text of rows, for each layer."""
+"""What the decoder remembers on the device: the audio of windows and the text of rows, for each layer.
+
+Audio in 8 bits is proven on the CPU; it HAS NEVER RUN ON A GPU.
+"""
 
 from __future__ import annotations
 
