@@ -150,7 +150,7 @@ class EngineTable(Table):
         "auto",
         reload="restart",
         help="Do not pad short audio to 30 s (cpu), where its language is known: several times faster; auto: with "
-        "small English models (tiny.en, base.en), for which it is as accurate as padding.",
+        "small English models (tiny.en, base.en).",
     )
     gpu_bytes: int = option(
         0,

@@ -41,7 +41,7 @@ class EngineSettings:
 
     Two batches in flight hide each other's serial stages, and threads that share one cost CPU time: measured on two
     cores, two workers of two threads need a tenth more of it than two of one. Batches of 8 decode a token for 0.8 of
-    what it costs in batches of 4, for twice the memory: with large-v3 that is 4 GB more.
+    what it costs in batches of 4, for more memory.
     """
 
     device: Device = "auto"
