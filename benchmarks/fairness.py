@@ -40,8 +40,8 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.systems import TROUBLE, Answer, System, WhisperCpp, Whisperd, WyomingFasterWhisper, running
-from whisperd import audio
-from whisperd.transcript import SAMPLE_RATE_HZ
+from whisperd.speech import audio
+from whisperd.speech.transcript import SAMPLE_RATE_HZ
 
 EVERY_S = 1.0
 LOOK_EVERY_S = 0.25

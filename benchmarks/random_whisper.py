@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from whisperd.engine.checkpoint import Checkpoint, Shape
-from whisperd.tokens import Vocabulary
+from whisperd.engine.checkpoints.reader import Checkpoint, Shape
+from whisperd.speech.tokenizer import Vocabulary
 
 SPREAD = 0.02
 LOUD = 40.0  # the size of such an embedding: 32 layers add less to it

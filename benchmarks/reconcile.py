@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tests.loopback_hub import LoopbackHub, serving, whisper_files
+from tests.support.loopback_hub import LoopbackHub, serving, whisper_files
 
 PLAIN = (
     "import sys; from huggingface_hub import snapshot_download\n"

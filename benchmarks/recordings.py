@@ -12,8 +12,8 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
-from whisperd import audio
-from whisperd.transcript import SAMPLE_RATE_HZ
+from whisperd.speech import audio
+from whisperd.speech.transcript import SAMPLE_RATE_HZ
 
 SAMPLE = Path(str(resources.files("whisperd").joinpath("data/sample.opus")))
 

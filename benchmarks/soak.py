@@ -3,7 +3,7 @@
     pip install -e '.[embedded]'
     python -m benchmarks.soak CLIP LONG [--minutes 60] [--clients 6]
 
-Each client picks by chance what ``benchmarks/mischief.py`` lists: files in all ways, clients that leave, bad input, bad
+Each client picks by chance what ``chaos_clients.py`` lists: files in all ways, clients that leave, bad input, bad
 HTTP, idle connections, reloads, a configuration that is broken and healed. Every kind is done once beforehand, alone;
 what the quiet daemon then looks like is held against what it looks like at the end. In between, memory is sampled from
 /proc every few seconds, and a line is laid through the samples after the warm-up by least squares. It exits with 1 when
@@ -29,7 +29,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks.mischief import PATIENCE_S, Clients, Deed
+from benchmarks.chaos_clients import PATIENCE_S, Clients, Deed
 from benchmarks.systems import Whisperd, running
 from benchmarks.vitals import MIB, Limits, Sample, Trend, complaints, take, trend
 from whisperd.client import Client

@@ -31,15 +31,15 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.hf_export import export
-from whisperd import audio
-from whisperd.daemon.loading import load
-from whisperd.decoding import Options
-from whisperd.engine import EncoderName, EngineSettings
-from whisperd.engine.short import ShortWindows
-from whisperd.pipeline import Transcription
-from whisperd.segmentation import CutOptions
-from whisperd.vad import SpeechDetector
+from tests.support.hf_export import export
+from whisperd.daemon.open_model import load
+from whisperd.engine.cpu.unpadded import ShortWindows
+from whisperd.engine.factory import EncoderName, EngineSettings
+from whisperd.speech import audio
+from whisperd.speech.fallback import Options
+from whisperd.speech.segmentation import CutOptions
+from whisperd.speech.vad import SpeechDetector
+from whisperd.transcription.request import Transcription
 
 LONG_S = 60.0
 AT_ONCE = 16  # what a server gets and a library does not

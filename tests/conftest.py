@@ -12,15 +12,15 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-from tests.loopback_hub import HubRepo, LoopbackHub, serving, whisper_files
-from tests.speech import Clip
-from tests.store import FOLDER, NAME, copy_cache, plain, run
-from whisperd.batcher import Batcher
-from whisperd.engine.ct2 import Ct2Engine
-from whisperd.pipeline import LoadedModel
-from whisperd.reconcile import Settings
-from whisperd.tokens import Vocabulary
-from whisperd.vad import SpeechDetector
+from tests.support.loopback_hub import HubRepo, LoopbackHub, serving, whisper_files
+from tests.support.speech import Clip
+from tests.support.store import FOLDER, NAME, copy_cache, plain, run
+from whisperd.engine.cpu.engine import Ct2Engine
+from whisperd.speech.tokenizer import Vocabulary
+from whisperd.speech.vad import SpeechDetector
+from whisperd.store.reconcile import Settings
+from whisperd.transcription.batcher import Batcher
+from whisperd.transcription.request import LoadedModel
 
 DATA = Path(__file__).parent / "data"
 QUICK_RETRY_S = 0.02

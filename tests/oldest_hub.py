@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 LIBRARY = "huggingface_hub"
 # the seam to the library: its exceptions, the whole way of a model, and what happens to bodies and to processes
-TESTS = ("tests/test_hub.py", "tests/test_reconcile.py", "tests/integration/test_faults_body.py")
+TESTS = ("tests/store/test_hub.py", "tests/store/test_reconcile.py", "tests/integration/test_faults_body.py")
 LEFT_OUT = "plain or waited_for or lasting"  # of the library alone, slow, or far from the seam
 
 

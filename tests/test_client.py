@@ -14,8 +14,7 @@ from typing import Any, BinaryIO
 
 import pytest
 
-from tests.service_fake import MODEL, PATIENCE_S, TEXT, Daemon, daemon
-from whisperd.api import Readiness
+from tests.support.service_fake import MODEL, PATIENCE_S, TEXT, Daemon, daemon
 from whisperd.client import Client
 from whisperd.errors import (
     AudioError,
@@ -28,6 +27,7 @@ from whisperd.errors import (
     RequestError,
     SocketPermissionError,
 )
+from whisperd.serving.http import Readiness
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def test_transcribe_a_file(client: Client, whisperd: Daemon) -> None:
         "transcript.text.delta",
         "whisperd.segment",
         "whisperd.progress",
-    ] * 2 + ["whisperd.transcript", "transcript.text.done"]
+    ] * 2 + ["whisperd.speech.transcript", "transcript.text.done"]
     job = whisperd.service.jobs[0]
     assert (job.filename, job.options.language, job.options.word_timestamps) == (
         "a %22b%22%0D%0A.wav",

@@ -18,10 +18,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks import fairness, soak
-from benchmarks.mischief import Deed
+from benchmarks.chaos_clients import Deed
 from benchmarks.systems import Answer, NoAnswer, answer
 from benchmarks.vitals import HOUR_S, MIB, Limits, Sample, Trend, complaints, trend
-from tests.speech import Clip
+from tests.support.speech import Clip
 
 QUIET = Sample(
     at_s=0.0,

@@ -14,10 +14,10 @@ import pytest
 from benchmarks.random_whisper import SHAPES, drawn, written
 from benchmarks.recordings import FORMS, recordings
 from benchmarks.roofline import H200, encoder_flops, window_s
-from whisperd import audio
 from whisperd.engine.base import DecodeRequest, Hypothesis, Window
-from whisperd.tokens import Vocabulary
-from whisperd.transcript import SAMPLE_RATE_HZ
+from whisperd.speech import audio
+from whisperd.speech.tokenizer import Vocabulary
+from whisperd.speech.transcript import SAMPLE_RATE_HZ
 
 # what the reference machine for GPUs does not have
 WITHOUT = """

@@ -40,8 +40,8 @@ def test_version() -> None:
 
 def test_readme_names_the_members_of_the_report() -> None:
     """The contract of ``whisperd reconcile --json`` is written down, whole."""
-    from whisperd.plan import CachePlan
-    from whisperd.reconcile import Report, Result
+    from whisperd.store.plan import CachePlan
+    from whisperd.store.reconcile import Report, Result
 
     report = Report(plan=CachePlan(actions=()), results=(Result(name="m", outcome="ok"),)).as_dict()
     documented = set(re.findall(r"`(\w+)`", (ROOT / "README.md").read_text()))

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from whisperd.daemon.logs import JournalFormatter, JournalHandler, entry
+from whisperd.logs import JournalFormatter, JournalHandler, entry
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.service_fake import TRANSCRIPT
-from whisperd.metrics import Figures, Metrics, ModelFigures
+from tests.support.service_fake import TRANSCRIPT
+from whisperd.metrics.prometheus import Figures, Metrics, ModelFigures
 
 PACKAGING = Path(__file__).parent.parent / "packaging"
 PROMTOOL = shutil.which("promtool")

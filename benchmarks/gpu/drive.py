@@ -12,9 +12,9 @@ from benchmarks.gpu.meter import Meter, Spent
 from benchmarks.gpu.report import Report
 from benchmarks.gpu.setup import ForcedEngine
 from benchmarks.gpu.work import MIXES, Work, check, windows
-from whisperd.batcher import Batcher, Ticket
 from whisperd.engine.base import DecodeRequest, Hypothesis, Outcome, Window
-from whisperd.transcript import SAMPLE_RATE_HZ
+from whisperd.speech.transcript import SAMPLE_RATE_HZ
+from whisperd.transcription.batcher import Batcher, Ticket
 
 LOADS = (0.3, 0.6, 0.8)
 BULK, INTERACTIVE = MIXES["packed"], MIXES["short"]

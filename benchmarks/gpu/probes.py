@@ -15,7 +15,7 @@ from benchmarks.gpu.report import Report
 from benchmarks.gpu.setup import Setup
 from benchmarks.roofline import encoder_flops
 from whisperd.engine.base import WINDOW_SAMPLES
-from whisperd.engine.checkpoint import Checkpoint
+from whisperd.engine.checkpoints.reader import Checkpoint
 from whisperd.engine.cuda.attention import gathered
 from whisperd.engine.cuda.graphs import FixedSteps, sizes
 from whisperd.engine.cuda.mel import DeviceLogMel
@@ -24,7 +24,7 @@ from whisperd.engine.cuda.rows import RowPlan
 from whisperd.engine.cuda.runner import Runner
 from whisperd.engine.cuda.vad import Call, DeviceSpeech
 from whisperd.engine.cuda.weights import load
-from whisperd.vad import STATE_SHAPE
+from whisperd.speech.vad import STATE_SHAPE
 
 ENCODED = (1, 2, 4, 8, 16)
 STREAMS = (1, 4, 16, 26)

@@ -12,12 +12,12 @@ import torch
 
 from benchmarks.roofline import Device
 from whisperd.engine.base import Window
-from whisperd.engine.checkpoint import Checkpoint
+from whisperd.engine.checkpoints.reader import Checkpoint
 from whisperd.engine.cuda import memory
 from whisperd.engine.cuda.engine import DTYPES, CudaEngine
 from whisperd.engine.cuda.rows import RowPlan
 from whisperd.engine.cuda.runner import Runner
-from whisperd.tokens import Vocabulary
+from whisperd.speech.tokenizer import Vocabulary
 
 
 class ForcedEngine(CudaEngine):

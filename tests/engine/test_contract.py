@@ -10,15 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.engine import openers
-from tests.fakes import FakeEngine
-from tests.speech import Clip, Samples
+from tests.support import openers
+from tests.support.fakes import FakeEngine
+from tests.support.speech import Clip, Samples
 from whisperd.engine.base import DecodeRequest, Engine, Hypothesis, Outcome, Window, WindowFailure
-from whisperd.engine.child import ChildEngine
+from whisperd.engine.process import ChildEngine
 from whisperd.errors import OutOfMemory
-from whisperd.meter import ModelMeter, Stage
-from whisperd.tokens import Vocabulary
-from whisperd.transcript import SAMPLE_RATE_HZ
+from whisperd.metrics.interface import ModelMeter, Stage
+from whisperd.speech.tokenizer import Vocabulary
+from whisperd.speech.transcript import SAMPLE_RATE_HZ
 
 PATIENCE_S = 60.0
 EMPTY_STEPS_MAX = 5000  # of at most 50 ms: a broken engine fails the test and does not hang it

@@ -11,15 +11,15 @@ import pytest
 
 from tests.engine.test_contract import decode, drain
 from tests.engine.test_cuda_engine import CPU, audio, opened, talkative
-from tests.speech import Clip
+from tests.support.speech import Clip
 from whisperd.engine.base import DecodeRequest, Hypothesis, Window, WindowFailure
-from whisperd.engine.ct2 import Ct2Engine
-from whisperd.tokens import Vocabulary
-from whisperd.transcript import SAMPLE_RATE_HZ
+from whisperd.engine.cpu.engine import Ct2Engine
+from whisperd.speech.tokenizer import Vocabulary
+from whisperd.speech.transcript import SAMPLE_RATE_HZ
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
-from whisperd.engine.checkpoint import Checkpoint
+from whisperd.engine.checkpoints.reader import Checkpoint
 from whisperd.engine.cuda.engine import CudaEngine
 from whisperd.engine.cuda.rows import RowPlan, Rows
 from whisperd.engine.cuda.runner import Runner

@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from benchmarks.random_whisper import SHAPES
-from tests.hf_export import export
-from whisperd.convert import converted
-from whisperd.engine import EngineSettings, checkpoint, open_engine
+from tests.support.hf_export import export
+from whisperd.engine.checkpoints import reader as checkpoint
+from whisperd.engine.checkpoints.convert import converted
 from whisperd.engine.cuda import memory
-from whisperd.engine.cuda.presence import fp8_obstacle, obstacle
+from whisperd.engine.devices import fp8_obstacle, obstacle
+from whisperd.engine.factory import EngineSettings, open_engine
 from whisperd.errors import EngineError, OutOfMemory, SourceError
-from whisperd.tokens import Vocabulary
+from whisperd.speech.tokenizer import Vocabulary
 
 NO_GPU = pytest.mark.skipif(obstacle() is None, reason="this machine has a GPU")
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
 from whisperd.engine.cuda import dtw
-from whisperd.engine.cuda.align import attention_matrix
+from whisperd.engine.cuda.alignment import attention_matrix
 
 COMPARED = """
 import torch

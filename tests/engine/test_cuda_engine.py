@@ -15,16 +15,16 @@ from hypothesis import strategies as st
 
 from benchmarks.random_whisper import SHAPES, drawn
 from tests.engine.test_contract import drain
-from tests.speech import Samples, noise
-from tests.test_tokens import multilingual
+from tests.speech.test_tokenizer import multilingual
+from tests.support.speech import Samples, noise
 from whisperd.engine.base import DecodeRequest, Hypothesis, Lane, Outcome, Window, WindowFailure
 from whisperd.errors import EngineError, OutOfMemory
-from whisperd.features import LogMel
-from whisperd.tokens import Vocabulary
+from whisperd.speech.features import LogMel
+from whisperd.speech.tokenizer import Vocabulary
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
-from whisperd.engine.checkpoint import Checkpoint, Shape
+from whisperd.engine.checkpoints.reader import Checkpoint, Shape
 from whisperd.engine.cuda.engine import CudaEngine
 from whisperd.engine.cuda.rows import RowPlan, RowText
 from whisperd.engine.cuda.runner import Runner

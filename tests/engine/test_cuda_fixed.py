@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from benchmarks.random_whisper import SHAPES, drawn
 from tests.engine.test_cuda_engine import CPU, SPREAD, audio
-from whisperd.tokens import Vocabulary
+from whisperd.speech.tokenizer import Vocabulary
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from tests.engine.test_contract import drain
 from tests.engine.test_cuda_engine import CPU, audio, opened, talkative
-from tests.speech import Clip
-from whisperd.decoding import compression_ratio
+from tests.support.speech import Clip
 from whisperd.engine.base import DecodeRequest, Hypothesis, Window
-from whisperd.tokens import Vocabulary
-from whisperd.transcript import SAMPLE_RATE_HZ
+from whisperd.speech.fallback import compression_ratio
+from whisperd.speech.tokenizer import Vocabulary
+from whisperd.speech.transcript import SAMPLE_RATE_HZ
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 

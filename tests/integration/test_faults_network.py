@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from tests.integration.daemon import running
-from tests.loopback_hub import BAD_TOKEN, HubRepo, LoopbackHub, whisper_files
-from tests.speech import Clip
-from tests.speech import plain as plain_text
-from tests.store import (
+from tests.support.daemon import running
+from tests.support.loopback_hub import BAD_TOKEN, HubRepo, LoopbackHub, whisper_files
+from tests.support.speech import Clip
+from tests.support.speech import plain as plain_text
+from tests.support.store import (
     FOLDER,
     NAME,
     assert_told,
@@ -32,7 +32,7 @@ from tests.store import (
     wanted,
 )  # fmt: skip
 from whisperd import errors
-from whisperd.reconcile import Settings, reconcile
+from whisperd.store.reconcile import Settings, reconcile
 
 API = "/revision/"
 BODY = "GET /cdn/"

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.loopback_hub import HubRepo, LoopbackHub, whisper_files
-from tests.store import assert_well, plain, run
-from whisperd.reconcile import Settings
+from tests.support.loopback_hub import HubRepo, LoopbackHub, whisper_files
+from tests.support.store import assert_well, plain, run
+from whisperd.store.reconcile import Settings
 
 DEAD_PORT = 9
 # the library waits four minutes for a dead store without these

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from tests.integration.daemon import EMBEDDED, PATIENCE_S, DaemonProcess, running
-from tests.speech import Clip, plain
+from tests.support.daemon import EMBEDDED, PATIENCE_S, DaemonProcess, running
+from tests.support.speech import Clip, plain
 from tests.test_house import ROOT
 
 NODE_MIN = 20

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.integration.daemon import EMBEDDED, DaemonProcess, running
-from tests.speech import Clip, plain
+from tests.support.daemon import EMBEDDED, DaemonProcess, running
+from tests.support.speech import Clip, plain
 from tests.test_house import ROOT, blocks
-from whisperd.tcp import bind_tcp
+from whisperd.serving.tcp import bind_tcp
 
 RECIPES = [
     line

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.hf_export import export
-from tests.integration.daemon import DaemonProcess, clean_environ, running
 from tests.integration.test_cli import whisperd
 from tests.integration.test_daemon import metrics_of, until
-from tests.loopback_hub import LoopbackHub, serving
-from tests.speech import Clip, plain
+from tests.support.daemon import DaemonProcess, clean_environ, running
+from tests.support.hf_export import export
+from tests.support.loopback_hub import LoopbackHub, serving
+from tests.support.speech import Clip, plain
 from whisperd.errors import RemoteError
 
 

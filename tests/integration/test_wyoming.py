@@ -19,12 +19,12 @@ from wyoming.audio import AudioChunk, AudioStart, AudioStop
 from wyoming.client import AsyncClient, AsyncTcpClient
 from wyoming.info import Describe, Info
 
-from tests.integration.daemon import EMBEDDED, PATIENCE_S, DaemonProcess, clean_environ, running, write_config
 from tests.integration.test_daemon import metrics_of, until
-from tests.speech import Clip, plain
+from tests.support.daemon import EMBEDDED, PATIENCE_S, DaemonProcess, clean_environ, running, write_config
+from tests.support.speech import Clip, plain
 from whisperd.client import Client
-from whisperd.tcp import bind_tcp
-from whisperd.transcript import SAMPLE_RATE_HZ
+from whisperd.serving.tcp import bind_tcp
+from whisperd.speech.transcript import SAMPLE_RATE_HZ
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

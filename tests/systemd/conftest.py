@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.speech import Clip
+from tests.support.speech import Clip
 from tests.systemd.machine import BASE, Machine, booted, make_root, missing
 from tests.systemd.service import Service
 
@@ -41,9 +41,16 @@ def fresh_root(built: tuple[Path, Path], snapshot: Path, clips: dict[str, Clip])
     shutil.copytree(snapshot, root / "srv/tiny")
     for clip in clips.values():
         shutil.copy(clip.path, root / "srv")
-    for name in ("__init__.py", "loopback_hub.py", "systemd/__init__.py", "systemd/hub.py"):
-        (root / "srv/hub/tests/systemd").mkdir(parents=True, exist_ok=True)
-        shutil.copy(REPOSITORY / "tests" / name, root / "srv/hub/tests" / name)
+    for name in (
+        "__init__.py",
+        "support/__init__.py",
+        "support/loopback_hub.py",
+        "systemd/__init__.py",
+        "systemd/hub.py",
+    ):
+        copy = root / "srv/hub/tests" / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(REPOSITORY / "tests" / name, copy)
     return root
 
 

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.loopback_hub import serving
+from tests.support.loopback_hub import serving
 
 
 def main(model: str, endpoint_file: str, wishes: str) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.speech import Clip
+from tests.support.speech import Clip
 from tests.systemd.machine import CONFIG, SOCKET, UNIT, Machine
 from whisperd.client import Client
 from whisperd.errors import Error

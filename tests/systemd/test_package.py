@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.speech import Clip, plain
+from tests.support.speech import Clip, plain
 from tests.systemd.machine import CONFIG, SOCKET, UNIT, Machine
 from tests.systemd.service import MODEL, PATIENCE_S, Service
 

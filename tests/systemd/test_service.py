@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.speech import Clip, plain
+from tests.support.speech import Clip, plain
 from tests.systemd.machine import SOCKET, UNIT
 from tests.systemd.service import CLIENTS, MODEL, PATIENCE_S, Service
 from whisperd.errors import RemoteError

@@ -7,12 +7,12 @@ import sys
 
 import click
 
-from whisperd.cli.ask import models, reload, status
-from whisperd.cli.common import complain, exit_code
 from whisperd.cli.config import config
 from whisperd.cli.demo import demo
 from whisperd.cli.reconcile import reconcile
 from whisperd.cli.serve import serve
+from whisperd.cli.shared import complain, exit_code
+from whisperd.cli.status import models, reload, status
 from whisperd.cli.transcribe import transcribe
 from whisperd.errors import Cancelled, Error
 from whisperd.version import VERSION

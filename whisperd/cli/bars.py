@@ -56,7 +56,7 @@ def bars() -> Iterator[Bars]:
 def _bar(name: str, done_bytes: int, total_bytes: int, position: int) -> tqdm[Any]:
     from tqdm import tqdm
 
-    from whisperd.plan import size
+    from whisperd.store.plan import size
 
     shown = sys.stderr.isatty()
     if not shown:

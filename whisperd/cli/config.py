@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from whisperd.cli.common import client, config_options, read_config, socket_option
+from whisperd.cli.shared import client, config_options, read_config, socket_option
 
 if TYPE_CHECKING:
     from whisperd.config import Loaded

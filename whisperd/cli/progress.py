@@ -51,7 +51,7 @@ class Progress:
             self._bar.update(sum(done_s for done_s, _ in self._seen.values()) - self._bar.n)
 
     def _line(self, label: str, data: dict[str, Any]) -> None:
-        from whisperd.formats import short_clock
+        from whisperd.speech.formats import short_clock
 
         line = f"{label}[{short_clock(data['start'])} --> {short_clock(data['end'])}] {data['text'].strip()}"
         with self._lock:

@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from whisperd.cli.bars import bars
-from whisperd.cli.common import config_options, daemon_socket, read_config
+from whisperd.cli.shared import config_options, daemon_socket, read_config
 from whisperd.errors import DaemonUnreachable, UsageError
 
 if TYPE_CHECKING:
     from whisperd.client import Client
     from whisperd.config import Config
-    from whisperd.plan import CachePlan
-    from whisperd.reconcile import Progress, Report, Settings
-    from whisperd.sources import Wanted
+    from whisperd.store.plan import CachePlan
+    from whisperd.store.reconcile import Progress, Report, Settings
+    from whisperd.store.sources import Wanted
 
 ANSWER_TIMEOUT_S = 5.0
 SILENCE_TIMEOUT_S = 120.0  # the daemon sends a comment every few seconds
@@ -96,8 +96,8 @@ def reconcile(
 
 def _do(models: Sequence[Wanted], store: Settings, *, as_json: bool) -> Report:
     """In this process, and as the owner of the cache."""
-    from whisperd.reconcile import become_owner
-    from whisperd.reconcile import reconcile as run
+    from whisperd.store.reconcile import become_owner
+    from whisperd.store.reconcile import reconcile as run
 
     def on_plan(plan: CachePlan) -> None:
         if not as_json:
@@ -119,7 +119,7 @@ def _do(models: Sequence[Wanted], store: Settings, *, as_json: bool) -> Report:
 
 
 def _export(models: Sequence[Wanted], store: Settings, directory: Path) -> None:
-    from whisperd.reconcile import export
+    from whisperd.store.reconcile import export
 
     for path in export(models, store, directory.absolute()):
         click.echo(f"exported to {path}")
@@ -144,7 +144,7 @@ def _ask(daemon: Client, order: Mapping[str, Any], as_json: bool) -> NoReturn:
     with bars() as shown:
 
         def on_event(kind: str, found: dict[str, Any]) -> None:
-            if kind == "whisperd.plan" and not as_json:
+            if kind == "whisperd.store.plan" and not as_json:
                 _tell(found["lines"])
             elif kind == "whisperd.progress":
                 model, all_ = ((found[key]["done_bytes"], found[key]["total_bytes"]) for key in ("model", "run"))
@@ -175,7 +175,7 @@ def _chosen(config: Config, models: Sequence[Wanted], names: Sequence[str]) -> S
 
 def _reference(text: str) -> Wanted:
     from whisperd.errors import SourceError
-    from whisperd.sources import Wanted, parse
+    from whisperd.store.sources import Wanted, parse
 
     try:
         return Wanted(name=text, source=parse(text))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from whisperd.cli.common import config_options, read_config
+from whisperd.cli.shared import config_options, read_config
 from whisperd.errors import ConfigError, Error
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from whisperd.config import Config
     from whisperd.notify import Notifier
-    from whisperd.sockets import Inherited
+    from whisperd.serving.sockets import Inherited
 
 WYOMING = "wyoming"  # FileDescriptorName= of its socket unit
 FOR_WYOMING = " for the Wyoming protocol"
@@ -38,7 +38,7 @@ def serve(config_file: Path | None, overrides: Sequence[str]) -> None:
     import faulthandler
 
     from whisperd.notify import Notifier
-    from whisperd.sockets import inherited_sockets
+    from whisperd.serving.sockets import inherited_sockets
 
     faulthandler.enable()  # the watchdog's SIGABRT shows where every thread was
     notifier = Notifier(os.environ)
@@ -61,8 +61,8 @@ def _run(
 
     loaded = read_config(config_file, overrides)
 
-    from whisperd.daemon.lifecycle import Daemon
-    from whisperd.daemon.logs import configure
+    from whisperd.daemon.daemon import Daemon
+    from whisperd.logs import configure
 
     configure(loaded.config.log_level, loaded.config.log.format, os.environ)
     log.info("%s", loaded.header)
@@ -93,7 +93,7 @@ def _own_socket(config: Config) -> socket.socket:
 
 
 def _unix_socket(path: Path, config: Config, purpose: str = "") -> socket.socket:
-    from whisperd.sockets import bind_unix
+    from whisperd.serving.sockets import bind_unix
 
     listener = bind_unix(path, mode=int(config.server.socket_mode, 8), group=config.server.socket_group)
     log.info("listening at %s%s", path, purpose)
@@ -104,7 +104,7 @@ def _tcp_sockets(config: Config) -> Sequence[socket.socket]:
     """Where it is asked for."""
     if not config.server.tcp:
         return ()
-    from whisperd.tcp import bind_tcp
+    from whisperd.serving.tcp import bind_tcp
 
     listener = bind_tcp(config.server.tcp)
     log.info("listening at http://%s", config.server.tcp)
@@ -116,8 +116,8 @@ def _wyoming_sockets(config: Config, passed: Sequence[socket.socket]) -> Sequenc
     address = config.server.wyoming
     if not (passed or address):
         return ()
-    from whisperd import wyoming
-    from whisperd.tcp import bind_tcp
+    from whisperd.serving import wyoming
+    from whisperd.serving.tcp import bind_tcp
 
     wyoming.require()
     if passed or address is None:
@@ -140,7 +140,7 @@ def _turn_away(error: Error, inherited: Sequence[Inherited], read: Callable[[], 
     waiting = [one.socket for one in inherited if one.name != WYOMING and one.socket.fileno() >= 0]
     if not waiting:
         return
-    from whisperd.server import turn_away
+    from whisperd.serving.http.server import turn_away
 
     def healed() -> bool:
         try:

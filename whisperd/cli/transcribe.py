@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
 
-from whisperd.cli.common import client, exit_code, long_config_options, socket_option
-from whisperd.cli.deliver import FORMATS, Output, written
 from whisperd.cli.inputs import STDIN, count_stdin, expand
-from whisperd.cli.private import private_daemon
+from whisperd.cli.outputs import FORMATS, Output, written
 from whisperd.cli.progress import Progress, progress
+from whisperd.cli.shared import client, exit_code, long_config_options, socket_option
+from whisperd.cli.temporary_daemon import private_daemon
 from whisperd.errors import Cancelled, DaemonUnreachable, Error, RemoteError, SocketPermissionError, UsageError
 
 if TYPE_CHECKING:
     from whisperd.client import Client
-    from whisperd.subtitles import Layout
-    from whisperd.transcript import Transcript
+    from whisperd.speech.subtitles import Layout
+    from whisperd.speech.transcript import Transcript
 
 NO_INPUT = 66
 CANNOT_CREATE = 73
@@ -111,7 +111,7 @@ def plan_output(files: Sequence[Path], formats: Sequence[str], directory: Path |
 
 
 def _layout(given: Mapping[str, Any]) -> Layout | None:
-    from whisperd.subtitles import Layout
+    from whisperd.speech.subtitles import Layout
 
     measures = {"line_chars": given["max_line_width"], "lines": given["max_line_count"]}
     asked = {name: value for name, value in measures.items() if value is not None}
@@ -203,7 +203,7 @@ class Job:
         return None
 
     def _answer(self, path: Path, file: BinaryIO) -> Transcript:
-        from whisperd.formats import from_verbose_json
+        from whisperd.speech.formats import from_verbose_json
 
         label = f"{path}: " if len(self.output.names) > 1 else ""
         on_event = self.progress.listener(str(path), label)

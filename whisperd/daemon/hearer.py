@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 
-from whisperd.api import Job
-from whisperd.metrics import Metrics
-from whisperd.pipeline import Listener
-from whisperd.transcript import Segment
+from whisperd.metrics.prometheus import Metrics
+from whisperd.serving.http import Job
+from whisperd.speech.transcript import Segment
+from whisperd.transcription.request import Listener
 
 
 class Hearer:

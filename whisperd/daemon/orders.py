@@ -11,14 +11,14 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 
-from whisperd.api import ReconcileOrder, Tell
 from whisperd.config import Config
 from whisperd.daemon import settings
 from whisperd.errors import Cancelled, Error, RequestError, SourceError
-from whisperd.metrics import Metrics
-from whisperd.plan import CachePlan
-from whisperd.reconcile import Progress, Report, reconcile
-from whisperd.sources import Wanted, parse
+from whisperd.metrics.prometheus import Metrics
+from whisperd.serving.http import ReconcileOrder, Tell
+from whisperd.store.plan import CachePlan
+from whisperd.store.reconcile import Progress, Report, reconcile
+from whisperd.store.sources import Wanted, parse
 
 
 async def carry_out(
@@ -54,7 +54,7 @@ async def carry_out(
             reconcile,
             _wanted(order, config),
             chosen,
-            on_plan=lambda plan: tell("whisperd.plan", _plan(plan)),
+            on_plan=lambda plan: tell("whisperd.store.plan", _plan(plan)),
             on_progress=fetched,
             cancel=cancel,
         )

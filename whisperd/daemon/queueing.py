@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from whisperd.config import Config
-from whisperd.daemon.models import Loader
+from whisperd.daemon.loader import Loader
 from whisperd.errors import ModelLoading
 
 PATIENCE_S = 120.0  # how long a request waits while models are switched, as it would at a boot

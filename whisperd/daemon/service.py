@@ -12,17 +12,17 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from whisperd.api import Job, ModelCard, Readiness, ReconcileOrder, Seat, Tell
 from whisperd.config import Loaded, effective
-from whisperd.daemon.backlog import Backlog
+from whisperd.daemon.admission import Backlog
 from whisperd.daemon.hearer import Hearer
 from whisperd.daemon.registry import Registry
 from whisperd.daemon.settings import cut_options, decode_options
-from whisperd.decoding import Options
 from whisperd.errors import Draining, EngineError, ModelLoading, ModelNotFound
-from whisperd.metrics import Figures, Metrics, ModelFigures
-from whisperd.pipeline import LoadedModel, Transcription
-from whisperd.transcript import Transcript
+from whisperd.metrics.prometheus import Figures, Metrics, ModelFigures
+from whisperd.serving.http import Job, ModelCard, Readiness, ReconcileOrder, Seat, Tell
+from whisperd.speech.fallback import Options
+from whisperd.speech.transcript import Transcript
+from whisperd.transcription.request import LoadedModel, Transcription
 from whisperd.version import VERSION
 
 log = logging.getLogger(__name__)

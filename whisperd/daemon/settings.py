@@ -7,16 +7,16 @@ from pathlib import Path
 from types import MappingProxyType
 
 from whisperd import config as declared
-from whisperd import wyoming
-from whisperd.api import ApiSettings, Chunking
 from whisperd.config import Config, ModelTable
-from whisperd.decoding import Options
-from whisperd.engine import EngineSettings
+from whisperd.engine.factory import EngineSettings
 from whisperd.errors import ConfigError, Problem
-from whisperd.reconcile import Settings as StoreSettings
-from whisperd.segmentation import CutOptions
-from whisperd.server import ServerSettings
-from whisperd.sources import Wanted, parse
+from whisperd.serving import wyoming
+from whisperd.serving.http import ApiSettings, Chunking
+from whisperd.serving.http.server import ServerSettings
+from whisperd.speech.fallback import Options
+from whisperd.speech.segmentation import CutOptions
+from whisperd.store.reconcile import Settings as StoreSettings
+from whisperd.store.sources import Wanted, parse
 
 CONVERSIONS = ".whisperd/converted"  # beside the models of the cache, where no other tool looks
 

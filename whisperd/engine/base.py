@@ -13,8 +13,8 @@ from typing import Literal, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from whisperd.transcript import SAMPLE_RATE_HZ, Task
-from whisperd.vad import SpeechNetwork
+from whisperd.speech.transcript import SAMPLE_RATE_HZ, Task
+from whisperd.speech.vad import SpeechNetwork
 
 WINDOW_S = 30
 WINDOW_SAMPLES = WINDOW_S * SAMPLE_RATE_HZ

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from whisperd.engine.checkpoint import Shape
+from whisperd.engine.checkpoints.reader import Shape
 from whisperd.engine.cuda.attention import FP8, FP8_MAX, Scales, in_full
 
 SMALLEST_SCALE = 1e-12  # of keys that are all 0

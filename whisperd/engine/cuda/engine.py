@@ -12,20 +12,20 @@ from pathlib import Path
 
 import torch
 
-from whisperd.decoding import compression_ratio
-from whisperd.engine import checkpoint as checkpoints
 from whisperd.engine.base import EngineInfo, Outcome, TokenTime, Window, WindowFailure
+from whisperd.engine.checkpoints import reader as checkpoints
 from whisperd.engine.cuda import memory
 from whisperd.engine.cuda.attention import FP8
 from whisperd.engine.cuda.jobs import Job, asks_for_beams
-from whisperd.engine.cuda.presence import fp8_obstacle
 from whisperd.engine.cuda.rows import RowPlan, RowText
 from whisperd.engine.cuda.runner import Runner, Spoken
 from whisperd.engine.cuda.slots import Slot, Slots
 from whisperd.engine.cuda.vad import DeviceSpeech
+from whisperd.engine.devices import fp8_obstacle
 from whisperd.errors import EngineError, OutOfMemory
-from whisperd.meter import ModelMeter
-from whisperd.tokens import Vocabulary
+from whisperd.metrics.interface import ModelMeter
+from whisperd.speech.fallback import compression_ratio
+from whisperd.speech.tokenizer import Vocabulary
 
 log = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""The features of ``whisperd.features`` for many windows at once, on the device."""
+"""The features of ``whisperd.speech.features`` for many windows at once, on the device."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from whisperd.features import DYNAMIC_RANGE_LOG10, FLOOR_POWER, HOP_SAMPLES, N_FFT, mel_filters
+from whisperd.speech.features import DYNAMIC_RANGE_LOG10, FLOOR_POWER, HOP_SAMPLES, N_FFT, mel_filters
 
 
 class DeviceLogMel:

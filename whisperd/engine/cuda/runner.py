@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from whisperd.engine.base import TokenTime
-from whisperd.engine.checkpoint import Checkpoint
+from whisperd.engine.checkpoints.reader import Checkpoint
 from whisperd.engine.cuda import dtw, memory
-from whisperd.engine.cuda.align import attention_matrix, token_times
+from whisperd.engine.cuda.alignment import attention_matrix, token_times
 from whisperd.engine.cuda.attention import SlotAttention, gathered
 from whisperd.engine.cuda.beams import Beams
 from whisperd.engine.cuda.caches import Caches
@@ -30,8 +30,8 @@ from whisperd.engine.cuda.rules import TokenRules
 from whisperd.engine.cuda.transfer import uploaded, uploaded_audio
 from whisperd.engine.cuda.weights import load
 from whisperd.errors import EngineError, OutOfMemory
-from whisperd.features import CHUNK_FRAMES, HOP_SAMPLES
-from whisperd.tokens import Vocabulary
+from whisperd.speech.features import CHUNK_FRAMES, HOP_SAMPLES
+from whisperd.speech.tokenizer import Vocabulary
 
 PREFIX_CHUNK = 32  # tokens of a prefix that are read at once
 

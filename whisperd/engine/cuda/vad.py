@@ -1,4 +1,4 @@
-"""Silero VAD in PyTorch: the network of ``whisperd.vad`` for many streams at once, on the device of an engine.
+"""Silero VAD in PyTorch: the network of ``whisperd.speech.vad`` for many streams at once, on the device of an engine.
 
 Everything but the recurrent layer is products of matrices over all frames of all streams. The recurrent layer costs
 per step and hardly per stream, so streams go side by side. Equal to onnxruntime within 1e-5 on the CPU; it HAS NEVER
@@ -18,11 +18,11 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
 
+from whisperd.engine.cuda.coalesce import Together
 from whisperd.engine.cuda.onnxfile import initializers
 from whisperd.engine.cuda.runner import translated
-from whisperd.engine.together import Together
-from whisperd.segmentation import FRAME_SAMPLES
-from whisperd.vad import CONTEXT_SAMPLES, STATE_SHAPE, network_bytes
+from whisperd.speech.segmentation import FRAME_SAMPLES
+from whisperd.speech.vad import CONTEXT_SAMPLES, STATE_SHAPE, network_bytes
 
 Floats = NDArray[np.float32]
 Found = tuple[Floats, Floats, Floats]
@@ -35,7 +35,7 @@ WIDTH = STATE_SHAPE[-1]
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Call:
-    """What ``whisperd.vad.SpeechNetwork.run`` takes."""
+    """What ``whisperd.speech.vad.SpeechNetwork.run`` takes."""
 
     frames: Floats
     hidden: Floats
@@ -43,7 +43,7 @@ class Call:
 
 
 class DeviceSpeech:
-    """A ``whisperd.vad.SpeechNetwork``; calls of many threads share one pass over the device."""
+    """A ``whisperd.speech.vad.SpeechNetwork``; calls of many threads share one pass over the device."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -54,7 +54,7 @@ class DeviceSpeech:
             self._network = _Network(device)
 
     def run(self, frames: Floats, hidden: Floats, cell: Floats) -> Found:
-        """See ``whisperd.vad.SpeechNetwork``; raises EngineError, OutOfMemory."""
+        """See ``whisperd.speech.vad.SpeechNetwork``; raises EngineError, OutOfMemory."""
         return self._together(Call(frames=frames, hidden=hidden, cell=cell))
 
     def run_all(self, calls: Sequence[Call]) -> list[Found]:

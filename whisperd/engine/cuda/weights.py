@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from whisperd.engine.checkpoint import Checkpoint, Tensors
+from whisperd.engine.checkpoints.reader import Checkpoint, Tensors
 from whisperd.errors import SourceError
 
 

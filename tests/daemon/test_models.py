@@ -1,0 +1,257 @@
+"""Several models under one roof: loaded when wanted, unloaded when not, revived when their engine dies."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from tests.support import openers
+from tests.support.fakes import FakeEngine
+from tests.support.speech import silence
+from whisperd.config import Config, ModelTable
+from whisperd.config.options import LimitsTable
+from whisperd.daemon.loader import Loader
+from whisperd.daemon.memory import Leftovers, trim, weights_bytes
+from whisperd.daemon.open_model import load, smaller
+from whisperd.daemon.registry import Registry, Served
+from whisperd.engine.base import DecodeRequest, Engine
+from whisperd.engine.factory import EngineSettings
+from whisperd.engine.process import ChildEngine
+from whisperd.errors import EngineError, ModelLoading, ModelNotFound, OutOfMemory, SourceError
+from whisperd.metrics.interface import ModelMeter, Stage
+from whisperd.metrics.prometheus import Metrics
+from whisperd.speech.tokenizer import Vocabulary
+from whisperd.speech.vad import SpeechDetector
+
+
+def linked(snapshot: Path, target: Path) -> Path:
+    """A directory of links to the files of a model."""
+    target.mkdir()
+    for path in snapshot.iterdir():
+        (target / path.name).symlink_to(path)
+    return target
+
+
+class House:
+    """A loader with three copies of the embedded model, and a clock that only the test moves."""
+
+    def __init__(self, directory: Path, snapshot: Path) -> None:
+        self.now_s = 0.0
+        self.registry = Registry(lambda: self.now_s)
+        self.loader = Loader(self.registry, EngineSettings(workers=1, threads_per_worker=2), directory, Metrics())
+        self.snapshots = {name: linked(snapshot, directory / name) for name in ("a", "b", "c")}
+
+    @property
+    def loaded(self) -> set[str]:
+        return set(self.registry.served.models)
+
+    def switch(self, *, memory_bytes: int = 0, keep: str = "", preload: bool = False) -> None:
+        models = tuple(
+            ModelTable(repo=f"path:{path}", name=name, preload=preload, keep_loaded=name == keep)
+            for name, path in self.snapshots.items()
+        )
+        self.loader.switch(Config(models=models, limits=LimitsTable(model_bytes=memory_bytes)), self.snapshots)
+
+    def use(self, name: str) -> None:
+        self.now_s += 1
+        self.loader.load_one(name)
+        with self.registry.lease(name):
+            pass
+
+
+@pytest.fixture
+def house(tmp_path: Path, snapshot: Path) -> Iterator[House]:
+    found = House(tmp_path, snapshot)
+    yield found
+    found.registry.close()
+
+
+def room_for(house: House, n_models: float) -> int:
+    return int(n_models * weights_bytes(house.snapshots["a"]))
+
+
+def test_the_least_recently_used_one_makes_room(house: House) -> None:
+    """With room for two of three, the one that was used longest ago goes; a small budget still serves the first."""
+    house.switch(memory_bytes=room_for(house, 2.6))
+    assert house.loaded == {"a"}
+    house.use("b")
+    house.use("a")
+    assert house.loaded == {"a", "b"}
+    house.use("c")
+    assert house.loaded == {"a", "c"}
+    house.use("b")
+    assert house.loaded == {"b", "c"}
+
+
+def test_a_kept_model_stays(house: House) -> None:
+    """keep_loaded protects from eviction and from idleness."""
+    house.switch(memory_bytes=room_for(house, 2.6), keep="a")
+    house.use("b")
+    house.use("c")
+    assert house.loaded == {"a", "c"}
+    house.now_s += 100
+    assert house.loader.unload_idle(60) == ("c",)
+    assert house.loaded == {"a"}
+
+
+def test_a_model_in_use_is_not_evicted(house: House) -> None:
+    """While all room is in use, a request for another model hears when to come back, and why."""
+    house.switch(memory_bytes=room_for(house, 1.2))
+    with house.registry.lease("a"):
+        with pytest.raises(ModelLoading, match=r"in use hold .* MB \(limits\.model_bytes\)") as caught:
+            house.loader.load_one("b")
+        assert caught.value.retry_after_s > 0
+        house.now_s += 100
+        assert house.loader.unload_idle(60) == ()
+    house.use("b")
+    assert house.loaded == {"b"}
+
+
+def test_preload_within_the_budget(house: House) -> None:
+    """What does not fit at boot waits for its first request."""
+    house.switch(memory_bytes=room_for(house, 2.2), preload=True)
+    assert house.loaded == {"a", "b"}
+
+
+def test_idle_models_leave_and_come_back(house: House) -> None:
+    """Only what nobody used for long enough goes, and the next request brings it back."""
+    house.switch(preload=True)
+    house.now_s += 50
+    house.use("b")
+    house.now_s += 30
+    assert set(house.loader.unload_idle(60)) == {"a", "c"}
+    assert house.loaded == {"b"}
+    house.use("a")
+    assert house.loader.unload_idle(60) == ()
+
+
+def kill(house: House, name: str) -> None:
+    """Breaks the engine of a model from within, as a lost device would."""
+
+    def step() -> None:
+        raise EngineError("the device fell off the bus")
+
+    batcher = house.registry.served.models[name].batcher
+    batcher._engine.step = step  # type: ignore[method-assign, assignment]
+    ticket = batcher.ticket()
+    ticket.submit(silence(1.0), DecodeRequest())
+    ticket.collect()
+
+
+def test_a_dead_engine_is_replaced(house: House) -> None:
+    """The next request finds the model loaded again."""
+    house.switch()
+    kill(house, "a")
+    dead = house.registry.served.models["a"].batcher
+    assert "fell off the bus" in str(dead.failure)
+    house.use("a")
+    alive = house.registry.served.models["a"].batcher
+    assert alive is not dead
+    assert alive.failure is None
+
+
+def test_a_model_that_cannot_be_loaded(house: House) -> None:
+    """The first request hears the reason, the next ones wait a while before it is tried again."""
+    house.switch()
+    (house.snapshots["b"] / "model.bin").unlink()
+    (house.snapshots["b"] / "model.bin").write_bytes(b"damaged")
+    with pytest.raises(SourceError, match=str(house.snapshots["b"])) as first:
+        house.loader.load_one("b")
+    with pytest.raises(ModelLoading, match=re.escape(f"a moment ago: {first.value}")) as caught:
+        house.loader.load_one("b")
+    assert 0 < caught.value.retry_after_s <= 10
+    assert house.loaded == {"a"}
+
+
+class Halvings(ModelMeter):
+    def __init__(self) -> None:
+        self.stages: list[Stage] = []
+
+    def halved(self, stage: Stage) -> None:
+        self.stages.append(stage)
+
+
+@pytest.mark.parametrize("where", ["open", "first inference"])
+def test_no_room_for_the_batch(snapshot: Path, tmp_path: Path, detector: SpeechDetector, where: str) -> None:
+    """A device too small for the batch gets a smaller one; one that is too small for anything says so."""
+    opened: list[FakeEngine] = []
+
+    def opener(_: Path, vocabulary: Vocabulary, settings: EngineSettings, __: Path, meter: ModelMeter) -> Engine:
+        fits = settings.batch_size <= room
+        if where == "open" and not fits:
+            raise OutOfMemory("no room for the model")
+        opened.append(FakeEngine(vocabulary, slots=settings.batch_size, room=None if fits else 0, meter=meter))
+        return opened[-1]
+
+    meter, settings = Halvings(), EngineSettings(batch_size=8, workers=2)
+    room = 2
+    model = load("x", snapshot, settings, tmp_path, detector, meter, opener)
+    assert (model.batcher.info.slots, meter.stages) == (2, ["load", "load"])
+    model.batcher.close()
+    room = 0
+    with pytest.raises(OutOfMemory):
+        load("x", snapshot, settings, tmp_path, detector, Halvings(), opener)
+    assert all(engine.closed for engine in opened)
+
+
+def test_openais_names_mean_the_default_model() -> None:
+    """Unless somebody declares one of them; others are told what there is."""
+    served = Served(names=("mine", "other"), aliases={"gpt-4o-transcribe": "other"})
+    for name in ("whisper-1", "gpt-transcribe", "gpt-4o-mini-transcribe", "gpt-4o-mini-transcribe-2025-12-15", None):
+        assert served.resolve(name) == "mine"
+    assert served.resolve("gpt-4o-transcribe") == "other"
+    with pytest.raises(ModelNotFound, match="this daemon has: mine, other, gpt-4o-transcribe"):
+        served.resolve("gpt-5")
+
+
+def test_no_room_in_a_process_of_its_own(snapshot: Path, tmp_path: Path, detector: SpeechDetector) -> None:
+    """What the memory does not hold there is halved from here, and counted here."""
+
+    def opener(path: Path, _: Vocabulary, settings: EngineSettings, __: Path, meter: ModelMeter) -> Engine:
+        there = partial(openers.ct2_in_little_room, path, settings.batch_size, 2)
+        return ChildEngine(there, stall_timeout_s=60, meter=meter)
+
+    meter = Halvings()
+    model = load("x", snapshot, EngineSettings(batch_size=8), tmp_path, detector, meter, opener)
+    try:
+        info = model.batcher.info
+        assert (info.slots - info.spare_slots, meter.stages) == (2, ["load", "load"])
+        assert info.pid is not None
+    finally:
+        model.batcher.close()
+
+
+def test_smaller() -> None:
+    """First the batch, then the workers."""
+    assert smaller(EngineSettings(batch_size=5, workers=3)) == EngineSettings(batch_size=2, workers=3)
+    assert smaller(EngineSettings(batch_size=1, workers=3)) == EngineSettings(batch_size=1, workers=1)
+
+
+def test_memory_is_given_back_when_idle() -> None:
+    """Once after each time that requests were served, and never while one is active."""
+    leftovers = Leftovers()
+    assert not leftovers.due(n_served=0, n_active=0)
+    assert not leftovers.due(n_served=3, n_active=1)
+    assert leftovers.due(n_served=3, n_active=0)
+    assert not leftovers.due(n_served=3, n_active=0)
+    assert leftovers.due(n_served=4, n_active=0)
+
+
+def test_trimming_gives_memory_back() -> None:
+    """What was freed below something that is still there goes back to the system."""
+
+    def resident_bytes() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    blocks = [bytes(100_000) for _ in range(1000)]  # each below the size that glibc maps by itself
+    last = bytes(100_000)
+    del blocks
+    before_bytes = resident_bytes()
+    trim()
+    assert before_bytes - resident_bytes() > 50_000_000
+    assert len(last) == 100_000

@@ -1,0 +1,312 @@
+"""An engine that dies, fails to open, and comes back: every window is answered, and everybody can see what happens."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import pytest
+
+from tests.support.fakes import FakeEngine, written
+from tests.support.speech import silence
+from whisperd.engine.base import DecodeRequest, EngineInfo, Hypothesis, Outcome, Window, WindowFailure
+from whisperd.engine.resilient.engine import LastingEngine
+from whisperd.engine.resilient.reopener import Openers
+from whisperd.errors import EngineError, ModelLoading
+from whisperd.metrics.interface import ModelMeter
+from whisperd.speech.tokenizer import Vocabulary
+
+PATIENCE_S = 30.0
+
+
+class Counted(ModelMeter):
+    def __init__(self) -> None:
+        self.died = self.restarted = 0
+
+    def engine_died(self) -> None:
+        self.died += 1
+
+    def engine_restarted(self) -> None:
+        self.restarted += 1
+
+
+class Machine:
+    """A GPU that can be broken and repaired, a CPU that always works, and the engines that were opened on them.
+
+    ``poison`` are windows over which an engine dies; ``gate`` holds every engine back while it is not set.
+    """
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self.vocabulary = vocabulary
+        self.gpu_works = True
+        self.poison: frozenset[int] = frozenset()
+        self.gate = threading.Event()
+        self.gate.set()
+        self.cpu_gate = threading.Event()  # holds back the opening of the CPU
+        self.cpu_gate.set()
+        self.opened: list[Device] = []
+        self.meter = Counted()
+        self.tried = threading.Semaphore(0)  # one for each try to open the GPU
+
+    def open_gpu(self) -> Device:
+        self.tried.release()
+        if not self.gpu_works:
+            raise EngineError("the GPU fell off the bus")
+        return self.open("cuda")
+
+    def open_cpu(self) -> Device:
+        assert self.cpu_gate.wait(PATIENCE_S)
+        return self.open("cpu")
+
+    def open(self, device: str) -> Device:
+        self.opened.append(Device(self, device))
+        return self.opened[-1]
+
+    def break_gpu(self, *, for_good: bool = True) -> None:
+        self.gpu_works = not for_good
+        for engine in self.opened:
+            engine.broken = engine.broken or engine.info.device == "cuda"
+
+
+class Device(FakeEngine):
+    """On one device of the machine."""
+
+    def __init__(self, machine: Machine, device: str) -> None:
+        super().__init__(machine.vocabulary, self.answer)
+        self.machine = machine
+        self.broken = False
+        info = self.info
+        self.info = EngineInfo(
+            engine=info.engine,
+            device=device,
+            compute_type=info.compute_type,
+            multilingual=info.multilingual,
+            languages=info.languages,
+            slots=info.slots,
+        )
+
+    def answer(self, window: Window) -> Hypothesis:
+        return written(self.machine.vocabulary, window, f" {self.info.device}")
+
+    def step(self) -> Sequence[Outcome]:
+        if self.broken or {window.id for window in self._running} & self.machine.poison:
+            raise EngineError("an illegal memory access was encountered")
+        if not self.machine.gate.is_set():
+            time.sleep(0.001)
+            return []
+        return super().step()
+
+
+@pytest.fixture
+def machine(vocabulary: Vocabulary) -> Machine:
+    return Machine(vocabulary)
+
+
+Opener = Callable[..., LastingEngine]
+
+
+@pytest.fixture
+def opened(machine: Machine) -> Iterator[Opener]:
+    engines: list[LastingEngine] = []
+
+    def open_one(*, stand_in: bool = False, wait_first_s: float = 0.001) -> LastingEngine:
+        openers = Openers(main=machine.open_gpu, stand_in=machine.open_cpu if stand_in else None)
+        engines.append(
+            LastingEngine(machine.open_gpu(), openers, name="x", meter=machine.meter, wait_first_s=wait_first_s)
+        )
+        return engines[-1]
+
+    yield open_one
+    for engine in engines:
+        engine.close()
+
+
+def admit(engine: LastingEngine, *keys: int) -> None:
+    engine.admit([Window(id=key, samples=silence(1.0), request=DecodeRequest()) for key in keys])
+
+
+def until(engine: LastingEngine, condition: Callable[[dict[int, Outcome]], object]) -> dict[int, Outcome]:
+    """Steps until it is true of what came out."""
+    found: dict[int, Outcome] = {}
+    deadline_s = time.monotonic() + PATIENCE_S
+    while not condition(found):
+        assert time.monotonic() < deadline_s, f"it did not become true; got {found}"
+        for outcome in engine.step():
+            assert outcome.window_id not in found, "a window came out twice"
+            found[outcome.window_id] = outcome
+    return found
+
+
+def texts(machine: Machine, found: dict[int, Outcome]) -> dict[int, str]:
+    return {
+        key: machine.vocabulary.decode(outcome.tokens).strip() if isinstance(outcome, Hypothesis) else "failed"
+        for key, outcome in found.items()
+    }
+
+
+def test_windows_survive_their_engine(machine: Machine, opened: Opener) -> None:
+    """Those that were inside are decoded by the next engine, each once."""
+    engine = opened()
+    admit(engine, 1, 2, 3)
+    machine.break_gpu(for_good=False)
+    found = until(engine, lambda found: len(found) == 3)
+    assert texts(machine, found) == {1: "cuda", 2: "cuda", 3: "cuda"}
+    assert (machine.meter.died, machine.meter.restarted, engine.info.restarts, len(machine.opened)) == (1, 1, 1, 2)
+    assert machine.opened[0].closed
+    assert engine.info.outage == engine.info.fallback == ""
+
+
+def test_it_comes_back_without_a_window(machine: Machine, opened: Opener) -> None:
+    """One ``step`` notices the death; who listens is told when there is something to do again."""
+    engine = opened()
+    told = threading.Event()
+    engine.on_news(told.set)
+    told.clear()
+    machine.break_gpu(for_good=False)
+    engine.step()
+    assert told.wait(PATIENCE_S)
+    assert "illegal memory access" in engine.info.outage
+    engine.step()
+    assert engine.info.outage == ""
+
+
+def test_cancelled_windows_do_not_come_back(machine: Machine, opened: Opener) -> None:
+    """What nobody waits for any more is not decoded again."""
+    engine = opened()
+    machine.gate.clear()
+    admit(engine, 1, 2)
+    engine.step()
+    engine.cancel(frozenset({1}))
+    machine.break_gpu(for_good=False)
+    machine.gate.set()
+    assert set(until(engine, lambda found: 2 in found)) == {2}
+    assert engine.free_slots == engine.info.slots
+    assert [window.id for window in machine.opened[1].seen] == [2]
+
+
+def test_clients_are_told_when_it_does_not_come_back(machine: Machine, opened: Opener) -> None:
+    """After two tries in vain windows fail as "later", with the reason; when it is back, all is well."""
+    engine = opened(wait_first_s=0.05)
+    admit(engine, 1)
+    machine.break_gpu()
+    found = until(engine, lambda found: 1 in found)
+    admit(engine, 2)
+    found |= until(engine, lambda found: 2 in found)
+    for outcome in found.values():
+        assert isinstance(outcome, WindowFailure)
+        assert isinstance(outcome.error, ModelLoading)
+        assert "the GPU fell off the bus" in str(outcome.error)
+        assert 1 <= outcome.error.retry_after_s < 130
+    machine.gpu_works = True
+    until(engine, lambda _: not engine.info.outage)
+    admit(engine, 3)
+    assert texts(machine, until(engine, lambda found: 3 in found)) == {3: "cuda"}
+
+
+def test_tries_become_rare(machine: Machine, opened: Opener) -> None:
+    """A GPU that stays away is not asked all the time: the waits double."""
+    engine = opened(wait_first_s=0.2)
+    machine.tried.acquire()
+    machine.break_gpu()
+    times_s = []
+    engine.step()
+    for _ in range(4):
+        assert machine.tried.acquire(timeout=PATIENCE_S)
+        times_s.append(time.monotonic())
+    waits_s = [after - before for before, after in itertools.pairwise(times_s)]
+    assert [wait_s > floor_s for wait_s, floor_s in zip(waits_s, (0.19, 0.39, 0.79), strict=True)] == [True] * 3
+
+
+def test_no_stand_in_unasked(machine: Machine, opened: Opener) -> None:
+    """Nothing is opened on the CPU unless it may be."""
+    engine = opened()
+    admit(engine, 1)
+    machine.break_gpu()
+    until(engine, lambda found: 1 in found)
+    assert {one.info.device for one in machine.opened} == {"cuda"}
+
+
+def test_a_stand_in_serves_until_the_gpu_is_back(machine: Machine, opened: Opener) -> None:
+    """A lost GPU: the CPU takes the windows, visibly; the GPU comes back beside it, and not one window is lost."""
+    engine = opened(stand_in=True, wait_first_s=0.05)
+    admit(engine, 1, 2)
+    machine.break_gpu()
+    found = until(engine, lambda found: len(found) == 2)
+    assert texts(machine, found) == {1: "cpu", 2: "cpu"}
+    assert (engine.info.device, engine.info.fallback) == ("cpu", "the GPU fell off the bus")
+    machine.gate.clear()
+    admit(engine, 3)
+    engine.step()
+    machine.gpu_works = True
+    until(engine, lambda _: engine.info.device == "cuda")
+    assert engine.info.fallback == ""
+    admit(engine, 4)
+    engine.step()
+    stand_in = machine.opened[1]
+    assert not stand_in.closed, "it has a window inside"
+    machine.gate.set()
+    assert texts(machine, until(engine, lambda found: len(found) == 2)) == {3: "cpu", 4: "cuda"}
+    until(engine, lambda _: stand_in.closed)
+    assert [one.info.device for one in machine.opened] == ["cuda", "cpu", "cuda"]
+
+
+def test_windows_wait_for_the_stand_in(machine: Machine, opened: Opener) -> None:
+    """A stand-in may take long to open: nobody is sent away meanwhile."""
+    engine = opened(stand_in=True)
+    admit(engine, 1)
+    machine.cpu_gate.clear()
+    machine.break_gpu()
+    for _ in range(3):
+        until(engine, lambda _: machine.tried.acquire(blocking=False))
+    assert [list(engine.step()) for _ in range(3)] == [[], [], []]
+    machine.cpu_gate.set()
+    assert texts(machine, until(engine, lambda found: 1 in found)) == {1: "cpu"}
+
+
+def test_the_stand_in_dies_too(machine: Machine, opened: Opener) -> None:
+    """Another one takes its place and its windows."""
+    engine = opened(stand_in=True, wait_first_s=0.05)
+    machine.break_gpu()
+    until(engine, lambda _: engine.info.fallback)
+    admit(engine, 1)
+    machine.opened[-1].broken = True
+    assert texts(machine, until(engine, lambda found: 1 in found)) == {1: "cpu"}
+    assert [one.info.device for one in machine.opened] == ["cuda", "cpu", "cpu"]
+
+
+def test_one_bad_window(machine: Machine, opened: Opener) -> None:
+    """A window over which the engine dies each time fails after three deaths; its neighbours are served."""
+    machine.poison = frozenset({2})
+    engine = opened()
+    admit(engine, 1, 2, 3)
+    found = until(engine, lambda found: len(found) == 3)
+    assert texts(machine, found) == {1: "cuda", 2: "failed", 3: "cuda"}
+    failure = found[2]
+    assert isinstance(failure, WindowFailure)
+    assert "died 3 times over this audio; last: an illegal memory access" in str(failure.error)
+    assert [window.id for window in machine.opened[2].seen][:1] == [1], "alone, after two deaths"
+    assert machine.meter.died == 3
+    admit(engine, 4)
+    assert texts(machine, until(engine, lambda found: 4 in found)) == {4: "cuda"}
+
+
+def test_closed_while_it_is_opened_again(machine: Machine) -> None:
+    """What becomes ready too late is closed as well."""
+    begun, may_open = threading.Event(), threading.Event()
+
+    def slow() -> Device:
+        begun.set()
+        assert may_open.wait(PATIENCE_S)
+        return machine.open("cuda")
+
+    engine = LastingEngine(machine.open_gpu(), Openers(main=slow), name="x")
+    machine.break_gpu()
+    engine.step()
+    assert begun.wait(PATIENCE_S)
+    engine.close()
+    may_open.set()
+    deadline_s = time.monotonic() + PATIENCE_S
+    while not (len(machine.opened) == 2 and machine.opened[1].closed):
+        assert time.monotonic() < deadline_s

@@ -1,0 +1,119 @@
+"""An engine that answers at once, by script. It keeps the contract of ``whisperd.engine.base``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+from whisperd.engine.base import STEP_S, EngineInfo, Hypothesis, Outcome, TokenTime, Window, WindowFailure
+from whisperd.engine.cpu.batch_limit import BatchLimit
+from whisperd.errors import OutOfMemory
+from whisperd.metrics.interface import ModelMeter
+from whisperd.speech.tokenizer import Vocabulary
+from whisperd.speech.transcript import SAMPLE_RATE_HZ
+
+Script = Callable[[Window], Hypothesis | Exception]
+
+
+class FakeEngine:
+    """Answers each window with what ``script`` says; ``seen`` keeps all windows in the order of admission.
+
+    More than ``room`` windows at once are too much for its memory.
+    """
+
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        script: Script | None = None,
+        *,
+        slots: int = 4,
+        room: int | None = None,
+        meter: ModelMeter | None = None,
+    ) -> None:
+        self.seen: list[Window] = []
+        self.closed = False
+        self.largest_batch = 0
+        self._script = script or (lambda window: written(vocabulary, window, " hello"))
+        self._running: list[Window] = []
+        self._slots = slots
+        self._room = slots if room is None else room
+        self._limit = BatchLimit(slots, meter)
+        self.info = EngineInfo(
+            engine="fake",
+            device="cpu",
+            compute_type="float32",
+            multilingual=vocabulary.multilingual,
+            languages=tuple(vocabulary.languages),
+            slots=slots,
+        )
+
+    @property
+    def free_slots(self) -> int:
+        return self._slots - len(self._running)
+
+    def admit(self, windows: Sequence[Window]) -> None:
+        assert len(windows) <= self.free_slots
+        self.seen.extend(windows)
+        self._running.extend(windows)
+        self.largest_batch = max(self.largest_batch, len(self._running))
+
+    def step(self) -> Sequence[Outcome]:
+        if not self._running:
+            time.sleep(STEP_S / 10)
+        done, self._running = self._running[: self._limit.now], self._running[self._limit.now :]
+        failures: list[Outcome] = []
+        answers: list[Hypothesis] = []
+        for window in done:
+            answer = self._script(window)
+            if isinstance(answer, Hypothesis):
+                answers.append(answer)
+            else:
+                failures.append(WindowFailure(window_id=window.id, error=answer))
+        return [*failures, *self._within_memory(done, answers)]
+
+    def cancel(self, window_ids: frozenset[int]) -> None:
+        self._running = [window for window in self._running if window.id not in window_ids]
+
+    def close(self) -> None:
+        self.closed = True
+
+    def _within_memory(self, windows: Sequence[Window], answers: Sequence[Hypothesis]) -> Sequence[Outcome]:
+        by_id = {answer.window_id: answer for answer in answers}
+
+        def decode(batch: Sequence[Window]) -> Sequence[Hypothesis]:
+            if len(batch) > self._room:
+                raise OutOfMemory(f"{len(batch)} windows are too many")
+            return [by_id[window.id] for window in batch]
+
+        fine = [window for window in windows if window.id in by_id]
+        return self._limit.decoded(fine, decode) if fine else []
+
+
+def written(
+    vocabulary: Vocabulary,
+    window: Window,
+    text: str,
+    *,
+    avg_logprob: float = -0.2,
+    no_speech_prob: float = 0.0,
+    end_s: float | None = None,
+) -> Hypothesis:
+    """A hypothesis of one segment from the start of the window to ``end_s`` (its end)."""
+    window_s = len(window.samples) / SAMPLE_RATE_HZ
+    tokens = vocabulary.encode(text)
+    step_s = (end_s or window_s) / max(1, len(tokens))
+    times = [
+        TokenTime(token=token, start_s=index * step_s, end_s=(index + 1) * step_s, probability=0.9)
+        for index, token in enumerate(tokens)
+    ]
+    end = vocabulary.timestamp_begin + round((end_s or window_s) / 0.02)
+    return Hypothesis(
+        window_id=window.id,
+        language=window.request.language or "en",
+        language_probability=0.8,
+        tokens=(vocabulary.timestamp_begin, *tokens, end),
+        avg_logprob=avg_logprob,
+        no_speech_prob=no_speech_prob,
+        temperature=window.request.temperature,
+        alignment=tuple(times) if window.request.word_timestamps else None,
+    )

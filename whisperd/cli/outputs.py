@@ -1,0 +1,87 @@
+"""Where transcripts go: stdout, or files that are there whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from whisperd.speech.subtitles import Layout
+    from whisperd.speech.transcript import Transcript
+
+FORMATS = ("txt", "srt", "vtt", "tsv", "json")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Output:
+    """The files of a batch: a directory, or stdout (None)."""
+
+    formats: tuple[str, ...]
+    directory: Path | None
+    names: Mapping[Path, Path]
+    layout: Layout | None = None
+
+    def targets(self, path: Path) -> list[Path]:
+        """The files that a recording becomes, in the order of the formats."""
+        if self.directory is None:
+            return []
+        name = self.names[path]
+        return [self.directory / name.with_name(f"{name.name}.{kind}") for kind in self.formats]
+
+    def prepare(self) -> None:
+        """Makes the directory; raises OSError where nothing could be written, before anything is sent."""
+        if self.directory is not None:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            if not os.access(self.directory, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self.directory))
+
+    def is_done(self, path: Path) -> bool:
+        """Whether all of them are there already."""
+        targets = self.targets(path)
+        return bool(targets) and all(target.is_file() for target in targets)
+
+    def write(self, path: Path, transcript: Transcript) -> list[Path]:
+        """Writes them; raises OSError."""
+        targets = self.targets(path)
+        for target, kind in zip(targets, self.formats, strict=True):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _write(target, written(transcript, kind, self.layout))
+        return targets
+
+
+def written(transcript: Transcript, kind: str, layout: Layout | None = None) -> str:
+    """A transcript in one of the file formats; ``layout`` is for subtitles."""
+    from whisperd.speech import formats
+
+    writers: Mapping[str, Callable[[Transcript], str]] = {
+        "txt": formats.txt,
+        "srt": lambda whole: formats.srt(whole, layout),
+        "vtt": lambda whole: formats.vtt(whole, layout),
+        "tsv": formats.tsv,
+        "json": formats.json,
+    }
+    return writers[kind](transcript)
+
+
+def _write(target: Path, text: str) -> None:
+    """Under another name first: a batch that is resumed takes a file that is there for done."""
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        Path(name).chmod(0o666 & ~_umask())
+        Path(name).replace(target)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,93 @@
+"""What several commands share: options, the configuration, the client, figures for people."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from whisperd.errors import Error
+
+if TYPE_CHECKING:
+    from whisperd.client import Client
+    from whisperd.config import Loaded
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def config_options(command: Command) -> Command:
+    """``-c`` and ``-o``, as nearly every command takes them."""
+    return _config_options(command, "-o", "--option")
+
+
+def long_config_options(command: Command) -> Command:
+    """The same for a command whose ``-o`` is something else."""
+    return _config_options(command, "--option")
+
+
+def _config_options(command: Command, *override_names: str) -> Command:
+    command = click.option(
+        *override_names, "overrides", multiple=True, metavar="KEY=VALUE", help="Override one option; repeatable."
+    )(command)
+    return click.option("-c", "--config", "config_file", type=click.Path(path_type=Path), help="Configuration file.")(
+        command
+    )
+
+
+def socket_option(command: Command) -> Command:
+    """``--socket``, for commands that talk to the daemon."""
+    # whoever may not use it hears from the client why
+    path = click.Path(path_type=Path, readable=False)
+    return click.option("--socket", "socket_file", type=path, help="Socket of the daemon.")(command)
+
+
+def read_config(config_file: Path | None, overrides: Sequence[str]) -> Loaded:
+    """The configuration in effect; raises ConfigError."""
+    from whisperd.config import load
+
+    return load(config_file, overrides, environ=os.environ, cwd=Path.cwd())
+
+
+def client(socket_file: Path | None, config_file: Path | None, overrides: Sequence[str], timeout_s: float) -> Client:
+    """A client of the daemon that the options point to."""
+    from whisperd.client import Client
+
+    return Client(socket_file or daemon_socket(config_file, overrides), timeout_s)
+
+
+def daemon_socket(config_file: Path | None, overrides: Sequence[str]) -> Path:
+    """Where the daemon should be. The system's own is looked for where this user runs none."""
+    from whisperd.config import socket_path
+
+    config = read_config(config_file, overrides).config
+    own = socket_path(config, os.environ, uid=os.getuid())
+    if own.exists() or config.server.socket or os.environ.get("WHISPERD_SOCKET"):
+        return own
+    system = socket_path(config, {}, uid=0)
+    return system if system.exists() else own
+
+
+def complain(text: str) -> None:
+    """An error on stderr; where that is the journal, every line says that it is one."""
+    from whisperd.logs import leads_to_journal
+
+    prefix = "<3>" if leads_to_journal(os.environ) else ""
+    for line in text.splitlines():
+        click.echo(prefix + line, err=True)
+
+
+def exit_code(error: Error) -> int:
+    """What a command exits with; an error of the daemon brings its own."""
+    return int(getattr(error, "remote_exit_code", error.exit_code))
+
+
+def size_text(size_bytes: float) -> str:
+    """Bytes for people, in powers of ten."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size_bytes < 1000:
+            return f"{size_bytes:.0f} {unit}" if unit == "B" else f"{size_bytes:.1f} {unit}"
+        size_bytes /= 1000
+    return f"{size_bytes:.1f} TB"

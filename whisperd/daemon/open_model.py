@@ -1,0 +1,152 @@
+"""From a snapshot on disk to a model that has answered once."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from whisperd.engine.base import DecodeRequest, Engine, Hearing, Outcome, Window, WindowFailure
+from whisperd.engine.factory import EngineSettings, open_engine
+from whisperd.engine.resilient.detector import LastingNetwork
+from whisperd.engine.resilient.engine import LastingEngine
+from whisperd.engine.resilient.reopener import Open, Openers
+from whisperd.errors import EngineError, OutOfMemory
+from whisperd.metrics.interface import ModelMeter
+from whisperd.speech.tokenizer import Vocabulary
+from whisperd.speech.transcript import SAMPLE_RATE_HZ
+from whisperd.speech.vad import SpeechNetwork, SpeechStream
+from whisperd.transcription.batcher import Batcher
+from whisperd.transcription.request import LoadedModel
+
+log = logging.getLogger(__name__)
+
+CPU_COMPUTE_TYPES = ("auto", "int8", "int8_float32", "float32")
+FIRST_WINDOW = 0  # requests' windows begin at 1
+
+OpenWith = Callable[[EngineSettings], Engine]
+Opener = Callable[[Path, Vocabulary, EngineSettings, Path, ModelMeter], Engine]
+
+
+def load(
+    name: str,
+    snapshot: Path,
+    settings: EngineSettings,
+    work_dir: Path,
+    detector: SpeechNetwork,
+    meter: ModelMeter | None = None,
+    opener: Opener = open_engine,
+    *,
+    beside: bool = False,
+) -> LoadedModel:
+    """Loads a model and runs one real inference; from then on it is opened again whenever its engine dies.
+
+    Where the memory is not enough, half the batch is tried, down to one window and one worker.
+
+    Args:
+        name: of the model, for messages.
+        snapshot: its files.
+        settings: how the engine is opened.
+        work_dir: where conversions of this cache are kept.
+        detector: finds speech for it, unless its engine does that itself.
+        meter: told what happens.
+        opener: makes the engine.
+        beside: of models that are on their way out: less than the whole batch is no success then.
+
+    Raises:
+        SourceError: the files are no model.
+        EngineError: the device cannot run it.
+    """
+    meter = meter or ModelMeter()
+    started_s = time.monotonic()
+    vocabulary = Vocabulary.load(snapshot)
+
+    def opened(settings: EngineSettings) -> Engine:
+        return _proven(name, opener(snapshot, vocabulary, settings, work_dir, meter))
+
+    lasting = _lasting(name, opened, settings, meter, beside=beside)
+    info, took_s = lasting.info, time.monotonic() - started_s
+    log.info("model %s ready on %s (%s) in %.1f s", name, info.device, info.compute_type, took_s)
+    if info.fallback:
+        log.warning("model %s is served by the cpu instead of the GPU: %s", name, info.fallback)
+    batcher, network = Batcher(lasting, name=name, meter=meter), LastingNetwork(lasting, detector)
+    return LoadedModel(name=name, vocabulary=vocabulary, batcher=batcher, detector=network)
+
+
+def _lasting(
+    name: str, opened: OpenWith, settings: EngineSettings, meter: ModelMeter, *, beside: bool
+) -> LastingEngine:
+    stand_in = partial(_fitting, name, opened, on_cpu(settings), meter)
+    has_stand_in = settings.cpu_fallback and settings.device != "cpu"
+    first = partial(opened, settings) if beside else partial(_fitting, name, opened, settings, meter)
+    engine, lost = _first(first, stand_in if has_stand_in else None, beside=beside)
+    on_gpu = engine.info.device != "cpu"
+    if on_gpu:
+        settings = replace(settings, device="cuda")  # when a GPU that was there is gone, it is lost, also for "auto"
+    main = partial(_fitting, name, opened, settings, meter)
+    openers = Openers(main=main, stand_in=stand_in if has_stand_in and (on_gpu or lost) else None)
+    return LastingEngine(engine, openers, name=name, lost=lost, meter=meter)
+
+
+def _first(main: Open, stand_in: Open | None, *, beside: bool) -> tuple[Engine, str]:
+    """An engine, and when it is the stand-in, why."""
+    try:
+        return main(), ""
+    except EngineError as error:
+        if stand_in is None or (beside and isinstance(error, OutOfMemory)):
+            raise
+        return stand_in(), str(error) or "it cannot be opened"
+
+
+def _fitting(name: str, opened: OpenWith, settings: EngineSettings, meter: ModelMeter) -> Engine:
+    while True:
+        try:
+            return opened(settings)
+        except OutOfMemory as error:
+            # an engine on a GPU has tried fewer windows itself, and these options are not for it
+            if settings.device == "cuda" or (settings.batch_size == 1 and settings.workers == 1):
+                raise
+            settings = smaller(settings)
+            log.warning("model %s: %s; trying with batches of %d", name, error, settings.batch_size)
+            meter.halved("load")
+
+
+def smaller(settings: EngineSettings) -> EngineSettings:
+    """Half the batch; when that is one window already, one worker."""
+    if settings.batch_size > 1:
+        return replace(settings, batch_size=settings.batch_size // 2)
+    return replace(settings, workers=1)
+
+
+def on_cpu(settings: EngineSettings) -> EngineSettings:
+    """The same on the CPU, in a number format that it has."""
+    compute_type = settings.compute_type if settings.compute_type in CPU_COMPUTE_TYPES else "auto"
+    return replace(settings, device="cpu", compute_type=compute_type)
+
+
+def _proven(name: str, engine: Engine) -> Engine:
+    """Hears and decodes a second of silence: what is wrong with the device shows here and not in a user's request."""
+    try:
+        _warm_up(name, engine)
+    except BaseException:
+        engine.close()
+        raise
+    return engine
+
+
+def _warm_up(name: str, engine: Engine) -> None:
+    silence, request = np.zeros(SAMPLE_RATE_HZ, np.float32), DecodeRequest(language="en")
+    if isinstance(engine, Hearing) and engine.detector is not None:
+        SpeechStream(engine.detector).feed(silence)
+    engine.admit([Window(id=FIRST_WINDOW, samples=silence, request=request)])
+    outcome: Outcome | None = None
+    while outcome is None:
+        outcome = next(iter(engine.step()), None)
+    if isinstance(outcome, WindowFailure):
+        kind = OutOfMemory if isinstance(outcome.error, OutOfMemory) else EngineError
+        raise kind(f"model {name} failed its first inference: {outcome.error}") from outcome.error

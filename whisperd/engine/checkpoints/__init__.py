@@ -1,0 +1,1 @@
+"""What a model directory holds, in either format."""

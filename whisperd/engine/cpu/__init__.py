@@ -1,0 +1,1 @@
+"""Whisper on the CPU: CTranslate2, with OpenVINO's encoder where it is installed."""

@@ -1,0 +1,82 @@
+"""Windows to the states that a decoder reads, one window at a time.
+
+On a CPU a batch is no faster to encode, and needs 400 MB more (tiny.en, two batches of 8).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from whisperd.engine.base import Window
+from whisperd.engine.cpu.encoder_cache import Kept
+from whisperd.engine.cpu.unpadded import FRAMES_PER_S, STATES, States, frames_of, joined, quiet_samples
+from whisperd.speech.features import CHUNK_FRAMES, LogMel
+
+if TYPE_CHECKING:
+    import ctranslate2
+
+Encode = Callable[[NDArray[np.float32]], States]
+"""Log-mel float32 [n_mels, frames] to float32 [1, frames / 2, d_model]; raises RuntimeError or MemoryError."""
+
+
+class WindowEncoder:
+    """Samples to states; may be used by several workers at the same time.
+
+    Args:
+        encode: the encoder.
+        n_mels: what it reads.
+        kept: of so many windows the states are remembered.
+    """
+
+    def __init__(self, encode: Encode, n_mels: int, *, kept: int = 0) -> None:
+        self._encode = encode
+        self._n_mels = n_mels
+        self._log_mel = LogMel(n_mels)
+        self._quiet: States | None = None
+        self._kept = Kept(kept)
+
+    @cached_property
+    def width(self) -> int:
+        """d_model."""
+        return int(self._encode(np.zeros((self._n_mels, FRAMES_PER_S), np.float32)).shape[-1])
+
+    def whole(self, window: Window) -> States:
+        """float32 [1, 1500, d_model]: padded with silence to 30 s."""
+        return self._of(window, CHUNK_FRAMES)
+
+    def short(self, window: Window) -> States:
+        """float32 [1, up to 1500, d_model]: as long as it has to be; ``together`` puts a quiet end behind it."""
+        return self._of(window, frames_of(window))
+
+    def together(self, rows: Sequence[States]) -> States:
+        """Windows of any lengths as one batch, float32 [n, up to 1500, d_model]."""
+        whole = all(row.shape[1] == STATES for row in rows)
+        return np.concatenate(rows) if whole else joined(rows, self._quiet_states())
+
+    def _of(self, window: Window, n_frames: int) -> States:
+        found = self._kept.get(window.audio, n_frames)
+        if found is None:
+            found = self._encode(self._log_mel(window.samples)[:, :n_frames])
+            self._kept.put(window.audio, n_frames, found)
+        return found
+
+    def _quiet_states(self) -> States:
+        if self._quiet is None:  # several workers may find it missing: they compute the same
+            self._quiet = self._encode(self._log_mel(quiet_samples()))
+        return self._quiet
+
+
+def ctranslate2_encoder(model: ctranslate2.models.Whisper) -> Encode:
+    """The encoder that is always there."""
+    import ctranslate2
+
+    def encode(features: NDArray[np.float32]) -> States:
+        states = model.encode(ctranslate2.StorageView.from_array(np.ascontiguousarray(features[None])))
+        return np.asarray(states.to(ctranslate2.DataType.float32))
+
+    return encode

@@ -1,0 +1,1 @@
+"""An engine that survives the death of the one inside."""

@@ -1,0 +1,265 @@
+"""From the fields of a form to what is to be done. One table says which fields there are and what they take."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from dataclasses import fields as dataclass_fields
+from typing import Any, Literal, get_args
+
+from whisperd.errors import RequestError, UnsupportedParameter
+from whisperd.serving.http.chunking import chunking_members
+from whisperd.serving.interface import Chunking
+from whisperd.speech.fallback import Options
+from whisperd.speech.subtitles import Layout
+from whisperd.speech.tokenizer import language_code
+from whisperd.speech.transcript import Task
+
+ResponseFormat = Literal["json", "text", "srt", "verbose_json", "vtt"]
+
+FORMATS: tuple[str, ...] = get_args(ResponseFormat)
+BOOLEANS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
+PRIORITIES = {"auto": None, "interactive": False, "bulk": True}
+CANDIDATES_MAX = 10  # beams or samples of one window: each costs its own decoder cache
+TIMEOUT_MAX_S = 86_400
+SHOWN_CHARACTERS = 80  # of a client's own words in a message
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parameters:
+    """What one request asks for. A ``model`` of None is the default one, a ``bulk`` of None goes by the length."""
+
+    options: Options
+    response_format: ResponseFormat = "json"
+    model: str | None = None
+    chunking: Chunking = field(default_factory=Chunking)
+    layout: Layout | None = None
+    bulk: bool | None = None
+    timeout_s: float | None = None
+    stream: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Field:
+    """How one field is read: ``read`` raises ValueError for text that is not what ``expects`` says.
+
+    An ``array`` may be given more than once; ``choices`` are all the values there are, if they can be listed.
+    """
+
+    expects: str
+    read: Callable[[str], Any]
+    array: bool = False
+    choices: tuple[str, ...] = ()
+
+
+def parse_fields(form: Iterable[tuple[str, str]], task: Task, defaults: Options) -> Parameters:
+    """The parameters of a request; raises RequestError or UnsupportedParameter for the first field that is wrong.
+
+    A field without a value counts as absent: many clients send all of theirs.
+    """
+    given: dict[str, Any] = {}
+    for name, text in form:
+        base = _base_name(name)
+        known = _field(name, base)
+        if not text.strip():
+            continue
+        if base in OBJECTS:
+            given[base] = given.get(base, {}) | chunking_members(_cut(name), text)
+        elif known.array:
+            given[base] = (*given.get(base, ()), _value(name, known, text))
+        elif base in given:
+            raise RequestError(f"{base} is given twice", param=_cut(name))
+        else:
+            given[base] = _value(name, known, text)
+    return _parameters(given, replace(defaults, task=task))
+
+
+def _parameters(given: Mapping[str, Any], defaults: Options) -> Parameters:
+    options = replace(defaults, **{name: value for name, value in given.items() if name in OPTION_NAMES})
+    if given.get("temperature"):  # 0 means the ladder, as OpenAI documents it
+        options = replace(options, temperatures=(given["temperature"],))
+    if "word" in given.get("timestamp_granularities", ()):
+        options = replace(options, word_timestamps=True)
+        _need_verbose(given.get("response_format", "json"))
+    if "logprobs" in given.get("include", ()):
+        options = replace(options, token_scores=True)
+        _need_json(given.get("response_format", "json"))
+    options = replace(options, hotwords=(*given.get("hotwords", ()), *given.get("keywords", ())))
+    if len(options.languages) == 1 and options.language is None:
+        options = replace(options, language=options.languages[0], languages=())
+    layout = _layout(given)
+    if layout is not None:
+        options = replace(options, word_timestamps=True)
+    return Parameters(
+        options=options,
+        response_format=given.get("response_format", "json"),
+        model=given.get("model"),
+        chunking=_chunking(given),
+        layout=layout,
+        bulk=PRIORITIES[given.get("priority", "auto")],
+        timeout_s=given.get("timeout"),
+        stream=given.get("stream", False),
+    )
+
+
+def _layout(given: Mapping[str, Any]) -> Layout | None:
+    """Readable subtitles, when a measure of them is given."""
+    asked = {LAYOUT[name]: given[name] for name in LAYOUT if name in given}
+    if not asked:
+        return None
+    if given.get("response_format") not in {"srt", "vtt"}:
+        raise RequestError(f"{next(iter(LAYOUT))} needs response_format=srt or vtt", param=next(iter(LAYOUT)))
+    return Layout(**asked)
+
+
+def _need_verbose(response_format: str) -> None:
+    if response_format != "verbose_json":
+        raise RequestError(
+            f"word timestamps need response_format=verbose_json, got {response_format}",
+            param="timestamp_granularities[]",
+        )
+
+
+def _need_json(response_format: str) -> None:
+    if response_format != "json":
+        raise RequestError(f"logprobs need response_format=json, got {response_format}", param="include[]")
+
+
+def _chunking(given: Mapping[str, Any]) -> Chunking:
+    members = given.get("chunking_strategy")
+    asked = Chunking(vad_filter=given.get("vad_filter"))
+    return asked if members is None else replace(asked, vad_filter=given.get("vad_filter", True), **members)
+
+
+def _base_name(name: str) -> str:
+    """``name[]`` and ``chunking_strategy[key]`` are ``name``: both are how clients write lists and objects."""
+    base, bracket, key = name.partition("[")
+    return base if bracket and (key == "]" or base in OBJECTS) else name
+
+
+def _field(name: str, base: str) -> Field:
+    if base in INSTEAD:
+        raise UnsupportedParameter(f"{_cut(name)!r} is not supported; {INSTEAD[base]}", param=_cut(name))
+    if base not in FIELDS:
+        near = difflib.get_close_matches(base, FIELDS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are: file, {', '.join(FIELDS)}"
+        raise RequestError(f"unknown field {_cut(name)!r}; {hint}", param=_cut(name))
+    return FIELDS[base]
+
+
+def _value(name: str, field: Field, text: str) -> Any:
+    try:
+        return field.read(text)
+    except UnsupportedParameter:
+        raise
+    except RequestError as error:  # it names the field, but not as this client has spelled it
+        raise RequestError(str(error), param=_cut(name)) from error
+    except ValueError as error:
+        raise RequestError(f"{_cut(name)} must be {field.expects}, got {_cut(text)!r}", param=_cut(name)) from error
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + "..."
+
+
+def _language(text: str) -> str | None:
+    return None if text.strip().lower() == "auto" else language_code(_cut(text))
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def _response_format(text: str) -> str:
+    if text == "diarized_json":
+        raise UnsupportedParameter(
+            "response_format diarized_json needs speaker labels, which whisperd does not make; "
+            "verbose_json has segments with times",
+            param="response_format",
+        )
+    return _one_of(FORMATS)(text)
+
+
+def _choice(choices: Iterable[str], read: Callable[[str], Any] | None = None, **more: Any) -> Field:
+    """A field with a list of values."""
+    known = tuple(choices)
+    return Field(expects=f"one of {', '.join(known)}", read=read or _one_of(known), choices=known, **more)
+
+
+def _one_of(choices: Iterable[str]) -> Callable[[str], str]:
+    def read(text: str) -> str:
+        if text not in choices:
+            raise ValueError(text)
+        return text
+
+    return read
+
+
+def _boolean(text: str) -> bool:
+    value = BOOLEANS.get(text.strip().lower())
+    if value is None:
+        raise ValueError(text)
+    return value
+
+
+def _whole(low: int, high: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        value = int(text)
+        if not low <= value <= high:
+            raise ValueError(text)
+        return value
+
+    return read
+
+
+def _between(low: float, high: float) -> Callable[[str], float]:
+    def read(text: str) -> float:
+        value = float(text)
+        if not low <= value <= high:  # false for nan, too
+            raise ValueError(text)
+        return value
+
+    return read
+
+
+def _threshold(low: float, high: float) -> Callable[[str], float | None]:
+    number = _between(low, high)
+    return lambda text: None if text.strip().lower() == "none" else number(text)
+
+
+OPTION_NAMES = frozenset(one.name for one in dataclass_fields(Options))
+LAYOUT = {"max_line_width": "line_chars", "max_line_count": "lines"}
+OBJECTS = frozenset({"chunking_strategy"})
+FIELDS: Mapping[str, Field] = {
+    "model": Field(expects="the name of a model", read=str.strip),
+    "language": Field(expects="a language code, an English name or 'auto'", read=_language),
+    "prompt": Field(expects="text", read=str),
+    "response_format": _choice(FORMATS, _response_format),
+    "temperature": Field(expects="a number from 0 to 1", read=_between(0.0, 1.0)),
+    "timestamp_granularities": _choice(("segment", "word"), array=True),
+    "stream": Field(expects="true or false", read=_boolean),
+    "chunking_strategy": Field(expects="'auto' or an object of type server_vad", read=str),
+    "include": _choice(("logprobs",), array=True),
+    "languages": Field(
+        expects="a language code or an English name", read=lambda text: language_code(_cut(text)), array=True
+    ),
+    "keywords": Field(expects="a word or a name", read=str.strip, array=True),
+    "hotwords": Field(expects="words and names, with commas between them", read=_words),
+    "vad_filter": Field(expects="true or false", read=_boolean),
+    "max_line_width": Field(expects="a whole number from 10 to 200", read=_whole(10, 200)),
+    "max_line_count": Field(expects="a whole number from 1 to 4", read=_whole(1, 4)),
+    "priority": _choice(PRIORITIES),
+    "timeout": Field(expects=f"seconds from 0.1 to {TIMEOUT_MAX_S}", read=_between(0.1, TIMEOUT_MAX_S)),
+    "beam_size": Field(expects=f"a whole number from 1 to {CANDIDATES_MAX}", read=_whole(1, CANDIDATES_MAX)),
+    "best_of": Field(expects=f"a whole number from 1 to {CANDIDATES_MAX}", read=_whole(1, CANDIDATES_MAX)),
+    "word_timestamps": Field(expects="true or false", read=_boolean),
+    "no_speech_threshold": Field(expects="a number from 0 to 1, or 'none'", read=_threshold(0.0, 1.0)),
+    "compression_ratio_threshold": Field(expects="a number from 0 to 100, or 'none'", read=_threshold(0.0, 100.0)),
+    "log_prob_threshold": Field(expects="a number from -100 to 0, or 'none'", read=_threshold(-100.0, 0.0)),
+}
+INSTEAD: Mapping[str, str] = {
+    "known_speaker_names": "whisperd makes no speaker labels",
+    "known_speaker_references": "whisperd makes no speaker labels",
+    "initial_prompt": "it is called 'prompt' here",
+}

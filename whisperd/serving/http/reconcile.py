@@ -1,0 +1,69 @@
+"""``POST /v1/whisperd/reconcile``: the daemon works on its cache, and tells how far it is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from starlette.requests import Request
+from starlette.types import Receive, Scope, Send
+
+from whisperd.errors import RequestError
+from whisperd.serving.http.events import DONE, Feed, event, send_events, while_connected
+from whisperd.serving.http.middleware import Exchange
+from whisperd.serving.http.peers import refuse_stranger
+from whisperd.serving.interface import ReconcileOrder, Service
+
+ORDER_BYTES = 64 * 1024
+
+
+class OrderBody(BaseModel):
+    """The body: all members may be left out."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    check: bool = False
+    force: bool = False
+    verify: bool = False
+    update: bool = False
+    prune: bool = False
+    models: list[str] | None = None
+
+
+class Reconcile:
+    """Streams ``whisperd.store.plan``, ``whisperd.progress`` and ``whisperd.report``."""
+
+    def __init__(self, service: Service, keep_alive_s: float) -> None:
+        self._service = service
+        self._keep_alive_s = keep_alive_s
+
+    async def __call__(self, scope: Scope, receive: Receive, _send: Send) -> None:
+        """ASGI; a client that goes away ends the work, and nothing is left half done."""
+        request = Request(scope, receive)
+        refuse_stranger(request)
+        order = _order(await request.body())
+        feed = Feed()
+        told = send_events(
+            feed,
+            self._service.reconcile(order, lambda kind, members: feed.put(event(kind, **members))),
+            Exchange.of(request),
+            keep_alive_s=self._keep_alive_s,
+            last=_report,
+        )
+        await while_connected(told, receive)
+
+
+def _order(body: bytes) -> ReconcileOrder:
+    try:
+        found = OrderBody.model_validate_json(body or b"{}")
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"])) or "body"
+        raise RequestError(f"{place}: {first['msg']}; expected a JSON object as in the README", param=place) from error
+    members = found.model_dump()
+    models = members.pop("models")
+    return ReconcileOrder(**members, models=None if models is None else tuple(models))
+
+
+def _report(report: dict[str, Any]) -> bytes:
+    return event("whisperd.report", **report) + DONE

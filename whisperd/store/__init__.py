@@ -1,0 +1,1 @@
+"""The cache on disk is what the file says."""

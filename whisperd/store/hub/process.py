@@ -1,0 +1,220 @@
+"""A child process that talks to the Hub: started, listened to, watched, killed.
+
+huggingface_hub cannot be cancelled, reads its settings once at import, and may wait for ever; a process can be killed
+in milliseconds and starts clean each time. The job goes in through stdin, where no other user can read the token;
+stdin stays open, and the child ends when it closes, so that it never outlives this process.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from whisperd.errors import Cancelled, HubError, StoreError
+from whisperd.store.hub.failures import KINDS
+
+log = logging.getLogger(__name__)
+
+POLL_S = 0.05
+LAST_WORDS_CHARS = 300
+
+# -P keeps the current directory out of the child's path; a checkout that is not installed still has to be found.
+COMMAND = (
+    sys.executable,
+    "-P",
+    "-c",
+    "import runpy, sys; sys.path.append(sys.argv[1]); "
+    "runpy.run_module('whisperd.store.hub.worker', run_name='__main__')",
+    str(Path(__file__).parents[3]),
+)
+
+Message = Mapping[str, Any]
+
+
+class Stalled(Exception):
+    """The child made no progress for too long."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Connection:
+    """How to reach the Hub, and how patient to be.
+
+    Args:
+        endpoint: address without a slash at the end.
+        token: the secret, or None.
+        state_dir: a writable directory for what the library keeps besides the cache.
+        metadata_timeout_s: how long one answer may take.
+        stall_timeout_s: how long a download may make no progress.
+        retry_wait_s: how long to wait before the second try; each further wait is twice as long.
+    """
+
+    endpoint: str
+    token: str | None = field(default=None, repr=False)
+    state_dir: Path
+    metadata_timeout_s: float = 10.0
+    stall_timeout_s: float = 60.0
+    retry_wait_s: float = 1.0
+
+
+def environment(connection: Connection) -> dict[str, str]:
+    """The settings that huggingface_hub reads when it is imported."""
+    return {
+        "HF_HOME": str(connection.state_dir),
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_VERBOSITY": "error",
+        "HF_HUB_ETAG_TIMEOUT": str(max(1, round(connection.metadata_timeout_s))),
+        "HF_HUB_DOWNLOAD_TIMEOUT": str(max(1, round(min(connection.stall_timeout_s, 10)))),
+        "HF_HUB_DISABLE_XET": "1",
+    }
+
+
+def run(
+    job: Message, *, stall_timeout_s: float, cancel: threading.Event, size_bytes: Callable[[], int] = lambda: 0
+) -> Iterator[Message]:
+    """Starts a child for the job and yields what it says.
+
+    ``size_bytes`` is called many times a second and says how much has arrived: progress that needs no words.
+
+    Raises:
+        Cancelled: ``cancel`` was set; the child is dead.
+        Stalled: nothing new came for ``stall_timeout_s``; the child is dead.
+        HubError: the child died without a word of its own.
+        StoreError: what the child reported.
+    """
+    with _child(job) as child:
+        yield from _listen(child, _Patience(stall_timeout_s, cancel, size_bytes))
+
+
+class _Patience:
+    """Waits for a child as long as something happens."""
+
+    def __init__(self, stall_timeout_s: float, cancel: threading.Event, size_bytes: Callable[[], int]) -> None:
+        self._stall_timeout_s = stall_timeout_s
+        self._cancel = cancel
+        self._measure = size_bytes
+        self._size_bytes = size_bytes()
+
+    def next(self, lines: queue.SimpleQueue[str | None]) -> str | None:
+        """The next line; raises Stalled or Cancelled."""
+        deadline_s = time.monotonic() + self._stall_timeout_s
+        while not self._cancel.is_set():
+            with suppress(queue.Empty):
+                return lines.get(timeout=POLL_S)
+            if (size_bytes := self._measure()) != self._size_bytes:
+                self._size_bytes = size_bytes
+                deadline_s = time.monotonic() + self._stall_timeout_s
+            if time.monotonic() > deadline_s:
+                raise Stalled
+        raise Cancelled("cancelled while talking to the Hub")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Child:
+    """A running child and what it writes: ``lines`` of its own, None behind them, and the last line of its errors."""
+
+    process: subprocess.Popen[str]
+    lines: queue.SimpleQueue[str | None]
+    last_words: list[str]
+    readers: Sequence[threading.Thread]
+
+
+@contextmanager
+def _child(job: Message) -> Iterator[_Child]:
+    process = subprocess.Popen(
+        COMMAND,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+        start_new_session=True,
+    )
+    with process:
+        child = _heard(process)
+        try:
+            _send(process, job)
+            yield child
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            for reader in child.readers:  # before the pipes are closed under them
+                reader.join()
+            with suppress(BrokenPipeError):
+                process.stdin.close() if process.stdin else None
+
+
+def _heard(process: subprocess.Popen[str]) -> _Child:
+    lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    last_words: list[str] = []
+    readers = [
+        threading.Thread(target=_read, args=(_pipe(process.stdout), lines), daemon=True),
+        threading.Thread(target=_keep_last, args=(_pipe(process.stderr), last_words), daemon=True),
+    ]
+    for reader in readers:
+        reader.start()
+    return _Child(process=process, lines=lines, last_words=last_words, readers=readers)
+
+
+def _send(process: subprocess.Popen[str], job: Message) -> None:
+    stdin = _pipe(process.stdin)
+    with suppress(BrokenPipeError):  # a child that died at once says why on stderr
+        stdin.write(json.dumps(job) + "\n")
+        stdin.flush()
+
+
+def _listen(child: _Child, patience: _Patience) -> Iterator[Message]:
+    while (line := patience.next(child.lines)) is not None:
+        message = json.loads(line)
+        if message["event"] == "error":
+            raise failure(message)
+        yield message
+        if message["event"] == "done":
+            return
+    for reader in child.readers:
+        reader.join()
+    raise HubError(f"the process that talks to the Hub {_end(child.process.wait(), child.last_words)}")
+
+
+def _end(code: int, last_words: Sequence[str]) -> str:
+    """How a child has ended that did not say so itself; for lack of memory, often."""
+    if code < 0:
+        return f"was killed ({signal.Signals(-code).name}); run it again"
+    return f"died: {''.join(last_words) or 'it left no message'}"
+
+
+def _pipe(stream: IO[str] | None) -> IO[str]:
+    """A pipe that was asked for is there; only the types do not know it."""
+    if stream is None:
+        raise HubError("the process that talks to the Hub has no pipe")
+    return stream
+
+
+def failure(message: Message) -> StoreError:
+    """The error that a child reported."""
+    return KINDS[message["kind"]](message["message"])
+
+
+def _read(stream: IO[str], lines: queue.SimpleQueue[str | None]) -> None:
+    for line in stream:
+        lines.put(line)
+    lines.put(None)
+
+
+def _keep_last(stream: IO[str], last_words: list[str]) -> None:
+    for line in stream:
+        last_words[:] = [line.strip()[:LAST_WORDS_CHARS]]

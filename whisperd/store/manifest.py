@@ -1,0 +1,105 @@
+"""Models as plain files, for machines without a network: a directory for each, and in it a manifest with hashes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from whisperd.errors import RevisionNotFound, StoreError
+from whisperd.store.cache import write_atomically
+from whisperd.store.hub import FetchJob, disk_error
+from whisperd.store.hub.fetch import OnBytes
+from whisperd.store.plan import RemoteFile, Resolved
+from whisperd.store.sources import HubSource
+
+MANIFEST = "whisperd-manifest.json"
+VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """What a directory holds: the files of one commit of a repository."""
+
+    repo: str
+    revision: str
+    commit: str
+    files: tuple[RemoteFile, ...]
+
+    def write(self, directory: Path) -> None:
+        """Last of all: a directory with a manifest is whole."""
+        write_atomically(directory / MANIFEST, json.dumps({"version": VERSION, **asdict(self)}, indent=2) + "\n")
+
+
+def read_manifest(directory: Path) -> Manifest | None:
+    """The manifest of a directory, if it has one; raises StoreError when it cannot be understood."""
+    path = directory / MANIFEST
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        files = tuple(RemoteFile(**file) for file in found["files"])
+        return Manifest(repo=found["repo"], revision=found["revision"], commit=found["commit"], files=files)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StoreError(
+            f"{path} cannot be read as a manifest of whisperd: {error!r}; export the model again"
+        ) from error
+
+
+def export_model(source: HubSource, resolved: Resolved, snapshot: Path, directory: Path) -> Path:
+    """Copies a complete, verified snapshot to a directory below ``directory``; returns it.
+
+    Raises:
+        StoreError: the copy could not be made; what is there has no manifest.
+    """
+    target = directory / f"{source.repo_id.replace('/', '--')}--{source.revision.replace('/', '--')}"
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        (target / MANIFEST).unlink(missing_ok=True)
+        for file in resolved.files:
+            shutil.copyfile(snapshot / file.path, target / file.path)
+        Manifest(repo=source.repo_id, revision=source.revision, commit=resolved.commit, files=resolved.files).write(
+            target
+        )
+    except OSError as error:
+        raise disk_error(error, target) from error
+    return target
+
+
+class ExportedOrigin:
+    """A directory of exported models, asked in place of the Hub; what it gives is verified all the same."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._models: Sequence[tuple[Path, Manifest]] = tuple(_manifests(directory))
+        if not self._models:
+            raise StoreError(f"{directory}: no exported model here; expected directories with a {MANIFEST}")
+
+    def resolve(self, source: HubSource) -> Resolved:
+        """By repository and revision, or by commit."""
+        for _, manifest in self._models:
+            if manifest.repo == source.repo_id and source.revision in (manifest.revision, manifest.commit):
+                return Resolved(commit=manifest.commit, files=manifest.files)
+        have = ", ".join(f"{manifest.repo}@{manifest.revision}" for _, manifest in self._models)
+        raise RevisionNotFound(f"{source} is not in {self._directory}, which has: {have}")
+
+    def fetch(self, job: FetchJob, on_bytes: OnBytes) -> None:
+        """Copies."""
+        directory = next(
+            path for path, manifest in self._models if (manifest.repo, manifest.commit) == (job.repo, job.commit)
+        )
+        for file in job.files:
+            try:
+                shutil.copyfile(directory / file.path, job.directory / file.hash)
+            except OSError as error:
+                raise disk_error(error, directory / file.path) from error
+            on_bytes(job.size_bytes)
+
+
+def _manifests(directory: Path) -> Iterator[tuple[Path, Manifest]]:
+    for path in sorted(directory.glob(f"*/{MANIFEST}")):
+        if (manifest := read_manifest(path.parent)) is not None:
+            yield path.parent, manifest

@@ -1,9 +1,0 @@
-"""The Wyoming protocol, by which Home Assistant has speech transcribed. Home of the package wyoming (an extra)."""
-
-from __future__ import annotations
-
-from whisperd.wyoming.listener import Listener
-from whisperd.wyoming.presence import require
-from whisperd.wyoming.session import Settings
-
-__all__ = ["Listener", "Settings", "require"]
