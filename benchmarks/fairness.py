@@ -41,7 +41,7 @@ import numpy as np
 
 from benchmarks.systems import TROUBLE, Answer, System, WhisperCpp, Whisperd, WyomingFasterWhisper, running
 from whisperd.speech import audio
-from whisperd.speech.transcript import SAMPLE_RATE_HZ
+from whisperd.speech.units import SAMPLE_RATE_HZ
 
 EVERY_S = 1.0
 LOOK_EVERY_S = 0.25

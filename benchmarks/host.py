@@ -26,7 +26,6 @@ from importlib import resources
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from benchmarks.recordings import FORMS, recordings
 from whisperd.engine.base import EngineInfo, Hypothesis, Outcome, Window
@@ -34,7 +33,7 @@ from whisperd.speech import audio
 from whisperd.speech.fallback import Options
 from whisperd.speech.segmentation import CutOptions
 from whisperd.speech.tokenizer import Vocabulary
-from whisperd.speech.transcript import SAMPLE_RATE_HZ
+from whisperd.speech.units import SAMPLE_RATE_HZ, Floats
 from whisperd.speech.vad import SpeechDetector, SpeechNetwork
 from whisperd.transcription.batcher import Batcher
 from whisperd.transcription.request import LoadedModel, Transcription
@@ -44,7 +43,6 @@ SAID = " They have been carried away by monkeys, and what they said of it filled
 SAMPLES_PER_S = 200  # of py-spy
 
 Work = Callable[[Path], None]
-Floats = NDArray[np.float32]
 
 
 class InstantEngine:

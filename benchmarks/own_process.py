@@ -22,8 +22,8 @@ import numpy as np
 
 from benchmarks.systems import Whisperd, started
 from whisperd.client import Client
-from whisperd.engine.base import WINDOW_SAMPLES
 from whisperd.engine.process.messages import Wire
+from whisperd.speech.units import WINDOW_SAMPLES
 
 WINDOWS = 200
 TICKS_PER_S = 100

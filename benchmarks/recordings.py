@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from whisperd.speech import audio
-from whisperd.speech.transcript import SAMPLE_RATE_HZ
+from whisperd.speech.units import SAMPLE_RATE_HZ
 
 SAMPLE = Path(str(resources.files("whisperd").joinpath("data/sample.opus")))
 

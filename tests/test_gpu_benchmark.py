@@ -17,7 +17,7 @@ from benchmarks.roofline import H200, encoder_flops, window_s
 from whisperd.engine.base import DecodeRequest, Hypothesis, Window
 from whisperd.speech import audio
 from whisperd.speech.tokenizer import Vocabulary
-from whisperd.speech.transcript import SAMPLE_RATE_HZ
+from whisperd.speech.units import SAMPLE_RATE_HZ
 
 # what the reference machine for GPUs does not have
 WITHOUT = """

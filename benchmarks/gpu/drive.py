@@ -13,7 +13,7 @@ from benchmarks.gpu.report import Report
 from benchmarks.gpu.setup import ForcedEngine
 from benchmarks.gpu.work import MIXES, Work, check, windows
 from whisperd.engine.base import DecodeRequest, Hypothesis, Outcome, Window
-from whisperd.speech.transcript import SAMPLE_RATE_HZ
+from whisperd.speech.units import SAMPLE_RATE_HZ
 from whisperd.transcription.batcher import Batcher, Ticket
 
 LOADS = (0.3, 0.6, 0.8)

@@ -14,7 +14,6 @@ import torch
 from benchmarks.gpu.report import Report
 from benchmarks.gpu.setup import Setup
 from benchmarks.roofline import encoder_flops
-from whisperd.engine.base import WINDOW_SAMPLES
 from whisperd.engine.checkpoints.reader import Checkpoint
 from whisperd.engine.cuda.attention import gathered
 from whisperd.engine.cuda.graphs import FixedSteps, sizes
@@ -24,6 +23,7 @@ from whisperd.engine.cuda.rows import RowPlan
 from whisperd.engine.cuda.runner import Runner
 from whisperd.engine.cuda.vad import Call, DeviceSpeech
 from whisperd.engine.cuda.weights import load
+from whisperd.speech.units import WINDOW_SAMPLES
 from whisperd.speech.vad import STATE_SHAPE
 
 ENCODED = (1, 2, 4, 8, 16)

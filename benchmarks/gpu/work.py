@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from whisperd.engine.base import MAX_NEW_TOKENS, DecodeRequest, Window
-from whisperd.speech.transcript import SAMPLE_RATE_HZ
+from whisperd.speech.units import SAMPLE_RATE_HZ
 
 LONGEST_S, LOOPING = 30.0, 0.01  # one window in a hundred runs into a loop
 TOKENS_PER_S = 3.3

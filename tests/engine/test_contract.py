@@ -12,13 +12,13 @@ import pytest
 
 from tests.support import openers
 from tests.support.fakes import FakeEngine
-from tests.support.speech import Clip, Samples
+from tests.support.speech import Clip
 from whisperd.engine.base import DecodeRequest, Engine, Hypothesis, Outcome, Window, WindowFailure
 from whisperd.engine.process import ChildEngine
 from whisperd.errors import OutOfMemory
 from whisperd.metrics.interface import ModelMeter, Stage
 from whisperd.speech.tokenizer import Vocabulary
-from whisperd.speech.transcript import SAMPLE_RATE_HZ
+from whisperd.speech.units import SAMPLE_RATE_HZ, Samples
 
 PATIENCE_S = 60.0
 EMPTY_STEPS_MAX = 5000  # of at most 50 ms: a broken engine fails the test and does not hang it

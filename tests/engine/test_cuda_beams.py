@@ -15,7 +15,7 @@ from tests.support.speech import Clip
 from whisperd.engine.base import DecodeRequest, Hypothesis, Window, WindowFailure
 from whisperd.engine.cpu.engine import Ct2Engine
 from whisperd.speech.tokenizer import Vocabulary
-from whisperd.speech.transcript import SAMPLE_RATE_HZ
+from whisperd.speech.units import SAMPLE_RATE_HZ
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 

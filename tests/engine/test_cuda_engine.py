@@ -16,11 +16,12 @@ from hypothesis import strategies as st
 from benchmarks.random_whisper import SHAPES, drawn
 from tests.engine.test_contract import drain
 from tests.speech.test_tokenizer import multilingual
-from tests.support.speech import Samples, noise
+from tests.support.speech import noise
 from whisperd.engine.base import DecodeRequest, Hypothesis, Lane, Outcome, Window, WindowFailure
 from whisperd.errors import EngineError, OutOfMemory
 from whisperd.speech.features import LogMel
 from whisperd.speech.tokenizer import Vocabulary
+from whisperd.speech.units import Samples
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 

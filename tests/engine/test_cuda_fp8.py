@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from benchmarks.random_whisper import SHAPES
 from tests.engine.test_contract import drain
 from tests.support.speech import Clip, word_errors
-from whisperd.engine.base import WINDOW_SAMPLES, DecodeRequest, Hypothesis, Window
+from whisperd.engine.base import DecodeRequest, Hypothesis, Window
 from whisperd.errors import EngineError
 from whisperd.speech.tokenizer import Vocabulary
+from whisperd.speech.units import WINDOW_SAMPLES
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from tests.engine.test_contract import drain
-from tests.support.speech import Clip, Samples
+from tests.support.speech import Clip
 from whisperd.engine.base import DecodeRequest, Engine, Hypothesis, Window
 from whisperd.engine.cpu.engine import Ct2Engine
 from whisperd.speech.tokenizer import Vocabulary
+from whisperd.speech.units import Samples
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 

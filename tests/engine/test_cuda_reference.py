@@ -11,12 +11,12 @@ import pytest
 
 from tests.engine.test_contract import decode
 from tests.support.hf_export import export
-from tests.support.speech import Clip, Samples
+from tests.support.speech import Clip
 from whisperd.engine.base import DecodeRequest, Engine
 from whisperd.engine.cpu.engine import Ct2Engine
 from whisperd.speech.features import LogMel
 from whisperd.speech.tokenizer import Vocabulary
-from whisperd.speech.transcript import SAMPLE_RATE_HZ
+from whisperd.speech.units import SAMPLE_RATE_HZ, Samples
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")

@@ -29,7 +29,7 @@ from whisperd.metrics.interface import ModelMeter
 from whisperd.speech.fallback import Options
 from whisperd.speech.segmentation import CutOptions
 from whisperd.speech.tokenizer import Vocabulary
-from whisperd.speech.transcript import SAMPLE_RATE_HZ
+from whisperd.speech.units import SAMPLE_RATE_HZ
 from whisperd.speech.vad import STATE_SHAPE, SpeechDetector, SpeechStream, network_bytes
 from whisperd.transcription.request import Transcription
 

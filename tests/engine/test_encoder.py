@@ -12,7 +12,6 @@ from typing import Any
 import ctranslate2
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from tests.engine.test_contract import Halvings, decode, drain
 from tests.support.hf_export import export
@@ -24,8 +23,7 @@ from whisperd.engine.factory import EngineSettings, open_engine
 from whisperd.errors import EngineError
 from whisperd.speech.features import LogMel
 from whisperd.speech.tokenizer import Vocabulary
-
-Floats = NDArray[np.float32]
+from whisperd.speech.units import Floats
 
 EXACT = 2e-3  # of states of up to 14; float32 sums in another order
 ROUNDED = 0.06  # root mean square in bfloat16; CTranslate2's int8 has 0.07

@@ -18,12 +18,12 @@ import pytest
 
 from tests.engine.test_contract import drain
 from tests.support import openers
-from tests.support.speech import Samples
 from whisperd.engine.base import DecodeRequest, Hypothesis, Window
 from whisperd.engine.process import ChildEngine
 from whisperd.engine.process.process import ending
 from whisperd.errors import EngineError, OutOfMemory, SourceError
 from whisperd.metrics.interface import ModelMeter
+from whisperd.speech.units import Samples
 
 PATIENCE_S = 60.0
 

@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 
 from tests.engine.test_contract import decode
 from tests.support.speech import Clip, plain
-from whisperd.engine.base import WINDOW_SAMPLES, DecodeRequest, Window
+from whisperd.engine.base import DecodeRequest, Window
 from whisperd.engine.cpu.unpadded import STATES, TAIL_STATES, ShortWindows, frames_of, is_doubtful, joined, may_be_short
 from whisperd.engine.factory import EngineSettings, open_engine
 from whisperd.speech.tokenizer import Vocabulary
+from whisperd.speech.units import WINDOW_SAMPLES
 
 
 def window(n_samples: int) -> Window:

@@ -24,7 +24,7 @@ from tests.support.daemon import EMBEDDED, PATIENCE_S, DaemonProcess, clean_envi
 from tests.support.speech import Clip, plain
 from whisperd.client import Client
 from whisperd.serving.tcp import bind_tcp
-from whisperd.speech.transcript import SAMPLE_RATE_HZ
+from whisperd.speech.units import SAMPLE_RATE_HZ
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

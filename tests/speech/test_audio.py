@@ -14,10 +14,10 @@ import av
 import numpy as np
 import pytest
 
-from tests.support.speech import Clip, Samples, noise, wav
+from tests.support.speech import Clip, noise, wav
 from whisperd.errors import AudioError, AudioTooLong
 from whisperd.speech import audio
-from whisperd.speech.transcript import SAMPLE_RATE_HZ
+from whisperd.speech.units import SAMPLE_RATE_HZ, Samples
 
 CONTAINERS = [  # container, codec, rate, sample format
     ("wav", "pcm_s16le", 44_100, "s16"),

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.speech import noise, silence
-from whisperd.speech.features import CHUNK_SAMPLES, LogMel, mel_filters
+from whisperd.speech.features import LogMel, mel_filters
+from whisperd.speech.units import WINDOW_SAMPLES
 
 
 @pytest.mark.parametrize("n_mels", [80, 128])
@@ -38,11 +39,11 @@ def test_shape_and_range() -> None:
     assert found.max() - found.min() <= 2.0 + 1e-6  # 8 decades over 4
 
 
-@given(n_samples=st.integers(1, CHUNK_SAMPLES))
+@given(n_samples=st.integers(1, WINDOW_SAMPLES))
 def test_padding_is_silence(n_samples: int) -> None:
     """The features of short audio are those of the same audio padded with zeros to 30 s."""
     samples = noise(30.0)[:n_samples]
-    padded = np.zeros(CHUNK_SAMPLES, np.float32)
+    padded = np.zeros(WINDOW_SAMPLES, np.float32)
     padded[:n_samples] = samples
     log_mel = LogMel(80)
     assert np.allclose(log_mel(samples), log_mel(padded), atol=1e-5)

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from whisperd.speech.segmentation import FRAME_SAMPLES, WINDOW_FRAMES, Cut, CutOptions, Cutter, join_runs, speech_runs
-from whisperd.speech.transcript import SAMPLE_RATE_HZ
+from whisperd.speech.segmentation import WINDOW_FRAMES, Cut, CutOptions, Cutter, join_runs, speech_runs
+from whisperd.speech.units import FRAME_SAMPLES, SAMPLE_RATE_HZ
 
 WINDOW_SAMPLES = WINDOW_FRAMES * FRAME_SAMPLES
 

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support.speech import Clip, Samples, noise, silence
+from tests.support.speech import Clip, noise, silence
+from whisperd.speech.units import Samples
 from whisperd.speech.vad import SpeechDetector, SpeechNetwork, SpeechStream
 
 

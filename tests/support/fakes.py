@@ -10,7 +10,7 @@ from whisperd.engine.cpu.batch_limit import BatchLimit
 from whisperd.errors import OutOfMemory
 from whisperd.metrics.interface import ModelMeter
 from whisperd.speech.tokenizer import Vocabulary
-from whisperd.speech.transcript import SAMPLE_RATE_HZ
+from whisperd.speech.units import SAMPLE_RATE_HZ
 
 Script = Callable[[Window], Hypothesis | Exception]
 

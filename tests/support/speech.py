@@ -9,12 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from whisperd.speech import audio
-from whisperd.speech.transcript import SAMPLE_RATE_HZ
-
-Samples = NDArray[np.float32]
+from whisperd.speech.units import SAMPLE_RATE_HZ, Samples
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,13 +13,14 @@ import pytest
 from numpy.typing import NDArray
 
 from tests.support.fakes import FakeEngine, Script, written
-from tests.support.speech import Clip, Samples, music, noise, plain, silence, wav
+from tests.support.speech import Clip, music, noise, plain, silence, wav
 from whisperd.engine.base import DecodeRequest, Hypothesis, Window
 from whisperd.errors import AudioError, AudioTooLong, Cancelled, EngineError, RequestError
 from whisperd.speech.fallback import Options
 from whisperd.speech.segmentation import CutOptions
 from whisperd.speech.tokenizer import PROMPT_TOKENS_MAX, Vocabulary
-from whisperd.speech.transcript import SAMPLE_RATE_HZ, Span, Transcript
+from whisperd.speech.transcript import Transcript
+from whisperd.speech.units import SAMPLE_RATE_HZ, Samples, Span
 from whisperd.speech.vad import SpeechDetector
 from whisperd.transcription.batcher import Batcher, Ticket
 from whisperd.transcription.request import Listener, LoadedModel, Transcription, prompt_tokens, remainder

@@ -19,7 +19,7 @@ from whisperd.engine.resilient.reopener import Open, Openers
 from whisperd.errors import EngineError, OutOfMemory
 from whisperd.metrics.interface import ModelMeter
 from whisperd.speech.tokenizer import Vocabulary
-from whisperd.speech.transcript import SAMPLE_RATE_HZ
+from whisperd.speech.units import SAMPLE_RATE_HZ
 from whisperd.speech.vad import SpeechNetwork, SpeechStream
 from whisperd.transcription.batcher import Batcher
 from whisperd.transcription.request import LoadedModel

@@ -13,11 +13,9 @@ from typing import Literal, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from whisperd.speech.transcript import SAMPLE_RATE_HZ, Task
+from whisperd.speech.transcript import Task
 from whisperd.speech.vad import SpeechNetwork
 
-WINDOW_S = 30
-WINDOW_SAMPLES = WINDOW_S * SAMPLE_RATE_HZ
 STEP_S = 0.05  # new windows wait no longer than this to be looked at
 Lane = Literal["interactive", "bulk"]  # whose window it is: that of a short request, or of a long one
 

@@ -9,17 +9,15 @@ from itertools import chain, pairwise
 from typing import TYPE_CHECKING, BinaryIO, cast
 
 import numpy as np
-from numpy.typing import NDArray
 
 from whisperd.errors import AudioError, AudioTooLong
-from whisperd.speech.transcript import SAMPLE_RATE_HZ
+from whisperd.speech.units import SAMPLE_RATE_HZ, Samples
 
 if TYPE_CHECKING:
     from av.audio.fifo import AudioFifo
     from av.audio.frame import AudioFrame
     from av.container import InputContainer
 
-Samples = NDArray[np.float32]
 
 BLOCK_SAMPLES = 10 * SAMPLE_RATE_HZ  # large enough that the detector runs at full speed, small enough to stream
 MAX_BAD_PACKETS = 100  # ffmpeg skips damaged packets too; past this the file is not worth guessing

@@ -9,17 +9,14 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from whisperd.speech.transcript import SAMPLE_RATE_HZ
+from whisperd.speech.units import SAMPLE_RATE_HZ, WINDOW_SAMPLES, Floats
 
 N_FFT = 400  # 25 ms
 HOP_SAMPLES = 160  # 10 ms per mel frame
-CHUNK_SAMPLES = 30 * SAMPLE_RATE_HZ
-CHUNK_FRAMES = CHUNK_SAMPLES // HOP_SAMPLES
+CHUNK_FRAMES = WINDOW_SAMPLES // HOP_SAMPLES
 FLOOR_POWER = 1e-10
 DYNAMIC_RANGE_LOG10 = 8.0
 PRODUCT_FRAMES = 8  # a larger product wakes the threads of numpy's BLAS, which then spin for a while
-
-Floats = NDArray[np.float32]
 
 
 class LogMel:
@@ -53,7 +50,7 @@ class LogMel:
         """float32 [n_frames, 201]: squared magnitudes of the first frames of the padded audio."""
         half = N_FFT // 2
         n_needed = (n_frames - 1) * HOP_SAMPLES + N_FFT
-        padded = np.zeros(CHUNK_SAMPLES, np.float32)
+        padded = np.zeros(WINDOW_SAMPLES, np.float32)
         padded[: len(samples)] = samples
         reflected = np.pad(padded, half, mode="reflect")[:n_needed]
         frames = np.lib.stride_tricks.sliding_window_view(reflected, N_FFT)[::HOP_SAMPLES]

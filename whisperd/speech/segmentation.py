@@ -10,15 +10,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from whisperd.speech.transcript import SAMPLE_RATE_HZ, Span
+from whisperd.speech.units import FRAME_SAMPLES, SAMPLE_RATE_HZ, WINDOW_SAMPLES, Floats, Span
 
-FRAME_SAMPLES = 512  # one voice probability per frame: 32 ms, Silero's step at 16 kHz
-WINDOW_FRAMES = 30 * SAMPLE_RATE_HZ // FRAME_SAMPLES  # 937, a little under 30 s
+WINDOW_FRAMES = WINDOW_SAMPLES // FRAME_SAMPLES  # 937, a little under 30 s
 HYSTERESIS = 0.15  # speech ends this far below the threshold where it began, as in Silero's own utilities
-
-Probabilities = NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +50,7 @@ def ms_to_frames(duration_ms: int) -> int:
     return round(duration_ms * SAMPLE_RATE_HZ / 1000 / FRAME_SAMPLES)
 
 
-def speech_runs(probabilities: Probabilities, threshold: float) -> list[tuple[int, int]]:
+def speech_runs(probabilities: Floats, threshold: float) -> list[tuple[int, int]]:
     """Half-open frame ranges of speech: entered at ``threshold``, left below ``threshold - HYSTERESIS``.
 
     ``probabilities``: float32 [n_frames].
@@ -83,7 +79,7 @@ def join_runs(runs: list[tuple[int, int]], min_gap_frames: int) -> list[tuple[in
     return joined
 
 
-def cut_frame(probabilities: Probabilities, options: CutOptions) -> int:
+def cut_frame(probabilities: Floats, options: CutOptions) -> int:
     """The frame at which a full window is cut, in (0, len(probabilities)].
 
     The longest pause in the last third, else the longest pause after the first third, else the frame with the least
@@ -112,7 +108,7 @@ class Cutter:
 
     def __init__(self, options: CutOptions) -> None:
         self._options = options
-        self._frames: Probabilities = np.zeros(0, np.float32)
+        self._frames: Floats = np.zeros(0, np.float32)
         self._first_frame = 0  # absolute index of _frames[0]: nothing before it is in a further window
 
     @property
@@ -120,7 +116,7 @@ class Cutter:
         """First sample that may still be asked for."""
         return self._first_frame * FRAME_SAMPLES
 
-    def feed(self, probabilities: Probabilities) -> list[Cut]:
+    def feed(self, probabilities: Floats) -> list[Cut]:
         """Takes the next frames, float32 [k]; returns the windows that are now certain."""
         self._frames = np.concatenate([self._frames, probabilities])
         cuts: list[Cut] = []

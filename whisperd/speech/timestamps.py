@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from whisperd.speech.tokenizer import TIMESTAMP_STEP_S
 from whisperd.speech.transcript import Word
+from whisperd.speech.units import TIMESTAMP_STEP_S
 
 PREPENDED = "\"'“¿([{-"
 APPENDED = "\"'.。,，!！?？:：”)]}、"

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 MULTILINGUAL_SIZE = 51_865  # English-only vocabularies have one id less; openai-whisper decides by this too
 PROMPT_TOKENS_MAX = 223  # half of the decoder's 448 positions less <|startofprev|>
-TIMESTAMP_STEP_S = 0.02
 TIMESTAMP_TOKENS = 1501  # 0.00 to 30.00 s
 WITHOUT_SPACES = frozenset({"zh", "ja", "th", "lo", "my", "yue"})
 OLD_CODES = {"iw": "he"}  # the first release names Hebrew by its old code

@@ -3,18 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 Task = Literal["transcribe", "translate"]
-
-SAMPLE_RATE_HZ = 16_000  # what Whisper was trained on; everything inside whisperd uses it
-
-
-class Span(NamedTuple):
-    """A half-open stretch of samples at 16 kHz."""
-
-    start_samples: int
-    end_samples: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,16 +11,13 @@ from importlib import resources
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from whisperd.errors import EngineError
-from whisperd.speech.segmentation import FRAME_SAMPLES
+from whisperd.speech.units import FRAME_SAMPLES, Floats
 
 CONTEXT_SAMPLES = 64  # each frame is seen with the end of the one before it
 STATE_SHAPE = (1, 1, 128)
 MAX_FRAMES_PER_RUN = 1000  # about 32 s: bounds the memory of one call
-
-Floats = NDArray[np.float32]
 
 
 class SpeechNetwork(Protocol):

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field, replace
 from typing import BinaryIO
 
 import numpy as np
-from numpy.typing import NDArray
 
 from whisperd.engine.base import DecodeRequest, Hypothesis, TokenTime, WindowFailure
 from whisperd.errors import Cancelled, EngineError, Error, RequestError
@@ -25,11 +24,10 @@ from whisperd.speech.fallback import Attempt, Options
 from whisperd.speech.segmentation import Cut, CutOptions, Cutter
 from whisperd.speech.timestamps import Piece, TimestampRule
 from whisperd.speech.tokenizer import PROMPT_TOKENS_MAX, Vocabulary
-from whisperd.speech.transcript import SAMPLE_RATE_HZ, Segment, Span, TokenScore, Transcript, WindowStatistics, Word
+from whisperd.speech.transcript import Segment, TokenScore, Transcript, WindowStatistics, Word
+from whisperd.speech.units import SAMPLE_RATE_HZ, Samples, Span
 from whisperd.speech.vad import SpeechNetwork, SpeechStream
 from whisperd.transcription.batcher import Batcher
-
-Samples = NDArray[np.float32]
 
 HOTWORD_TOKENS_MAX = PROMPT_TOKENS_MAX // 2
 PROBABILITY_MIN = 1e-10  # where a probability was rounded to nothing, its logarithm is still a number

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from whisperd.errors import DiskFull, SourceError
+from whisperd.speech.units import TIMESTAMP_STEP_S
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +29,6 @@ Tensors = Mapping[str, NDArray[Any]]
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16}
 BFLOAT16 = "BF16"
 BLANK_TOKEN = 220  # a lone space: never the first token of a text, in every release of Whisper
-TIMESTAMP_STEP_S = 0.02
 
 
 def is_ctranslate2(snapshot: Path) -> bool:

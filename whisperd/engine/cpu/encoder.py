@@ -14,13 +14,14 @@ from numpy.typing import NDArray
 
 from whisperd.engine.base import Window
 from whisperd.engine.cpu.encoder_cache import Kept
-from whisperd.engine.cpu.unpadded import FRAMES_PER_S, STATES, States, frames_of, joined, quiet_samples
+from whisperd.engine.cpu.unpadded import FRAMES_PER_S, STATES, frames_of, joined, quiet_samples
 from whisperd.speech.features import CHUNK_FRAMES, LogMel
+from whisperd.speech.units import Floats
 
 if TYPE_CHECKING:
     import ctranslate2
 
-Encode = Callable[[NDArray[np.float32]], States]
+Encode = Callable[[NDArray[np.float32]], Floats]
 """Log-mel float32 [n_mels, frames] to float32 [1, frames / 2, d_model]; raises RuntimeError or MemoryError."""
 
 
@@ -37,7 +38,7 @@ class WindowEncoder:
         self._encode = encode
         self._n_mels = n_mels
         self._log_mel = LogMel(n_mels)
-        self._quiet: States | None = None
+        self._quiet: Floats | None = None
         self._kept = Kept(kept)
 
     @cached_property
@@ -45,27 +46,27 @@ class WindowEncoder:
         """d_model."""
         return int(self._encode(np.zeros((self._n_mels, FRAMES_PER_S), np.float32)).shape[-1])
 
-    def whole(self, window: Window) -> States:
+    def whole(self, window: Window) -> Floats:
         """float32 [1, 1500, d_model]: padded with silence to 30 s."""
         return self._of(window, CHUNK_FRAMES)
 
-    def short(self, window: Window) -> States:
+    def short(self, window: Window) -> Floats:
         """float32 [1, up to 1500, d_model]: as long as it has to be; ``together`` puts a quiet end behind it."""
         return self._of(window, frames_of(window))
 
-    def together(self, rows: Sequence[States]) -> States:
+    def together(self, rows: Sequence[Floats]) -> Floats:
         """Windows of any lengths as one batch, float32 [n, up to 1500, d_model]."""
         whole = all(row.shape[1] == STATES for row in rows)
         return np.concatenate(rows) if whole else joined(rows, self._quiet_states())
 
-    def _of(self, window: Window, n_frames: int) -> States:
+    def _of(self, window: Window, n_frames: int) -> Floats:
         found = self._kept.get(window.audio, n_frames)
         if found is None:
             found = self._encode(self._log_mel(window.samples)[:, :n_frames])
             self._kept.put(window.audio, n_frames, found)
         return found
 
-    def _quiet_states(self) -> States:
+    def _quiet_states(self) -> Floats:
         if self._quiet is None:  # several workers may find it missing: they compute the same
             self._quiet = self._encode(self._log_mel(quiet_samples()))
         return self._quiet
@@ -75,7 +76,7 @@ def ctranslate2_encoder(model: ctranslate2.models.Whisper) -> Encode:
     """The encoder that is always there."""
     import ctranslate2
 
-    def encode(features: NDArray[np.float32]) -> States:
+    def encode(features: NDArray[np.float32]) -> Floats:
         states = model.encode(ctranslate2.StorageView.from_array(np.ascontiguousarray(features[None])))
         return np.asarray(states.to(ctranslate2.DataType.float32))
 

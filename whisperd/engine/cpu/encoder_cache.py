@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 
-from whisperd.engine.cpu.unpadded import States
+from whisperd.speech.units import Floats
 
 
 class Kept:
@@ -17,15 +17,15 @@ class Kept:
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._states: OrderedDict[tuple[int, int], States] = OrderedDict()
+        self._states: OrderedDict[tuple[int, int], Floats] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, audio: int | None, n_frames: int) -> States | None:
+    def get(self, audio: int | None, n_frames: int) -> Floats | None:
         """What was put for so many frames of this audio, if it is still there."""
         with self._lock:
             return None if audio is None else self._states.get((audio, n_frames))
 
-    def put(self, audio: int | None, n_frames: int, states: States) -> None:
+    def put(self, audio: int | None, n_frames: int, states: Floats) -> None:
         """Keeps states in place of the oldest ones; audio that never comes again is not kept."""
         if audio is None:
             return

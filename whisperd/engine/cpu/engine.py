@@ -32,11 +32,12 @@ from whisperd.engine.base import (
 from whisperd.engine.cpu.batch_limit import BatchLimit
 from whisperd.engine.cpu.batching import Lanes
 from whisperd.engine.cpu.encoder import Encode, WindowEncoder, ctranslate2_encoder
-from whisperd.engine.cpu.unpadded import ShortWindows, States, frames_of, is_doubtful, may_be_short
+from whisperd.engine.cpu.unpadded import ShortWindows, frames_of, is_doubtful, may_be_short
 from whisperd.errors import EngineError, OutOfMemory, SourceError
 from whisperd.metrics.interface import ModelMeter
 from whisperd.speech.features import CHUNK_FRAMES, HOP_SAMPLES
-from whisperd.speech.tokenizer import TIMESTAMP_STEP_S, Vocabulary
+from whisperd.speech.tokenizer import Vocabulary
+from whisperd.speech.units import ENCODER_STATES_PER_S, MEDIAN_FILTER_WIDTH, TIMESTAMP_STEP_S, Floats
 
 if TYPE_CHECKING:
     import ctranslate2
@@ -44,8 +45,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DECODER_POSITIONS = 448  # CTranslate2 stops a text at half of it, as openai-whisper does
-ENCODER_STATES_PER_S = 50
-MEDIAN_FILTER_WIDTH = 7  # openai-whisper's timing.py
 CLOSE_TIMEOUT_S = 30.0
 EXHAUSTED = ("out of memory", "bad_alloc", "bad alloc", "alloc_failed", "allocation failed", "cannot allocate memory")
 
@@ -213,9 +212,9 @@ class Ct2Engine:
         self._meter.batch(len(batch), time.monotonic() - started_s)
         return outcomes
 
-    def _encoded(self, batch: list[Window]) -> dict[int, States]:
+    def _encoded(self, batch: list[Window]) -> dict[int, Floats]:
         """The states of each window; what came to wait meanwhile joins ``batch``: a larger one costs little more."""
-        encoded: dict[int, States] = {}
+        encoded: dict[int, Floats] = {}
         try:
             for window in batch:  # which grows
                 encoded[window.id] = self._decode.encode(window)
@@ -253,21 +252,21 @@ class _Decoder:
         self._short_windows = short_windows
         self._language_of = {f"<|{code}|>": code for code in vocabulary.languages}
 
-    def encode(self, window: Window) -> States:
+    def encode(self, window: Window) -> Floats:
         """float32 [1, up to 1500, d_model]; raises OutOfMemory or EngineError."""
         try:
             return self._encoder.short(window) if self._is_short(window) else self._encoder.whole(window)
         except (RuntimeError, ValueError, MemoryError) as error:
             raise _translated(error) from error
 
-    def __call__(self, batch: Sequence[Window], encoded: dict[int, States]) -> list[Hypothesis]:
+    def __call__(self, batch: Sequence[Window], encoded: dict[int, Floats]) -> list[Hypothesis]:
         """``encoded``, what ``encode`` made of windows by id, is used up; raises OutOfMemory or EngineError."""
         try:
             return self._without_doubts(batch, self._decoded(batch, self._taken(batch, encoded)))
         except (RuntimeError, ValueError, MemoryError) as error:
             raise _translated(error) from error
 
-    def _taken(self, batch: Sequence[Window], encoded: dict[int, States]) -> States:
+    def _taken(self, batch: Sequence[Window], encoded: dict[int, Floats]) -> Floats:
         """The batch's states; the rows that they were copied from are freed before anything is decoded."""
         found = (encoded.pop(window.id, None) for window in batch)
         pairs = zip(batch, found, strict=True)
@@ -303,7 +302,7 @@ class _Decoder:
         end_s = max((token - begin for token in hypothesis.tokens if token >= begin), default=0) * TIMESTAMP_STEP_S
         return is_doubtful(text, hypothesis.avg_logprob, end_s, window)
 
-    def _decoded(self, batch: Sequence[Window], states: States) -> list[Hypothesis]:
+    def _decoded(self, batch: Sequence[Window], states: Floats) -> list[Hypothesis]:
         import ctranslate2
 
         encoded = ctranslate2.StorageView.from_array(states)

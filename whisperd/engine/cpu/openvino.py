@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 from whisperd.engine.checkpoints import reader as checkpoints
 from whisperd.engine.checkpoints.reader import Checkpoint
 from whisperd.errors import EngineError, OutOfMemory, SourceError
+from whisperd.speech.units import Floats
 
 if TYPE_CHECKING:
     import openvino
 
-Floats = NDArray[np.float32]
 
 NORM_EPSILON = 1e-5
 CONVOLUTIONS = ((1, 1), (2, 2))  # number and stride

@@ -19,14 +19,12 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from whisperd.engine.base import Window
 from whisperd.speech.fallback import LATEST_END_PAST_AUDIO_S, compression_ratio
 from whisperd.speech.features import CHUNK_FRAMES
-from whisperd.speech.transcript import SAMPLE_RATE_HZ
+from whisperd.speech.units import SAMPLE_RATE_HZ, Floats
 
-States = NDArray[np.float32]
 ShortWindows = Literal["auto", "always", "never"]
 
 MEASURED_WIDTH_MAX = 512  # of the encoder's states: tiny and base
@@ -55,7 +53,7 @@ def may_be_short(use: ShortWindows, language: str | None, width: int, *, multili
     return use == "always" or (not multilingual and width <= MEASURED_WIDTH_MAX)
 
 
-def quiet_samples() -> States:
+def quiet_samples() -> Floats:
     """Faint noise, float32 [n]: what a quiet room sounds like to the model; the same each time."""
     noise = np.random.default_rng(0).standard_normal(round(QUIET_S * SAMPLE_RATE_HZ)) * QUIET_LEVEL
     return noise.astype(np.float32)
@@ -69,7 +67,7 @@ def frames_of(window: Window) -> int:
     return min(CHUNK_FRAMES, FRAMES_PER_S * int(np.ceil(duration_s + MARGIN_S)))
 
 
-def joined(rows: Sequence[States], quiet: States) -> States:
+def joined(rows: Sequence[Floats], quiet: Floats) -> Floats:
     """Windows of several lengths as one batch.
 
     Args:

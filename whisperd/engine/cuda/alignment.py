@@ -13,9 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from whisperd.engine.base import TokenTime
-
-MEDIAN_FILTER_WIDTH = 7
-ENCODER_STATES_PER_S = 50
+from whisperd.speech.units import ENCODER_STATES_PER_S, MEDIAN_FILTER_WIDTH
 
 
 def attention_matrix(scores: Tensor) -> Tensor:

@@ -10,11 +10,9 @@ import math
 from collections.abc import Iterator
 
 import numpy as np
-from numpy.typing import NDArray
 
 from whisperd.errors import SourceError
-
-Floats = NDArray[np.float32]
+from whisperd.speech.units import Floats
 
 GRAPH, INITIALIZER = 7, 5  # of a model, of its graph
 DIMS, DATA_TYPE, NAME, RAW_DATA = 1, 2, 8, 9  # of a tensor

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from whisperd.engine.base import WINDOW_SAMPLES
+from whisperd.speech.units import WINDOW_SAMPLES
 
 
 def uploaded(numbers: Sequence[Any], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
@@ -21,10 +20,9 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_se
 from whisperd.engine.cuda.coalesce import Together
 from whisperd.engine.cuda.onnxfile import initializers
 from whisperd.engine.cuda.runner import translated
-from whisperd.speech.segmentation import FRAME_SAMPLES
+from whisperd.speech.units import FRAME_SAMPLES, Floats
 from whisperd.speech.vad import CONTEXT_SAMPLES, STATE_SHAPE, network_bytes
 
-Floats = NDArray[np.float32]
 Found = tuple[Floats, Floats, Floats]
 
 FRAMES_TOGETHER = 8192  # about 150 MB while they are at work, and 26 streams with blocks of 10 s

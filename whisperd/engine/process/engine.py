@@ -13,14 +13,12 @@ from dataclasses import replace
 from queue import Empty, SimpleQueue
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from whisperd.engine.base import STEP_S, Engine, EngineInfo, Outcome, Window
 from whisperd.engine.process.messages import Kind, Wire
 from whisperd.engine.process.process import Process, environment
 from whisperd.errors import EngineError, Error
 from whisperd.metrics.interface import ModelMeter
+from whisperd.speech.units import Floats
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +27,6 @@ CLOSE_TIMEOUT_S = 30.0  # an engine ends the batches that run
 READER_TIMEOUT_S = 15.0
 METERED = frozenset({"batch", "halved"})
 
-Floats = NDArray[np.float32]
 Opener = Callable[[ModelMeter], Engine]
 
 

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import logging
 
-import numpy as np
-from numpy.typing import NDArray
-
 from whisperd.engine.base import Hearing
 from whisperd.errors import EngineError
+from whisperd.speech.units import Floats
 from whisperd.speech.vad import SpeechNetwork
 
 log = logging.getLogger(__name__)
-
-Floats = NDArray[np.float32]
 
 
 class LastingNetwork:
