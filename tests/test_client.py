@@ -71,7 +71,7 @@ def test_transcribe_a_file(client: Client, whisperd: Daemon) -> None:
         "transcript.text.delta",
         "whisperd.segment",
         "whisperd.progress",
-    ] * 2 + ["whisperd.speech.transcript", "transcript.text.done"]
+    ] * 2 + ["whisperd.transcript", "transcript.text.done"]
     job = whisperd.service.jobs[0]
     assert (job.filename, job.options.language, job.options.word_timestamps) == (
         "a %22b%22%0D%0A.wav",

@@ -73,7 +73,7 @@ class Client:
 
         Args:
             order: ``check``, ``force``, ``verify``, ``update``, ``prune``, ``models``.
-            on_event: hears ``whisperd.store.plan`` and ``whisperd.progress``.
+            on_event: hears ``whisperd.plan`` and ``whisperd.progress``.
         """
         with self._connected() as connection:
             with self._translated():
@@ -104,7 +104,7 @@ class Client:
             with self._translated():
                 form.send(connection, TRANSLATIONS if translate else TRANSCRIPTIONS)
                 response = _response(connection)
-            return self._listen(response, on_event, last="whisperd.speech.transcript")
+            return self._listen(response, on_event, last="whisperd.transcript")
 
     def _call(self, method: str, path: str) -> Json:
         with self._connected() as connection, self._translated():

@@ -25,6 +25,7 @@ from whisperd.errors import EngineError, ModelLoading, SourceError
 from whisperd.metrics.interface import ModelMeter
 from whisperd.metrics.prometheus import Metrics
 from whisperd.serving.http import ReconcileOrder, Tell
+from whisperd.serving.spool import Spool
 from whisperd.speech.tokenizer import Vocabulary
 from whisperd.speech.vad import SpeechDetector
 from whisperd.transcription.request import LoadedModel
@@ -79,7 +80,13 @@ class House:
         self.state = State(loaded=loaded, cache_dir="/nowhere")
         self.state.become("ready")
         self.service = DaemonService(
-            self.state, self.registry, metrics, load_one=self.nothing, reload=self.no_reload, reconcile=self.no_order
+            self.state,
+            self.registry,
+            metrics,
+            Spool(Path("/nowhere"), upload_bytes=1, budget_bytes=1),
+            load_one=self.nothing,
+            reload=self.no_reload,
+            reconcile=self.no_order,
         )
 
     async def nothing(self, _name: str) -> None:

@@ -19,6 +19,7 @@ from whisperd.engine.base import Hypothesis, Window
 from whisperd.errors import EngineError, QueueFull
 from whisperd.metrics.prometheus import Metrics
 from whisperd.serving.http import Chunking, Job, ReconcileOrder, Tell
+from whisperd.serving.spool import Spool
 from whisperd.speech.fallback import Options
 from whisperd.speech.tokenizer import Vocabulary
 from whisperd.speech.transcript import Transcript
@@ -56,7 +57,13 @@ class House:
         state = State(loaded=loaded, cache_dir="/nowhere")
         state.become("ready")
         service = DaemonService(
-            state, self.registry, Metrics(), load_one=self.load_one, reload=self.nothing, reconcile=self.no_order
+            state,
+            self.registry,
+            Metrics(),
+            Spool(Path("/nowhere"), upload_bytes=1, budget_bytes=1),
+            load_one=self.load_one,
+            reload=self.nothing,
+            reconcile=self.no_order,
         )
         try:
             yield service

@@ -274,13 +274,13 @@ def test_curl_sends_no_body_to_a_full_queue(whisperd: Daemon, tmp_path: Path) ->
 
 def test_a_spool_without_room_is_refused_before_the_body(tmp_path: Path) -> None:
     """What cannot fit is not even begun, whether the budget says so or the disk."""
-    with daemon(tmp_path, upload_bytes=10**18, spool_bytes=10**18) as whisperd:
+    with daemon(tmp_path, spool=Spool(tmp_path, upload_bytes=10**18, budget_bytes=10**18)) as whisperd:
         found = answer_to(whisperd, head(10**17))
         assert found.startswith(b"HTTP/1.1 503 ")
         assert b'"code":"spool_full"' in found
         assert b"has room for" in found
         assert ": 0 bytes" in whisperd.finished()
-        whisperd.app.state.spool.budget_bytes = 10_000_000
+        whisperd.spool.budget_bytes = 10_000_000
         assert b"fill the spool of 10000000 bytes" in answer_to(whisperd, head(20_000_000))
         whisperd.finished()
 
@@ -297,7 +297,8 @@ def test_an_unknown_model_is_refused_before_the_file(whisperd: Daemon) -> None:
 
 def test_a_full_spool(tmp_path: Path) -> None:
     """Uploads share one budget; what does not fit is told to come back."""
-    with daemon(tmp_path, spool_bytes=10) as whisperd, client_of(whisperd.path) as client:
+    spool = Spool(tmp_path, upload_bytes=1000, budget_bytes=10)
+    with daemon(tmp_path, spool=spool) as whisperd, client_of(whisperd.path) as client:
         response = client.post(URL, files=[AUDIO])
         assert (response.status_code, error_of(response)["code"]) == (503, "spool_full")
         assert response.headers["retry-after"] == "5"
@@ -306,7 +307,8 @@ def test_a_full_spool(tmp_path: Path) -> None:
 
 def test_a_spool_that_cannot_be_written(tmp_path: Path) -> None:
     """A missing spool directory is the daemon's trouble and says so."""
-    with daemon(tmp_path, spool_dir=tmp_path / "gone") as whisperd, client_of(whisperd.path) as client:
+    spool = Spool(tmp_path / "gone", upload_bytes=1000, budget_bytes=1000)
+    with daemon(tmp_path, spool=spool) as whisperd, client_of(whisperd.path) as client:
         response = client.post(URL, files=[AUDIO])
         assert (response.status_code, error_of(response)["code"]) == (503, "spool_full")
         assert "gone cannot be written (No such file" in error_of(response)["message"]
@@ -471,7 +473,7 @@ def test_events_for_whisperd_clients(client: httpx2.Client, whisperd: Daemon) ->
         "transcript.text.delta",
         "whisperd.segment",
         "whisperd.progress",
-    ] * 2 + ["whisperd.speech.transcript", "transcript.text.done"]
+    ] * 2 + ["whisperd.transcript", "transcript.text.done"]
     assert (events[1]["id"], events[1]["text"]) == (0, " Hello there.")
     assert (events[2]["done_s"], events[2]["total_s"]) == (2.0, 4.5)
     assert events[-2]["x_whisperd"]["windows"]["decoded"] == 1
@@ -622,8 +624,7 @@ def test_status(client: httpx2.Client) -> None:
 @pytest.mark.parametrize("peer", [(1, os.geteuid() + 12_345, 1), None])
 def test_strangers_may_not_reload(tmp_path: Path, peer: tuple[int, int, int] | None) -> None:
     """Another user, or one that the kernel does not name, is refused."""
-    settings = ApiSettings(spool_dir=tmp_path, upload_bytes=1000, spool_bytes=1000)
-    app = create_app(FakeService(), settings)
+    app = create_app(FakeService(), ApiSettings(), Spool(tmp_path, upload_bytes=1000, budget_bytes=1000))
 
     async def disguised(scope: Any, receive: Any, send: Any) -> None:
         scope["state"]["peer"] = peer

@@ -18,15 +18,16 @@ from whisperd.config.options import ServerTable
 from whisperd.errors import ConfigError
 from whisperd.serving.http import ApiSettings, create_app
 from whisperd.serving.http.server import Server
+from whisperd.serving.spool import Spool
 from whisperd.serving.tcp import bind_tcp, split_address
 
 
 @contextmanager
 def listening(directory: Path, *, key: str | None = None, hosts: tuple[str, ...] = ()) -> Iterator[httpx2.Client]:
     """The application on a loopback port of its own."""
-    settings = ApiSettings(spool_dir=directory, upload_bytes=1000, spool_bytes=1000, tcp_key=key, tcp_hosts=hosts)
+    settings = ApiSettings(tcp_key=key, tcp_hosts=hosts)
     listener, server = bind_tcp("127.0.0.1:0"), Server()
-    app = create_app(FakeService(), settings)
+    app = create_app(FakeService(), settings, Spool(directory, upload_bytes=1000, budget_bytes=1000))
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=lambda: loop.run_until_complete(server.serve(app, [listener])))
     thread.start()

@@ -22,6 +22,7 @@ from whisperd.serving.http import ApiSettings, Job, ModelCard, Readiness, Reconc
 from whisperd.serving.http.app import refuse_unready
 from whisperd.serving.http.server import Server, ServerSettings
 from whisperd.serving.sockets import bind_unix
+from whisperd.serving.spool import Spool
 from whisperd.speech.fallback import Options
 from whisperd.speech.transcript import Segment, TokenScore, Transcript, WindowStatistics, Word
 
@@ -133,7 +134,7 @@ class FakeService:
         self.orders.append(order)
         if self.reload_error is not None:
             raise self.reload_error
-        tell("whisperd.store.plan", {"lines": ["  = a", "No changes."]})
+        tell("whisperd.plan", {"lines": ["  = a", "No changes."]})
         return {"exit_code": 0, "lines": []}
 
     def release(self) -> None:
@@ -237,6 +238,7 @@ class Daemon:
 
     service: FakeService
     app: Starlette
+    spool: Spool
     path: Path
     log: LogLines
     stop: Callable[[], None]
@@ -244,17 +246,18 @@ class Daemon:
     def finished(self) -> str:
         """Waits for the end of a request; its upload must be gone. Returns its line in the log."""
         line = self.log.next()
-        spool = self.app.state.spool
-        assert (spool.open_files, spool.used_bytes, self.service.backlog.n_requests) == (0, 0, 0)
+        assert (self.spool.open_files, self.spool.used_bytes, self.service.backlog.n_requests) == (0, 0, 0)
         return line
 
 
 @contextmanager
-def daemon(directory: Path, *, server: ServerSettings | None = None, **changes: Any) -> Iterator[Daemon]:
+def daemon(
+    directory: Path, *, server: ServerSettings | None = None, spool: Spool | None = None, **changes: Any
+) -> Iterator[Daemon]:
     """A fake daemon with its spool and socket in ``directory``; ``changes`` go into ApiSettings."""
     service = FakeService()
-    settings = ApiSettings(spool_dir=directory, upload_bytes=1_000_000, spool_bytes=1_500_000)
-    app = create_app(service, replace(settings, **changes))
+    spool = spool or Spool(directory, upload_bytes=1_000_000, budget_bytes=1_500_000)
+    app = create_app(service, ApiSettings(**changes), spool)
     path = directory / "whisperd.sock"
     with requests_log() as log, serving(app, path, server) as stop:
-        yield Daemon(service=service, app=app, path=path, log=log, stop=stop)
+        yield Daemon(service=service, app=app, spool=spool, path=path, log=log, stop=stop)

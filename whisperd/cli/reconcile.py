@@ -144,7 +144,7 @@ def _ask(daemon: Client, order: Mapping[str, Any], as_json: bool) -> NoReturn:
     with bars() as shown:
 
         def on_event(kind: str, found: dict[str, Any]) -> None:
-            if kind == "whisperd.store.plan" and not as_json:
+            if kind == "whisperd.plan" and not as_json:
                 _tell(found["lines"])
             elif kind == "whisperd.progress":
                 model, all_ = ((found[key]["done_bytes"], found[key]["total_bytes"]) for key in ("model", "run"))

@@ -79,21 +79,21 @@ class Daemon:
         self._metrics = Metrics()
         work_dir = settings.conversions_dir(config, environ)
         self._loader = LoaderQueue(Loader(self._registry, settings.engine_settings(config), work_dir, self._metrics))
+        self._spool = settings.open_spool(config, environ)
         self._service = DaemonService(
             self._state,
             self._registry,
             self._metrics,
+            self._spool,
             load_one=self._loader.load_one,
             reload=self._reload_and_wait,
             reconcile=self._reconcile,
         )
-        self._app = create_app(self._service, settings.api_settings(config, environ), self._metrics)
-        spool = self._app.state.spool
-        self._service.spool_usage = lambda: (spool.used_bytes, spool.open_files)
+        self._app = create_app(self._service, settings.api_settings(config), self._spool, self._metrics)
         self._server = Server(settings.server_settings(config), self._metrics)
         self._wyoming = wyoming.Listener(
             self._service,
-            spool,
+            self._spool,
             settings.wyoming_settings(config, lambda: self._state.loaded.config.limits.audio_s),
             drain_s=config.server.shutdown_timeout_s,
             meter=self._metrics,
@@ -290,8 +290,8 @@ class Daemon:
         }
 
     def _apply_limits(self, config: Config) -> None:
-        spool = self._app.state.spool
-        spool.upload_bytes, spool.budget_bytes = config.limits.upload_bytes, config.limits.spool_bytes
+        self._spool.upload_bytes = config.limits.upload_bytes
+        self._spool.budget_bytes = config.limits.spool_bytes
 
     async def _tend(self) -> None:
         """Unloads models that nobody needs, and gives back what served requests have left in the memory."""

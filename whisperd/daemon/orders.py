@@ -54,7 +54,7 @@ async def carry_out(
             reconcile,
             _wanted(order, config),
             chosen,
-            on_plan=lambda plan: tell("whisperd.store.plan", _plan(plan)),
+            on_plan=lambda plan: tell("whisperd.plan", _plan(plan)),
             on_progress=fetched,
             cancel=cancel,
         )

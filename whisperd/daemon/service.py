@@ -20,6 +20,7 @@ from whisperd.daemon.settings import cut_options, decode_options
 from whisperd.errors import Draining, EngineError, ModelLoading, ModelNotFound
 from whisperd.metrics.prometheus import Figures, Metrics, ModelFigures
 from whisperd.serving.http import Job, ModelCard, Readiness, ReconcileOrder, Seat, Tell
+from whisperd.serving.spool import Spool
 from whisperd.speech.fallback import Options
 from whisperd.speech.transcript import Transcript
 from whisperd.transcription.request import LoadedModel, Transcription
@@ -88,6 +89,7 @@ class DaemonService:
         state: shared with the lifecycle, which changes it.
         registry: the loaded models.
         metrics: counts what is done.
+        spool: holds the uploads; its use is in the figures.
         load_one: loads a declared model that was not loaded at boot.
         reload: reads the configuration again.
         reconcile: works on the cache.
@@ -98,6 +100,7 @@ class DaemonService:
         state: State,
         registry: Registry,
         metrics: Metrics,
+        spool: Spool,
         *,
         load_one: Callable[[str], Awaitable[None]],
         reload: Callable[[], Awaitable[Mapping[str, object]]],
@@ -106,10 +109,10 @@ class DaemonService:
         self._state = state
         self._registry = registry
         self._metrics = metrics
+        self._spool = spool
         self._load_one = load_one
         self._reload = reload
         self._reconcile = reconcile
-        self.spool_usage: Callable[[], tuple[int, int]] = lambda: (0, 0)  # bytes and files; the application knows
         self._threads = ThreadPoolExecutor(THREADS_MAX, thread_name_prefix="request")
 
     def readiness(self) -> Readiness:
@@ -168,14 +171,13 @@ class DaemonService:
     def metrics(self, accept: str) -> tuple[bytes, str]:
         """Figures for Prometheus and their content type, chosen by an Accept header."""
         state, readiness = self._state, self.readiness()
-        used_bytes, n_files = self.spool_usage()
         figures = Figures(
             ready=readiness.ready,
             draining=readiness.draining,
             requests=state.backlog.n_requests,
             queue_audio_s=state.backlog.audio_s,
-            spool_bytes=used_bytes,
-            spool_files=n_files,
+            spool_bytes=self._spool.used_bytes,
+            spool_files=self._spool.open_files,
             models=[self._model_figures(card) for card in self.models()],
         )
         return self._metrics.render(accept, figures)

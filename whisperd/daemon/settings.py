@@ -13,6 +13,7 @@ from whisperd.errors import ConfigError, Problem
 from whisperd.serving import wyoming
 from whisperd.serving.http import ApiSettings, Chunking
 from whisperd.serving.http.server import ServerSettings
+from whisperd.serving.spool import Spool
 from whisperd.speech.fallback import Options
 from whisperd.speech.segmentation import CutOptions
 from whisperd.store.reconcile import Settings as StoreSettings
@@ -102,12 +103,15 @@ def cut_options(config: Config, chunking: Chunking) -> CutOptions:
     )
 
 
-def api_settings(config: Config, environ: Mapping[str, str]) -> ApiSettings:
+def open_spool(config: Config, environ: Mapping[str, str]) -> Spool:
+    """The spool that both front ends share."""
+    limits = config.limits
+    return Spool(declared.spool_dir(config, environ), upload_bytes=limits.upload_bytes, budget_bytes=limits.spool_bytes)
+
+
+def api_settings(config: Config) -> ApiSettings:
     """Limits of the HTTP interface."""
     return ApiSettings(
-        spool_dir=declared.spool_dir(config, environ),
-        upload_bytes=config.limits.upload_bytes,
-        spool_bytes=config.limits.spool_bytes,
         tcp_hosts=config.server.tcp_hosts,
         tcp_key=_tcp_key(config.server.tcp_key_file),
     )

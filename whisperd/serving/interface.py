@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol, Self
 
 from whisperd.speech.fallback import Options
@@ -169,15 +168,11 @@ class Service(Protocol):
 class ApiSettings:
     """Limits of the HTTP interface.
 
-    ``upload_bytes`` caps one file, ``spool_bytes`` all files that are held at the same time. A stream that has
-    nothing to say sends a comment every ``keep_alive_s``. An upload that stands still for
+    A stream that has nothing to send sends a comment every ``keep_alive_s``. An upload that stands still for
     ``upload_idle_s``, or is slower than ``upload_bytes_per_s`` after it, is given up, and so is a client that does not
     read its answer for ``send_idle_s``. ``tcp_hosts`` and ``tcp_key`` are for the TCP listener, see ``Guard``.
     """
 
-    spool_dir: Path
-    upload_bytes: int
-    spool_bytes: int
     keep_alive_s: float = 15.0
     upload_idle_s: float = 60.0
     upload_bytes_per_s: float = 512.0

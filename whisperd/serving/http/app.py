@@ -35,9 +35,8 @@ from whisperd.speech.transcript import Task
 EVENTS_HEADER = "x-whisperd-events"  # a client that sends "1" knows whisperd's own events
 
 
-def create_app(service: Service, settings: ApiSettings, meter: HttpMeter | None = None) -> Starlette:
-    """The ASGI application; ``app.state.spool`` is its spool, ``meter`` is told of every request."""
-    spool = Spool(settings.spool_dir, upload_bytes=settings.upload_bytes, budget_bytes=settings.spool_bytes)
+def create_app(service: Service, settings: ApiSettings, spool: Spool, meter: HttpMeter | None = None) -> Starlette:
+    """Returns the ASGI application. Uploads go to ``spool``; ``meter`` counts every request."""
     routes = Routes(service)
     table = [
         Route("/v1/audio/transcriptions", Audio(service, settings, spool, "transcribe"), methods=["POST"]),
@@ -62,7 +61,6 @@ def create_app(service: Service, settings: ApiSettings, meter: HttpMeter | None 
         exception_handlers={HTTPException: _router_error},
     )
     app.router.redirect_slashes = False
-    app.state.spool = spool
     return app
 
 

@@ -83,7 +83,7 @@ class Teller:
 
     def last(self, transcript: Transcript, wall_s: float) -> bytes:
         """The frames behind the last segment."""
-        whole = event("whisperd.speech.transcript", **verbose(transcript, wall_s)) if self._extended else b""
+        whole = event("whisperd.transcript", **verbose(transcript, wall_s)) if self._extended else b""
         told = scores(transcript.segments)
         return whole + event("transcript.text.done", text=transcript.text, usage=usage(transcript), **told) + DONE
 

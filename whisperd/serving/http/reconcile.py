@@ -31,7 +31,7 @@ class OrderBody(BaseModel):
 
 
 class Reconcile:
-    """Streams ``whisperd.store.plan``, ``whisperd.progress`` and ``whisperd.report``."""
+    """Streams ``whisperd.plan``, ``whisperd.progress`` and ``whisperd.report``."""
 
     def __init__(self, service: Service, keep_alive_s: float) -> None:
         self._service = service
