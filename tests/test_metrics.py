@@ -15,7 +15,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.support.service_fake import TRANSCRIPT
-from whisperd.metrics.prometheus import Figures, Metrics, ModelFigures
+from whisperd.metrics.prometheus import FAMILIES, Figures, Metrics, ModelFigures
 
 PACKAGING = Path(__file__).parent.parent / "packaging"
 PROMTOOL = shutil.which("promtool")
@@ -41,23 +41,23 @@ def metrics() -> Metrics:
     """Metrics after a bit of everything."""
     metrics = Metrics()
     model = metrics.model("a/b")
-    model.waited(0.02)
-    model.batch(4, 1.5)
-    model.batch(1, 0.5)
-    model.fallback("compression_ratio")
-    model.halved("decode")
-    model.engine_died()
-    metrics.answered("/v1/audio/transcriptions", "POST", 200, 2.0)
-    metrics.rejected("queue_full")
-    metrics.rejected("cancelled")
-    metrics.first_segment("a/b", 0.4)
-    metrics.transcribed("a/b", TRANSCRIPT, 0.5)
-    metrics.loaded("a/b", 1.5, again=True)
-    metrics.reloaded(ok=False)
-    metrics.spoken("ok", 0.4)
-    metrics.spoken("queue_full", 0.0)
-    metrics.reconciled("ok", 2.0, {"a/b": 1000})
-    metrics.reconciled("failed", 1.0)
+    model.observe_wait(0.02)
+    model.observe_batch(4, 1.5)
+    model.observe_batch(1, 0.5)
+    model.count_fallback("compression_ratio")
+    model.count_halving("decode")
+    model.count_engine_failure()
+    metrics.observe_request("/v1/audio/transcriptions", "POST", 200, 2.0)
+    metrics.count_rejection("queue_full")
+    metrics.count_rejection("cancelled")
+    metrics.observe_first_segment("a/b", 0.4)
+    metrics.observe_transcript("a/b", TRANSCRIPT, 0.5)
+    metrics.observe_load("a/b", 1.5, again=True)
+    metrics.count_reload(ok=False)
+    metrics.observe_utterance("ok", 0.4)
+    metrics.observe_utterance("queue_full", 0.0)
+    metrics.observe_reconcile("ok", 2.0, {"a/b": 1000})
+    metrics.observe_reconcile("failed", 1.0)
     return metrics
 
 
@@ -114,6 +114,30 @@ def test_everything_is_counted(metrics: Metrics) -> None:
     assert {key: found.get((key[0], *sorted(key[1:]))) for key in expected} == expected
     assert found["process_resident_memory_bytes",] > 1e6
     assert time.time() - found["whisperd_reconcile_last_success_timestamp_seconds",] < 60
+
+
+def test_every_row_of_the_table_is_exposed(metrics: Metrics) -> None:
+    """Each family has a unique name, and a sample once something of everything has happened."""
+    metrics.observe_reconcile("cancelled", 1.0)
+    exposed = metrics.render("", FIGURES)[0].decode()
+    assert len({family.name for family in FAMILIES}) == len(FAMILIES)
+    for family in FAMILIES:
+        suffix = {"counter": "_total", "gauge": "", "histogram": "_count"}[family.kind]
+        assert re.search(rf"^whisperd_{family.name}{suffix}[ {{]", exposed, re.MULTILINE), family.name
+
+
+def test_what_a_model_counts_is_shown_before_its_first_event() -> None:
+    """A rate over a counter that jumps from nothing to one misses the first event."""
+    metrics = Metrics()
+    metrics.model("a/b")
+    found = values(metrics)
+    expected = [
+        ("whisperd_fallback_total", "a/b", "loop"),
+        ("whisperd_oom_total", "a/b", "load"),
+        ("whisperd_engine_failures_total", "a/b"),
+        ("whisperd_queue_wait_seconds_count", "a/b"),
+    ]
+    assert [found[key] for key in expected] == [0] * len(expected)
 
 
 def test_models_that_went_away_are_gone(metrics: Metrics) -> None:

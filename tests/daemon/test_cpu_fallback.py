@@ -22,7 +22,7 @@ from whisperd.daemon.systemd import status_line
 from whisperd.engine.base import DecodeRequest, Engine, EngineInfo, Hypothesis, Outcome
 from whisperd.engine.factory import EngineSettings
 from whisperd.errors import EngineError, ModelLoading, SourceError
-from whisperd.metrics.interface import ModelMeter
+from whisperd.metrics import ModelMeter
 from whisperd.metrics.prometheus import Metrics
 from whisperd.serving.http import ReconcileOrder, Tell
 from whisperd.serving.spool import Spool

@@ -23,7 +23,7 @@ from whisperd.engine.base import DecodeRequest, Engine
 from whisperd.engine.factory import EngineSettings
 from whisperd.engine.process import ChildEngine
 from whisperd.errors import EngineError, ModelLoading, ModelNotFound, OutOfMemory, SourceError
-from whisperd.metrics.interface import ModelMeter, Stage
+from whisperd.metrics import ModelMeter, Stage
 from whisperd.metrics.prometheus import Metrics
 from whisperd.speech.tokenizer import Vocabulary
 from whisperd.speech.vad import SpeechDetector
@@ -172,7 +172,7 @@ class Halvings(ModelMeter):
     def __init__(self) -> None:
         self.stages: list[Stage] = []
 
-    def halved(self, stage: Stage) -> None:
+    def count_halving(self, stage: Stage) -> None:
         self.stages.append(stage)
 
 

@@ -23,7 +23,7 @@ from whisperd.daemon.registry import Registry
 from whisperd.engine.base import DecodeRequest, Engine, EngineInfo, Hypothesis
 from whisperd.engine.factory import EngineSettings, open_engine
 from whisperd.errors import ModelLoading, OutOfMemory
-from whisperd.metrics.interface import ModelMeter
+from whisperd.metrics import ModelMeter
 from whisperd.metrics.prometheus import Metrics
 from whisperd.speech.tokenizer import Vocabulary
 

@@ -16,7 +16,7 @@ from tests.support.speech import Clip
 from whisperd.engine.base import DecodeRequest, Engine, Hypothesis, Outcome, Window, WindowFailure
 from whisperd.engine.process import ChildEngine
 from whisperd.errors import OutOfMemory
-from whisperd.metrics.interface import ModelMeter, Stage
+from whisperd.metrics import ModelMeter, Stage
 from whisperd.speech.tokenizer import Vocabulary
 from whisperd.speech.units import SAMPLE_RATE_HZ, Samples
 
@@ -74,7 +74,7 @@ class Halvings(ModelMeter):
     def __init__(self) -> None:
         self.count = 0
 
-    def halved(self, stage: Stage) -> None:
+    def count_halving(self, stage: Stage) -> None:
         assert stage == "decode"
         self.count += 1
 

@@ -25,7 +25,7 @@ from whisperd.engine.resilient.detector import LastingNetwork
 from whisperd.engine.resilient.engine import LastingEngine
 from whisperd.engine.resilient.reopener import Openers
 from whisperd.errors import EngineError, SourceError
-from whisperd.metrics.interface import ModelMeter
+from whisperd.metrics import ModelMeter
 from whisperd.speech.fallback import Options
 from whisperd.speech.segmentation import CutOptions
 from whisperd.speech.tokenizer import Vocabulary

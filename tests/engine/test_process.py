@@ -22,7 +22,7 @@ from whisperd.engine.base import DecodeRequest, Hypothesis, Window
 from whisperd.engine.process import ChildEngine
 from whisperd.engine.process.process import ending
 from whisperd.errors import EngineError, OutOfMemory, SourceError
-from whisperd.metrics.interface import ModelMeter
+from whisperd.metrics import ModelMeter
 from whisperd.speech.units import Samples
 
 PATIENCE_S = 60.0
@@ -184,7 +184,7 @@ class Batches(ModelMeter):
     def __init__(self) -> None:
         self.windows = 0
 
-    def batch(self, n_windows: int, duration_s: float) -> None:
+    def observe_batch(self, n_windows: int, duration_s: float) -> None:
         assert duration_s > 0
         self.windows += n_windows
 

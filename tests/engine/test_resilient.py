@@ -15,7 +15,7 @@ from whisperd.engine.base import DecodeRequest, EngineInfo, Hypothesis, Outcome,
 from whisperd.engine.resilient.engine import LastingEngine
 from whisperd.engine.resilient.reopener import Openers
 from whisperd.errors import EngineError, ModelLoading
-from whisperd.metrics.interface import ModelMeter
+from whisperd.metrics import ModelMeter
 from whisperd.speech.tokenizer import Vocabulary
 
 PATIENCE_S = 30.0
@@ -25,10 +25,10 @@ class Counted(ModelMeter):
     def __init__(self) -> None:
         self.died = self.restarted = 0
 
-    def engine_died(self) -> None:
+    def count_engine_failure(self) -> None:
         self.died += 1
 
-    def engine_restarted(self) -> None:
+    def count_engine_restart(self) -> None:
         self.restarted += 1
 
 

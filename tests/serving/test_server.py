@@ -20,7 +20,7 @@ import pytest
 
 from tests.support.service_fake import PATIENCE_S, serving
 from whisperd.errors import ConfigError, UsageError
-from whisperd.metrics.interface import HttpMeter
+from whisperd.metrics import HttpMeter
 from whisperd.serving.http.server import Server, ServerSettings
 from whisperd.serving.sockets import bind_unix, inherited_sockets
 
@@ -295,7 +295,7 @@ class Counted(HttpMeter):
     def __init__(self) -> None:
         self.codes: list[str] = []
 
-    def rejected(self, code: str) -> None:
+    def count_rejection(self, code: str) -> None:
         self.codes.append(code)
 
 

@@ -25,7 +25,7 @@ from wyoming.ping import Ping
 from tests.support.service_fake import MODEL, PATIENCE_S, TEXT, FakeService
 from whisperd.config.options import ServerTable
 from whisperd.errors import ConfigError, QueueFull, RequestError
-from whisperd.metrics.interface import WyomingMeter
+from whisperd.metrics import WyomingMeter
 from whisperd.serving.http.upload import Pace
 from whisperd.serving.sockets import bind_unix
 from whisperd.serving.spool import Spool
@@ -43,7 +43,7 @@ class Counter(WyomingMeter):
     def __init__(self) -> None:
         self.results: asyncio.Queue[str] = asyncio.Queue()
 
-    def spoken(self, result: str, latency_s: float) -> None:
+    def observe_utterance(self, result: str, latency_s: float) -> None:
         assert latency_s >= 0
         self.results.put_nowait(result)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from whisperd.engine.base import STEP_S, EngineInfo, Hypothesis, Outcome, TokenTime, Window, WindowFailure
 from whisperd.engine.cpu.batch_limit import BatchLimit
 from whisperd.errors import OutOfMemory
-from whisperd.metrics.interface import ModelMeter
+from whisperd.metrics import ModelMeter
 from whisperd.speech.tokenizer import Vocabulary
 from whisperd.speech.units import SAMPLE_RATE_HZ
 

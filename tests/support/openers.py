@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from whisperd.engine.base import Engine, EngineInfo, Hypothesis, Outcome, Window
 from whisperd.engine.cpu.engine import Ct2Engine
 from whisperd.errors import OutOfMemory, SourceError
-from whisperd.metrics.interface import ModelMeter
+from whisperd.metrics import ModelMeter
 from whisperd.speech.tokenizer import Vocabulary
 
 

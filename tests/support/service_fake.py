@@ -17,7 +17,7 @@ from starlette.types import ASGIApp
 
 from whisperd.daemon.admission import Backlog
 from whisperd.errors import Error, ModelNotFound
-from whisperd.metrics.interface import HttpMeter
+from whisperd.metrics import HttpMeter
 from whisperd.serving.http import ApiSettings, Job, ModelCard, Readiness, ReconcileOrder, Seat, Tell, create_app
 from whisperd.serving.http.app import refuse_unready
 from whisperd.serving.http.server import Server, ServerSettings

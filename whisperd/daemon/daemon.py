@@ -206,7 +206,7 @@ class Daemon:
             found = await asyncio.to_thread(snapshots_without_network, wanted, store)
             if len(found) == len(wanted):
                 self._state.problems = ()
-                self._metrics.reconciled("ok", time.monotonic() - started_s)
+                self._metrics.observe_reconcile("ok", time.monotonic() - started_s)
                 return found
         report = await self._reconciled(wanted, store)
         failed = {result.name: result.error for result in report.results if result.error is not None}
@@ -265,7 +265,7 @@ class Daemon:
             self._state.last_reload = result = _reload_result(outcome, failure)
             self._state.become("ready")
             self._supervision.ready()
-        self._metrics.reloaded(ok=failure is None)
+        self._metrics.count_reload(ok=failure is None)
         for waiter in waiters:
             _settle(waiter, result, failure)
 

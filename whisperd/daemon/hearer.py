@@ -39,7 +39,7 @@ class Hearer:
     def _segment(self, segment: Segment) -> None:
         if self.silent:
             self.silent = False
-            self._metrics.first_segment(self._model, self.wall_s)
+            self._metrics.observe_first_segment(self._model, self.wall_s)
         self._job.on_segment(segment)
 
     def _progress(self, done_s: float, total_s: float | None) -> None:

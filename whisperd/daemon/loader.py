@@ -244,7 +244,7 @@ class Loader:
         model = replace(model, memory_bytes=weights_bytes(snapshot))
         if model.batcher.info.device != "cpu":
             self._settings = replace(self._settings, device="cuda")  # from now on its absence is a loss, and no choice
-        self._metrics.loaded(name, time.monotonic() - started_s, again=again)
+        self._metrics.observe_load(name, time.monotonic() - started_s, again=again)
         return model
 
 

@@ -17,7 +17,7 @@ from whisperd.engine.resilient.detector import LastingNetwork
 from whisperd.engine.resilient.engine import LastingEngine
 from whisperd.engine.resilient.reopener import Open, Openers
 from whisperd.errors import EngineError, OutOfMemory
-from whisperd.metrics.interface import ModelMeter
+from whisperd.metrics import ModelMeter
 from whisperd.speech.tokenizer import Vocabulary
 from whisperd.speech.units import SAMPLE_RATE_HZ
 from whisperd.speech.vad import SpeechNetwork, SpeechStream
@@ -113,7 +113,7 @@ def _fitting(name: str, opened: OpenWith, settings: EngineSettings, meter: Model
                 raise
             settings = smaller(settings)
             log.warning("model %s: %s; trying with batches of %d", name, error, settings.batch_size)
-            meter.halved("load")
+            meter.count_halving("load")
 
 
 def smaller(settings: EngineSettings) -> EngineSettings:

@@ -74,10 +74,10 @@ async def counted(work: Awaitable[Report], metrics: Metrics) -> Report:
         report = await work
     except (Error, asyncio.CancelledError) as error:
         result = "failed" if isinstance(error, Error) and not isinstance(error, Cancelled) else "cancelled"
-        metrics.reconciled(result, time.monotonic() - started_s)
+        metrics.observe_reconcile(result, time.monotonic() - started_s)
         raise
     fetched_bytes = {one.name: one.fetched_bytes for one in report.results if one.fetched_bytes}
-    metrics.reconciled(_outcome(report), time.monotonic() - started_s, fetched_bytes)
+    metrics.observe_reconcile(_outcome(report), time.monotonic() - started_s, fetched_bytes)
     return report
 
 

@@ -299,7 +299,7 @@ class DaemonService:
             log.warning("%s: %s; it is begun again", job.request_id, error)
             job.audio.seek(0)
             transcript = await self._attempt(job, hearer)
-        self._metrics.transcribed(name, transcript, hearer.wall_s)
+        self._metrics.observe_transcript(name, transcript, hearer.wall_s)
         return transcript
 
     async def _loaded(self, model: str | None) -> str:

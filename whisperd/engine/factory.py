@@ -17,7 +17,7 @@ from whisperd.engine.cpu.unpadded import ShortWindows
 from whisperd.engine.devices import absence, obstacle
 from whisperd.engine.process import ChildEngine
 from whisperd.errors import EngineError, OutOfMemory, SourceError
-from whisperd.metrics.interface import ModelMeter
+from whisperd.metrics import ModelMeter
 from whisperd.speech.tokenizer import Vocabulary
 
 log = logging.getLogger(__name__)

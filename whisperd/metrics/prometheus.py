@@ -1,6 +1,6 @@
-"""Figures for Prometheus. Home of prometheus_client.
+"""Figures for Prometheus, declared in one table. Home of prometheus_client, which is imported late.
 
-Labels are bounded: declared models, known routes, codes of errors. Nothing says who asked, or what was said.
+Labels are bounded: declared models, known routes, codes of errors. None names a client or holds what was said.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
 
-from whisperd.metrics.interface import HttpMeter, ModelMeter, Stage, WyomingMeter
+from whisperd.metrics import HttpMeter, ModelMeter, Stage, WyomingMeter
 from whisperd.speech.transcript import Transcript
 from whisperd.version import VERSION
 
@@ -32,9 +33,90 @@ OUTCOMES = ("decoded", "retried", "dropped", "continued")
 STAGES: tuple[Stage, ...] = ("load", "decode")
 
 
+class Family(NamedTuple):
+    """One row of the table.
+
+    ``known`` lists values of the last label that are exposed as 0 before their first event. ``name`` has neither the
+    prefix ``whisperd_`` nor the suffix ``_total`` of a counter.
+    """
+
+    name: str
+    kind: Literal["counter", "gauge", "histogram"]
+    help: str
+    labels: tuple[str, ...] = ()
+    buckets: tuple[float, ...] = ()
+    known: tuple[str, ...] = ()
+
+
+MODEL = ("model",)
+# fmt: off
+FAMILIES = (
+    Family("build_info", "gauge", "Always 1.", ("version", "python")),
+    # HTTP
+    Family("http_requests", "counter", "HTTP requests answered.", ("route", "method", "status")),
+    Family("http_request_duration_seconds", "histogram", "From the head of a request to the end of its answer.",
+           ("route",), DURATION_BUCKETS_S),
+    Family("requests_rejected", "counter", "Requests that got an error, by its code.", ("reason",), known=REJECTIONS),
+    Family("requests_cancelled", "counter", "Requests whose client went away."),
+    # Wyoming
+    Family("wyoming_requests", "counter", "Utterances over the Wyoming protocol, by how they ended.", ("result",),
+           known=("ok",)),
+    Family("wyoming_latency_seconds", "histogram", "From the end of an utterance to its transcript.", (),
+           DURATION_BUCKETS_S),
+    # transcriptions
+    Family("audio_seconds", "counter", "Audio transcribed.", ("model", "task")),
+    Family("segments", "counter", "Segments written.", MODEL),
+    Family("tokens_generated", "counter", "Tokens in those segments.", MODEL),
+    Family("request_audio_duration_seconds", "histogram", "Audio of a request.", MODEL, AUDIO_BUCKETS_S),
+    Family("realtime_factor", "histogram", "Audio seconds of a request over its wall seconds.", MODEL, SPEEDUP_BUCKETS),
+    Family("time_to_first_segment_seconds", "histogram", "From the whole upload to the first segment.", MODEL,
+           DURATION_BUCKETS_S),
+    # windows and engines
+    Family("windows", "counter", "Windows of finished requests.", ("model", "outcome"), known=OUTCOMES),
+    Family("fallback", "counter", "Windows that failed a safeguard and were decoded again.", ("model", "reason"),
+           known=REASONS),
+    Family("oom", "counter", "Batches halved because memory was short.", ("model", "stage"), known=STAGES),
+    Family("queue_wait_seconds", "histogram", "How long a window waited for its slot.", MODEL, WAIT_BUCKETS_S),
+    Family("batch_size", "histogram", "Windows of a batch.", MODEL, BATCH_BUCKETS),
+    Family("batch_duration_seconds", "histogram", "How long a batch took.", MODEL, DURATION_BUCKETS_S),
+    Family("engine_failures", "counter", "Engines that stopped because of an error.", MODEL),
+    Family("engine_restarts", "counter", "Engines opened in place of one that failed.", MODEL),
+    # the daemon now
+    Family("ready", "gauge", "1 when a request sent now would be served."),
+    Family("draining", "gauge", "1 while the daemon stops."),
+    Family("requests_in_flight", "gauge", "Transcriptions that arrive, wait or run."),
+    Family("queue_audio_seconds", "gauge", "Audio of theirs that is not transcribed yet."),
+    Family("spool_bytes", "gauge", "Uploads on disk, in bytes."),
+    Family("spool_files", "gauge", "Uploads on disk."),
+    # each declared model now
+    Family("model_info", "gauge", "Always 1.", ("model", "revision")),
+    Family("windows_waiting", "gauge", "Windows that wait for a slot.", MODEL),
+    Family("windows_running", "gauge", "Windows in the engine.", MODEL),
+    Family("model_loaded", "gauge", "1 when the model is in memory.", ("model", "device", "compute_type")),
+    Family("model_fallback", "gauge", "1 while the cpu serves in place of a lost GPU.", MODEL),
+    Family("model_memory_bytes", "gauge", "What the model is counted as in limits.model_bytes.", MODEL),
+    Family("model_load_seconds", "gauge", "How long the last load took.", MODEL),
+    # configuration
+    Family("config_reloads", "counter", "Reloads.", ("result",), known=("ok", "failed")),
+    Family("config_last_reload_successful", "gauge", "0 when the last reload failed."),
+    Family("config_last_reload_success_timestamp_seconds", "gauge", "When a reload last succeeded."),
+    # the cache
+    Family("reconcile_runs", "counter",
+           "Reconciles of boots, reloads and orders; unchecked: served, but the Hub could not be asked.",
+           ("result",), known=RECONCILED),
+    Family("reconcile_duration_seconds", "histogram", "How long a reconcile took.", (), DURATION_BUCKETS_S),
+    Family("reconcile_last_run_successful", "gauge", "0 when the last reconcile was not ok."),
+    Family("reconcile_last_success_timestamp_seconds", "gauge", "When a reconcile was last ok."),
+    Family("model_download_bytes", "counter", "Fetched of models that arrived whole.", MODEL),
+)
+# fmt: on
+OF_MODELS = tuple(family for family in FAMILIES if family.kind != "gauge" and family.labels[:1] == MODEL)
+NOW = ("model_info", "windows_waiting", "windows_running", "model_loaded", "model_fallback", "model_memory_bytes")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFigures:
-    """A declared model as it is now."""
+    """A declared model at the moment of a scrape."""
 
     name: str
     revision: str = ""
@@ -49,7 +131,7 @@ class ModelFigures:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figures:
-    """What is true at the moment of a scrape."""
+    """The daemon at the moment of a scrape."""
 
     ready: bool
     draining: bool
@@ -61,299 +143,162 @@ class Figures:
 
 
 class Metrics(HttpMeter, WyomingMeter):
-    """All counters of one daemon; every method may be called from any thread."""
+    """All figures of one daemon; every method may be called from any thread."""
 
     def __init__(self) -> None:
-        from prometheus_client import CollectorRegistry, Gauge, ProcessCollector
+        import prometheus_client as library
 
-        self._registry = CollectorRegistry()
-        ProcessCollector(registry=self._registry)
-        self._declare_http()
-        self._declare_wyoming()
-        self._declare_work()
-        self._declare_windows()
-        self._declare_daemon()
-        self._declare_store()
-        info = Gauge("whisperd_build_info", "Always 1.", ["version", "python"], registry=self._registry)
-        info.labels(VERSION, platform.python_version()).set(1)
+        self._registry = library.CollectorRegistry()
+        self._choose_encoder = library.exposition.choose_encoder
+        library.ProcessCollector(registry=self._registry)
+        kinds = {"counter": library.Counter, "gauge": library.Gauge, "histogram": library.Histogram}
+        self._families: dict[str, Any] = {}
+        for family in FAMILIES:
+            options = {"buckets": family.buckets} if family.buckets else {}
+            made = kinds[family.kind](
+                f"whisperd_{family.name}", family.help, family.labels, registry=self._registry, **options
+            )
+            self._families[family.name] = made
+            if len(family.labels) == 1:
+                self._expose(family)
+        self._set("build_info", 1, VERSION, platform.python_version())
+        self._set("config_last_reload_successful", 1)
+        self._set("config_last_reload_success_timestamp_seconds", time.time())
 
     def model(self, name: str) -> ModelMeter:
-        """Counts for one model."""
+        """The meter of one model."""
+        for family in OF_MODELS:
+            self._expose(family, name)
         return _ModelMetrics(self, name)
 
-    def answered(self, route: str, method: str, status: int, duration_s: float) -> None:
-        """A request is over."""
-        self._http.labels(route, method, str(status)).inc()
-        self._http_duration.labels(route).observe(duration_s)
+    def count(self, name: str, *labels: str, by: float = 1) -> None:
+        """Adds to a counter."""
+        self._of(name, labels).inc(by)
 
-    def rejected(self, code: str) -> None:
-        """A request got an error of this code."""
+    def observe(self, name: str, value: float, *labels: str) -> None:
+        """Adds a value to a histogram."""
+        self._of(name, labels).observe(value)
+
+    def observe_request(self, route: str, method: str, status: int, duration_s: float) -> None:
+        """A request was answered ``duration_s`` after its head had arrived."""
+        self.count("http_requests", route, method, str(status))
+        self.observe("http_request_duration_seconds", duration_s, route)
+
+    def count_rejection(self, code: str) -> None:
+        """A request was answered with the error of this code."""
         if code == "cancelled":
-            self._cancelled.inc()
+            self.count("requests_cancelled")
         else:
-            self._rejected.labels(code).inc()
+            self.count("requests_rejected", code)
 
-    def spoken(self, result: str, latency_s: float) -> None:
-        """An utterance over the Wyoming protocol is over."""
-        self._spoken.labels(result).inc()
+    def observe_utterance(self, result: str, latency_s: float) -> None:
+        """An utterance was answered: ``ok`` or the code of an error, ``latency_s`` after the end of its audio."""
+        self.count("wyoming_requests", result)
         if result == "ok":
-            self._spoken_latency.observe(latency_s)
+            self.observe("wyoming_latency_seconds", latency_s)
         else:
-            self.rejected(result)
+            self.count_rejection(result)
 
-    def first_segment(self, model: str, wait_s: float) -> None:
-        """The first words of a request are there."""
-        self._first_segment.labels(model).observe(wait_s)
+    def observe_first_segment(self, model: str, wait_s: float) -> None:
+        """The first segment of a request came ``wait_s`` after its upload."""
+        self.observe("time_to_first_segment_seconds", wait_s, model)
 
-    def transcribed(self, model: str, transcript: Transcript, wall_s: float) -> None:
-        """A request is done."""
-        self._audio.labels(model, transcript.task).inc(transcript.duration_s)
-        self._request_audio.labels(model).observe(transcript.duration_s)
-        self._speedup.labels(model).observe(transcript.duration_s / max(wall_s, 1e-3))
-        self._segments.labels(model).inc(len(transcript.segments))
-        self._tokens.labels(model).inc(sum(len(segment.tokens) for segment in transcript.segments))
+    def observe_transcript(self, model: str, transcript: Transcript, wall_s: float) -> None:
+        """A request was transcribed in ``wall_s``."""
+        self.count("audio_seconds", model, transcript.task, by=transcript.duration_s)
+        self.observe("request_audio_duration_seconds", transcript.duration_s, model)
+        self.observe("realtime_factor", transcript.duration_s / max(wall_s, 1e-3), model)
+        self.count("segments", model, by=len(transcript.segments))
+        self.count("tokens_generated", model, by=sum(len(segment.tokens) for segment in transcript.segments))
         for outcome in OUTCOMES:
-            self.windows.labels(model, outcome).inc(getattr(transcript.windows, outcome))
+            self.count("windows", model, outcome, by=getattr(transcript.windows, outcome))
 
-    def loaded(self, model: str, took_s: float, *, again: bool) -> None:
-        """A model was loaded; ``again`` because its engine had died."""
-        self._load_s.labels(model).set(took_s)
+    def observe_load(self, model: str, took_s: float, *, again: bool) -> None:
+        """A model was loaded in ``took_s``; ``again`` because its engine had failed."""
+        self._set("model_load_seconds", took_s, model)
         if again:
-            self.restarts.labels(model).inc()
+            self.count("engine_restarts", model)
 
-    def reloaded(self, *, ok: bool) -> None:
+    def count_reload(self, *, ok: bool) -> None:
         """The configuration was read again."""
-        self._reloads.labels("ok" if ok else "failed").inc()
-        self._reload_ok.set(ok)
+        self.count("config_reloads", "ok" if ok else "failed")
+        self._set("config_last_reload_successful", ok)
         if ok:
-            self._reload_ok_at.set(time.time())
+            self._set("config_last_reload_success_timestamp_seconds", time.time())
 
-    def reconciled(self, result: str, wall_s: float, fetched_bytes: Mapping[str, int] = MappingProxyType({})) -> None:
-        """A reconcile is over: one of RECONCILED, with the bytes of the models that have arrived."""
-        self._reconciles.labels(result).inc()
-        self._reconcile_duration.observe(wall_s)
-        if result != "cancelled":  # by somebody who knows
-            self._reconcile_ok.set(result == "ok")
+    def observe_reconcile(
+        self, result: str, wall_s: float, fetched_bytes: Mapping[str, int] = MappingProxyType({})
+    ) -> None:
+        """A reconcile ended with one of RECONCILED; ``fetched_bytes`` of each model that arrived whole."""
+        self.count("reconcile_runs", result)
+        self.observe("reconcile_duration_seconds", wall_s)
+        if result != "cancelled":  # which says nothing about the cache
+            self._set("reconcile_last_run_successful", result == "ok")
         if result == "ok":
-            self._reconcile_ok_at.set(time.time())
+            self._set("reconcile_last_success_timestamp_seconds", time.time())
         for model, n_bytes in fetched_bytes.items():
-            self._downloaded.labels(model).inc(n_bytes)
+            self.count("model_download_bytes", model, by=n_bytes)
 
     def render(self, accept: str, figures: Figures) -> tuple[bytes, str]:
-        """The exposition and its content type, in what the scraper accepts."""
-        from prometheus_client.exposition import choose_encoder
-
-        self._set(figures)
-        encode, content_type = choose_encoder(accept)
+        """The exposition and its content type, chosen by the scraper's Accept header."""
+        self._set_figures(figures)
+        encode, content_type = self._choose_encoder(accept)
         return encode(self._registry), content_type
 
-    def _declare_http(self) -> None:
-        from prometheus_client import Counter, Histogram
+    def _of(self, name: str, labels: tuple[str, ...]) -> Any:
+        family = self._families[name]
+        return family.labels(*labels) if labels else family
 
-        registry = self._registry
-        self._http = Counter(
-            "whisperd_http_requests", "HTTP requests answered.", ["route", "method", "status"], registry=registry
-        )
-        self._http_duration = Histogram(
-            "whisperd_http_request_duration_seconds",
-            "From the head of a request to the end of its answer.",
-            ["route"],
-            buckets=DURATION_BUCKETS_S,
-            registry=registry,
-        )
-        self._rejected = Counter(
-            "whisperd_requests_rejected", "Requests that got an error, by its code.", ["reason"], registry=registry
-        )
-        for reason in REJECTIONS:
-            self._rejected.labels(reason)
-        self._cancelled = Counter("whisperd_requests_cancelled", "Requests whose client went away.", registry=registry)
+    def _set(self, name: str, value: float, *labels: str) -> None:
+        self._of(name, labels).set(value)
 
-    def _declare_wyoming(self) -> None:
-        from prometheus_client import Counter, Histogram
+    def _expose(self, family: Family, *labels: str) -> None:
+        """Exposes the known series of a family as 0."""
+        metric = self._families[family.name]
+        if len(family.labels) == len(labels):
+            metric.labels(*labels)
+            return
+        for value in family.known:
+            metric.labels(*labels, value)
 
-        self._spoken = Counter(
-            "whisperd_wyoming_requests",
-            "Utterances over the Wyoming protocol, by how they ended.",
-            ["result"],
-            registry=self._registry,
-        )
-        self._spoken.labels("ok")
-        self._spoken_latency = Histogram(
-            "whisperd_wyoming_latency_seconds",
-            "From the end of an utterance to its transcript.",
-            buckets=DURATION_BUCKETS_S,
-            registry=self._registry,
-        )
-
-    def _declare_work(self) -> None:
-        from prometheus_client import Counter, Histogram
-
-        registry, model = self._registry, ["model"]
-        self._audio = Counter("whisperd_audio_seconds", "Audio transcribed.", ["model", "task"], registry=registry)
-        self._segments = Counter("whisperd_segments", "Segments written.", model, registry=registry)
-        self._tokens = Counter("whisperd_tokens_generated", "Tokens in those segments.", model, registry=registry)
-        self._request_audio = Histogram(
-            "whisperd_request_audio_duration_seconds",
-            "Audio of a request.",
-            model,
-            buckets=AUDIO_BUCKETS_S,
-            registry=registry,
-        )
-        self._speedup = Histogram(
-            "whisperd_realtime_factor",
-            "Audio seconds of a request over its wall seconds.",
-            model,
-            buckets=SPEEDUP_BUCKETS,
-            registry=registry,
-        )
-        self._first_segment = Histogram(
-            "whisperd_time_to_first_segment_seconds",
-            "From the whole upload to the first segment.",
-            model,
-            buckets=DURATION_BUCKETS_S,
-            registry=registry,
-        )
-
-    def _declare_windows(self) -> None:
-        from prometheus_client import Counter, Histogram
-
-        registry, model = self._registry, ["model"]
-        self.windows = Counter(
-            "whisperd_windows", "Windows of finished requests.", ["model", "outcome"], registry=registry
-        )
-        self.fallback = Counter(
-            "whisperd_fallback",
-            "Windows that failed a safeguard and were decoded again.",
-            ["model", "reason"],
-            registry=registry,
-        )
-        self.oom = Counter(
-            "whisperd_oom", "Batches halved because memory was short.", ["model", "stage"], registry=registry
-        )
-        self.wait = Histogram(
-            "whisperd_queue_wait_seconds",
-            "How long a window waited for its slot.",
-            model,
-            buckets=WAIT_BUCKETS_S,
-            registry=registry,
-        )
-        self.batch_size = Histogram(
-            "whisperd_batch_size", "Windows of a batch.", model, buckets=BATCH_BUCKETS, registry=registry
-        )
-        self.batch_duration = Histogram(
-            "whisperd_batch_duration_seconds",
-            "How long a batch took.",
-            model,
-            buckets=DURATION_BUCKETS_S,
-            registry=registry,
-        )
-        self.died = Counter("whisperd_engine_failures", "Engines that stopped by themselves.", model, registry=registry)
-        self.restarts = Counter(
-            "whisperd_engine_restarts", "Engines opened anew after one had died.", model, registry=registry
-        )
-
-    def _declare_daemon(self) -> None:
-        from prometheus_client import Counter, Gauge
-
-        registry = self._registry
-
-        def gauge(name: str, text: str, labels: Sequence[str] = ()) -> Gauge:
-            return Gauge(f"whisperd_{name}", text, labels, registry=registry)
-
-        self._ready = gauge("ready", "1 when a request sent now would be served.")
-        self._draining = gauge("draining", "1 while the daemon stops.")
-        self._in_flight = gauge("requests_in_flight", "Transcriptions that arrive, wait or run.")
-        self._queue_audio = gauge("queue_audio_seconds", "Audio of theirs that is not transcribed yet.")
-        self._spool_bytes = gauge("spool_bytes", "Uploads on disk.")
-        self._spool_files = gauge("spool_files", "Uploads on disk.")
-        self._waiting = gauge("windows_waiting", "Windows that wait for a slot.", ["model"])
-        self._running = gauge("windows_running", "Windows in the engine.", ["model"])
-        self._loaded = gauge("model_loaded", "1 when the model is in memory.", ["model", "device", "compute_type"])
-        self._fallback = gauge("model_fallback", "1 while the cpu serves in place of a lost GPU.", ["model"])
-        self._memory = gauge("model_memory_bytes", "What the model is counted as in limits.model_bytes.", ["model"])
-        self._load_s = gauge("model_load_seconds", "How long the last load took.", ["model"])
-        self._reload_ok = gauge("config_last_reload_successful", "0 when the last reload failed.")
-        self._reload_ok.set(1)
-        self._reload_ok_at = gauge("config_last_reload_success_timestamp_seconds", "When a reload last succeeded.")
-        self._reload_ok_at.set(time.time())
-        self._reloads = Counter("whisperd_config_reloads", "Reloads.", ["result"], registry=registry)
-        for result in ("ok", "failed"):
-            self._reloads.labels(result)
-
-    def _declare_store(self) -> None:
-        from prometheus_client import Counter, Gauge, Histogram
-
-        registry = self._registry
-        self._reconciles = Counter(
-            "whisperd_reconcile_runs",
-            "Reconciles of boots, reloads and orders; unchecked: served, but the Hub could not be asked.",
-            ["result"],
-            registry=registry,
-        )
-        for result in RECONCILED:
-            self._reconciles.labels(result)
-        self._reconcile_duration = Histogram(
-            "whisperd_reconcile_duration_seconds",
-            "How long a reconcile took.",
-            buckets=DURATION_BUCKETS_S,
-            registry=registry,
-        )
-        self._reconcile_ok = Gauge(
-            "whisperd_reconcile_last_run_successful", "0 when the last reconcile was not ok.", registry=registry
-        )
-        self._reconcile_ok_at = Gauge(
-            "whisperd_reconcile_last_success_timestamp_seconds", "When a reconcile was last ok.", registry=registry
-        )
-        self._downloaded = Counter(
-            "whisperd_model_download_bytes", "Fetched of models that arrived whole.", ["model"], registry=registry
-        )
-        self._info = Gauge("whisperd_model_info", "Always 1.", ["model", "revision"], registry=registry)
-
-    def _set(self, figures: Figures) -> None:
-        self._ready.set(figures.ready)
-        self._draining.set(figures.draining)
-        self._in_flight.set(figures.requests)
-        self._queue_audio.set(figures.queue_audio_s)
-        self._spool_bytes.set(figures.spool_bytes)
-        self._spool_files.set(figures.spool_files)
-        for family in (self._waiting, self._running, self._loaded, self._fallback, self._memory, self._info):
-            family.clear()
+    def _set_figures(self, figures: Figures) -> None:
+        self._set("ready", figures.ready)
+        self._set("draining", figures.draining)
+        self._set("requests_in_flight", figures.requests)
+        self._set("queue_audio_seconds", figures.queue_audio_s)
+        self._set("spool_bytes", figures.spool_bytes)
+        self._set("spool_files", figures.spool_files)
+        for name in NOW:
+            self._families[name].clear()
         for model in figures.models:
-            self._info.labels(model.name, model.revision).set(1)
-            self._waiting.labels(model.name).set(model.waiting)
-            self._running.labels(model.name).set(model.running)
-            self._loaded.labels(model.name, model.device, model.compute_type).set(model.loaded)
-            self._fallback.labels(model.name).set(model.fallback)
-            self._memory.labels(model.name).set(model.memory_bytes)
+            self._set("model_info", 1, model.name, model.revision)
+            self._set("windows_waiting", model.waiting, model.name)
+            self._set("windows_running", model.running, model.name)
+            self._set("model_loaded", model.loaded, model.name, model.device, model.compute_type)
+            self._set("model_fallback", model.fallback, model.name)
+            self._set("model_memory_bytes", model.memory_bytes, model.name)
 
 
 class _ModelMetrics(ModelMeter):
     def __init__(self, metrics: Metrics, model: str) -> None:
-        self._fallback = {reason: metrics.fallback.labels(model, reason) for reason in REASONS}
-        self._oom = {stage: metrics.oom.labels(model, stage) for stage in STAGES}
-        self._wait = metrics.wait.labels(model)
-        self._batch_size = metrics.batch_size.labels(model)
-        self._batch_duration = metrics.batch_duration.labels(model)
-        self._died = metrics.died.labels(model)
-        self._restarts = metrics.restarts.labels(model)
-        for outcome in OUTCOMES:
-            metrics.windows.labels(model, outcome)
+        self._metrics = metrics
+        self._model = model
 
-    def waited(self, duration_s: float) -> None:
-        self._wait.observe(duration_s)
+    def observe_wait(self, duration_s: float) -> None:
+        self._metrics.observe("queue_wait_seconds", duration_s, self._model)
 
-    def batch(self, n_windows: int, duration_s: float) -> None:
-        self._batch_size.observe(n_windows)
-        self._batch_duration.observe(duration_s)
+    def observe_batch(self, n_windows: int, duration_s: float) -> None:
+        self._metrics.observe("batch_size", n_windows, self._model)
+        self._metrics.observe("batch_duration_seconds", duration_s, self._model)
 
-    def halved(self, stage: Stage) -> None:
-        self._oom[stage].inc()
+    def count_halving(self, stage: Stage) -> None:
+        self._metrics.count("oom", self._model, stage)
 
-    def fallback(self, reason: str) -> None:
-        self._fallback[reason].inc()
+    def count_fallback(self, reason: str) -> None:
+        self._metrics.count("fallback", self._model, reason)
 
-    def engine_died(self) -> None:
-        self._died.inc()
+    def count_engine_failure(self) -> None:
+        self._metrics.count("engine_failures", self._model)
 
-    def engine_restarted(self) -> None:
-        self._restarts.inc()
+    def count_engine_restart(self) -> None:
+        self._metrics.count("engine_restarts", self._model)

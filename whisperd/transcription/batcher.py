@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from whisperd.engine.base import DecodeRequest, Engine, EngineInfo, Outcome, Restless, Window, WindowFailure
 from whisperd.errors import Cancelled, EngineError, Error
-from whisperd.metrics.interface import ModelMeter
+from whisperd.metrics import ModelMeter
 from whisperd.transcription.scheduler import Scheduler, Turn
 
 log = logging.getLogger(__name__)
@@ -164,7 +164,7 @@ class Batcher:
         except Exception as error:
             # the outermost loop of a thread: whatever it was, nobody may wait forever for a dead engine
             log.exception("the engine of %s stopped", self._name)
-            self.meter.engine_died()
+            self.meter.count_engine_failure()
             self._fail(error if isinstance(error, Error) else EngineError(f"the engine stopped: {error!r}"))
         finally:
             self._engine.close()
@@ -200,7 +200,7 @@ class Batcher:
 
     def _started(self, turn: Turn) -> Window:
         queued = self._windows[turn.window_id]
-        self.meter.waited(time.monotonic() - queued.since_s)
+        self.meter.observe_wait(time.monotonic() - queued.since_s)
         return replace(queued.window, lane=turn.lane)
 
     def _deliver(self, outcomes: Sequence[Outcome]) -> None:

@@ -234,7 +234,7 @@ class Transcription:
         reason = decoding.failure(attempt, self._options)
         if reason and decoding.next_temperature(len(piece.attempts), self._options) is not None:
             self._count.retried += 1
-            self._model.batcher.meter.fallback(reason)
+            self._model.batcher.meter.count_fallback(reason)
             self._submit(piece)
         else:
             chosen = -1 if not reason else decoding.best([figures for figures, _ in piece.attempts], self._options)

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from whisperd.engine.base import Hypothesis, Outcome, Window, WindowFailure
 from whisperd.errors import OutOfMemory
-from whisperd.metrics.interface import ModelMeter
+from whisperd.metrics import ModelMeter
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ class BatchLimit:
         with self._lock:
             self._now, self._good = min(self._now, max(1, half)), 0
         log.warning("out of memory with %d windows in a batch; trying %d", n_windows, half)
-        self._meter.halved("decode")
+        self._meter.count_halving("decode")
         return half
 
     def _went_well(self) -> None:

@@ -34,7 +34,7 @@ from whisperd.engine.cpu.batching import Lanes
 from whisperd.engine.cpu.encoder import Encode, WindowEncoder, ctranslate2_encoder
 from whisperd.engine.cpu.unpadded import ShortWindows, frames_of, is_doubtful, may_be_short
 from whisperd.errors import EngineError, OutOfMemory, SourceError
-from whisperd.metrics.interface import ModelMeter
+from whisperd.metrics import ModelMeter
 from whisperd.speech.features import CHUNK_FRAMES, HOP_SAMPLES
 from whisperd.speech.tokenizer import Vocabulary
 from whisperd.speech.units import ENCODER_STATES_PER_S, MEDIAN_FILTER_WIDTH, TIMESTAMP_STEP_S, Floats
@@ -209,7 +209,7 @@ class Ct2Engine:
             outcomes = self._limit.decoded(batch, partial(self._decode, encoded=encoded))
         except EngineError as error:
             return [WindowFailure(window_id=window.id, error=error) for window in batch]
-        self._meter.batch(len(batch), time.monotonic() - started_s)
+        self._meter.observe_batch(len(batch), time.monotonic() - started_s)
         return outcomes
 
     def _encoded(self, batch: list[Window]) -> dict[int, Floats]:

@@ -23,7 +23,7 @@ from whisperd.engine.cuda.slots import Slot, Slots
 from whisperd.engine.cuda.vad import DeviceSpeech
 from whisperd.engine.devices import fp8_obstacle
 from whisperd.errors import EngineError, OutOfMemory
-from whisperd.metrics.interface import ModelMeter
+from whisperd.metrics import ModelMeter
 from whisperd.speech.fallback import compression_ratio
 from whisperd.speech.tokenizer import Vocabulary
 
@@ -165,7 +165,7 @@ class CudaEngine:
                 return [WindowFailure(window_id=windows[0].id, error=error)]
             self._encode_windows = count // 2
             log.warning("out of memory with %d windows to encode; trying %d", count, self._encode_windows)
-            self._meter.halved("decode")
+            self._meter.count_halving("decode")
             self._waiting = [*windows, *self._waiting]
         return []
 
@@ -248,7 +248,7 @@ class CudaEngine:
         started_s = time.monotonic()
         self._decode(rows)
         done, looping = self._runner.progress(rows)
-        self._meter.batch(len(rows), time.monotonic() - started_s)
+        self._meter.observe_batch(len(rows), time.monotonic() - started_s)
         texts = self._texts(done) | self._hopeless(looping)
         for job in self._jobs:
             ended = job.rows & texts.keys()

@@ -17,7 +17,7 @@ from whisperd.engine.base import STEP_S, Engine, EngineInfo, Outcome, Window
 from whisperd.engine.process.messages import Kind, Wire
 from whisperd.engine.process.process import Process, environment
 from whisperd.errors import EngineError, Error
-from whisperd.metrics.interface import ModelMeter
+from whisperd.metrics import ModelMeter
 from whisperd.speech.units import Floats
 
 log = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 OPEN_TIMEOUT_S = 600.0  # large models from slow disks take minutes
 CLOSE_TIMEOUT_S = 30.0  # an engine ends the batches that run
 READER_TIMEOUT_S = 15.0
-METERED = frozenset({"batch", "halved"})
+METERED = frozenset({"observe_batch", "count_halving"})
 
 Opener = Callable[[ModelMeter], Engine]
 

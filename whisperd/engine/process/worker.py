@@ -25,7 +25,7 @@ from typing import Any
 from whisperd.engine.base import Engine, Outcome, WindowFailure
 from whisperd.engine.process.messages import Message, Wire, portable
 from whisperd.errors import Error
-from whisperd.metrics.interface import ModelMeter, Stage
+from whisperd.metrics import ModelMeter, Stage
 
 log = logging.getLogger(__name__)
 
@@ -79,13 +79,13 @@ class WireMeter(ModelMeter):
     def __init__(self, wire: Wire) -> None:
         self._wire = wire
 
-    def batch(self, n_windows: int, duration_s: float) -> None:
+    def observe_batch(self, n_windows: int, duration_s: float) -> None:
         """A batch was decoded."""
-        self._wire.send("meter", ("batch", (n_windows, duration_s)))
+        self._wire.send("meter", ("observe_batch", (n_windows, duration_s)))
 
-    def halved(self, stage: Stage) -> None:
+    def count_halving(self, stage: Stage) -> None:
         """The memory was not enough."""
-        self._wire.send("meter", ("halved", (stage,)))
+        self._wire.send("meter", ("count_halving", (stage,)))
 
 
 class Worker:

@@ -32,7 +32,7 @@ from whisperd.engine.base import (
 )
 from whisperd.engine.resilient.reopener import TRIES, WAIT_FIRST_S, Openers, Surgeon, closed
 from whisperd.errors import EngineError, Error, ModelLoading
-from whisperd.metrics.interface import ModelMeter
+from whisperd.metrics import ModelMeter
 from whisperd.speech.vad import SpeechNetwork
 
 log = logging.getLogger(__name__)
@@ -178,7 +178,7 @@ class LastingEngine:
                 self._leaving.append(self._now)
             else:
                 self._restarts += 1
-                self._meter.engine_restarted()
+                self._meter.count_engine_restart()
             self._now, self._info = fresh, fresh.engine.info
             self._listen_to(fresh.engine)
             info = fresh.engine.info
@@ -226,7 +226,7 @@ class LastingEngine:
         if place is not self._now and place not in self._leaving:
             return  # it has died a moment ago
         log.error("the engine of %s died: %s; %d windows begin again", self._name, why, len(place.windows))
-        self._meter.engine_died()
+        self._meter.count_engine_failure()
         self._deaths.update(place.windows.keys())
         self._waiting[:0] = place.windows.values()
         closed(place.engine)

@@ -17,7 +17,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from whisperd.errors import DeadlineExceeded, Draining, ModelLoading
-from whisperd.metrics.interface import HttpMeter
+from whisperd.metrics import HttpMeter
 from whisperd.serving.http.access import Guard
 from whisperd.serving.http.deadline import deadline, silence_s
 from whisperd.serving.http.events import stream, while_connected

@@ -16,7 +16,7 @@ from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from whisperd.errors import Cancelled, Draining, Error
-from whisperd.metrics.interface import HttpMeter
+from whisperd.metrics import HttpMeter
 from whisperd.serving.http.responses import error_body, error_response
 
 log = logging.getLogger(__name__)
@@ -127,9 +127,9 @@ class Exchange:
         """Tells how it went; the routes are those of the application, so that nobody can invent one."""
         path, method = self._scope["path"], self._scope["method"]
         route = path if path in routes else OTHER
-        meter.answered(route, method if method in METHODS else OTHER, self._status, self.wall_s)
+        meter.observe_request(route, method if method in METHODS else OTHER, self._status, self.wall_s)
         if self._error_code is not None:
-            meter.rejected(self._error_code)
+            meter.count_rejection(self._error_code)
 
 
 class ExchangeMiddleware:

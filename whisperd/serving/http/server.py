@@ -22,7 +22,7 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 from whisperd.errors import Error, RequestError
-from whisperd.metrics.interface import HttpMeter
+from whisperd.metrics import HttpMeter
 
 if TYPE_CHECKING:
     import uvicorn
@@ -273,8 +273,8 @@ class _Connection(HttpBase):
     def _refuse(self, error: RequestError) -> None:
         """Answers and listens no more; the connection is closed by the client, or after the time for a head."""
         self._refusal = error
-        self.meter.answered(OTHER, OTHER, error.http_status, 0.0)
-        self.meter.rejected(error.code)
+        self.meter.observe_request(OTHER, OTHER, error.http_status, 0.0)
+        self.meter.count_rejection(error.code)
         if self.cycle and not self.cycle.response_complete:  # nothing can be said in the middle of another answer
             self.transport.close()
             return

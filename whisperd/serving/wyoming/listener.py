@@ -7,7 +7,7 @@ import logging
 import socket
 from collections.abc import Sequence
 
-from whisperd.metrics.interface import WyomingMeter
+from whisperd.metrics import WyomingMeter
 from whisperd.serving.http import Service
 from whisperd.serving.http.server import CANCELLED_S, JUST_ACCEPTED_S, stop_accepting
 from whisperd.serving.spool import Spool

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from whisperd.errors import Cancelled, Draining, Error
-from whisperd.metrics.interface import WyomingMeter
+from whisperd.metrics import WyomingMeter
 from whisperd.serving.http import Chunking, Job, Seat, Service
 from whisperd.serving.http.events import ended, unless
 from whisperd.serving.http.upload import Pace, UploadStalled
@@ -176,7 +176,7 @@ class Session:
         except TimeoutError:
             return None
         except Error as error:
-            self._meter.spoken(error.code, 0.0)
+            self._meter.observe_utterance(error.code, 0.0)
             raise
         finally:
             await ended(self._idle)
@@ -213,7 +213,7 @@ class Session:
         finally:
             turn.report()
             heard_s = time.monotonic() if turn.heard_s is None else turn.heard_s
-            self._meter.spoken(turn.result, time.monotonic() - heard_s)
+            self._meter.observe_utterance(turn.result, time.monotonic() - heard_s)
 
     async def _served(self, turn: _Turn, first: Event) -> Transcript:
         with await self._service.admitted() as seat, self._spool.create() as file:
