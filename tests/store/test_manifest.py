@@ -11,8 +11,9 @@ import pytest
 
 from tests.support.fake_origin import FakeOrigin
 from whisperd import errors
+from whisperd.reference import parse
 from whisperd.store.reconcile import Report, Settings, export, reconcile, snapshots_without_network
-from whisperd.store.sources import Wanted, parse
+from whisperd.store.sources import Wanted
 
 
 @pytest.fixture

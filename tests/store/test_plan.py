@@ -8,8 +8,8 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
+from whisperd.reference import HubSource, PathSource
 from whisperd.store.plan import FileState, ModelState, RemoteFile, Resolved, Room, plan
-from whisperd.store.sources import HubSource, PathSource
 
 COMMITS = ["a" * 40, "b" * 40]
 FILES = tuple(RemoteFile(path=f"f{number}", size_bytes=10**number, hash=str(number) * 40) for number in range(4))

@@ -13,10 +13,11 @@ import pytest
 
 from tests.support.fake_origin import FakeOrigin
 from whisperd import errors
+from whisperd.reference import HubSource, parse
 from whisperd.store.plan import ModelState, RemoteFile, Resolved, Room, plan
 from whisperd.store.preflight import one_writer, preflight
 from whisperd.store.reconcile import Report, Settings, reconcile
-from whisperd.store.sources import HubSource, Wanted, parse
+from whisperd.store.sources import Wanted
 
 NOBODY = 65534
 FILES = tuple(RemoteFile(path=f"f{number}", size_bytes=100, hash=str(number) * 40) for number in range(4))

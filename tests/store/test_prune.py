@@ -13,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.fake_origin import REPOS, FakeOrigin
+from whisperd.reference import parse
 from whisperd.store.plan import RepoContents, removed_from
 from whisperd.store.reconcile import Report, Settings, hold, reconcile
-from whisperd.store.sources import Wanted, parse
+from whisperd.store.sources import Wanted
 
 COMMITS = [letter * 40 for letter in "abcd"]
 BLOBS = [str(number) * 64 for number in range(6)]

@@ -7,33 +7,8 @@ from pathlib import Path
 import pytest
 
 from whisperd.errors import SourceError
-from whisperd.store.sources import HubSource, PackageSource, PathSource, check_model_dir, locate, needed_files, parse
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-
-@pytest.mark.parametrize(
-    ("reference", "expected"),
-    [
-        ("openai/whisper-tiny", HubSource(repo_id="openai/whisper-tiny")),
-        ("openai/whisper-tiny@refs/pr/1", HubSource(repo_id="openai/whisper-tiny", revision="refs/pr/1")),
-        (f"a/b@{COMMIT.upper()}", HubSource(repo_id="a/b", revision=COMMIT)),
-        ("path:/srv/model", PathSource(path=Path("/srv/model"))),
-        ("package:some.module/sub/dir", PackageSource(module="some.module", subdir="sub/dir")),
-    ],
-)
-def test_references(reference: str, expected: object) -> None:
-    """All three forms are understood; a commit in capitals is still a commit."""
-    assert parse(reference) == expected
-
-
-@pytest.mark.parametrize(
-    "reference", ["tiny", "a/b/c", "a/b@", "a/b@../x", "path:relative", "package:", "package:a/../b", "/srv/model", ""]
-)
-def test_bad_references(reference: str) -> None:
-    """Anything else is refused with what was expected."""
-    with pytest.raises(SourceError):
-        parse(reference)
+from whisperd.reference import PackageSource
+from whisperd.store.sources import check_model_dir, locate, needed_files
 
 
 def test_package_is_found_without_import(snapshot: Path) -> None:

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 from tests.support.loopback_hub import HubRepo, whisper_files
 from whisperd.errors import HubUnreachable
+from whisperd.reference import HubSource
 from whisperd.store.hub import FetchJob
 from whisperd.store.plan import RemoteFile, Resolved, select_files
-from whisperd.store.sources import HubSource
 
 REPOS = ("org/a", "org/b")
 

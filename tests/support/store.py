@@ -15,9 +15,10 @@ from typing import Any
 
 from tests.support.loopback_hub import git_sha1
 from whisperd import errors
+from whisperd.reference import parse
 from whisperd.store.hub.failures import CURES
 from whisperd.store.reconcile import Report, Settings, reconcile, snapshots_without_network
-from whisperd.store.sources import Wanted, parse
+from whisperd.store.sources import Wanted
 
 NAME = "org/model"
 FOLDER = "models--org--model"

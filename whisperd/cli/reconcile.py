@@ -168,19 +168,20 @@ def _chosen(config: Config, models: Sequence[Wanted], names: Sequence[str]) -> S
     known = {
         name: wanted
         for table, wanted in zip(config.models, models, strict=True)
-        for name in (*table.names, table.reference)
+        for name in (*table.names, table.source.base)
     }
     return [known.get(name) or _reference(name) for name in names]
 
 
 def _reference(text: str) -> Wanted:
     from whisperd.errors import SourceError
-    from whisperd.store.sources import Wanted, parse
+    from whisperd.reference import parse
+    from whisperd.store.sources import Wanted
 
     try:
         return Wanted(name=text, source=parse(text))
     except SourceError as error:
-        raise UsageError(f"-m {text}: not a declared model, and not a reference: {error}") from error
+        raise UsageError(f"-m {text}: not a declared model, and not a model reference: {error}") from error
 
 
 def _reference_of(model: Wanted) -> str:

@@ -14,7 +14,7 @@ from whisperd.config.environment import (
     token,
 )
 from whisperd.config.load import Loaded, load
-from whisperd.config.model import ModelTable
+from whisperd.config.models import ModelTable
 from whisperd.config.options import DEFAULT_MODEL, Config
 from whisperd.config.render import Change, Effective, diff, effective, render
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
-from whisperd.config.model import ModelTable, Table
+from whisperd.config.models import ModelTable, Table
 
 DEFAULT_MODEL = "openai/whisper-large-v3-turbo"
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from whisperd.config.catalog import options, table_of
-from whisperd.config.model import ModelTable
+from whisperd.config.models import ModelTable
 from whisperd.config.options import Config
 from whisperd.config.toml import SECRET, SECRET_VALUE, shown
 from whisperd.errors import Problem

@@ -10,7 +10,7 @@ from types import MappingProxyType
 
 from whisperd.config.catalog import Option, options, table_of, type_text
 from whisperd.config.load import Loaded
-from whisperd.config.model import ModelTable
+from whisperd.config.models import ModelTable
 from whisperd.config.options import DEFAULT_MODEL, Config, Reload
 from whisperd.config.toml import toml_text
 
@@ -82,10 +82,13 @@ def render(chosen: Mapping[str, object] = MappingProxyType({})) -> str:
 
 def model_text(model: ModelTable) -> str:
     """A model as it would stand in whisperd.toml, in the shortest form."""
-    said = {key: value for key, value in model if value != type(model).model_fields[key].default}
-    revision = said.pop("revision", None)
-    reference = f"{model.repo}@{revision}" if revision else model.repo
-    return toml_text(said | {"repo": reference}) if len(said) > 1 else toml_text(reference)
+    reference = model.source.shortest
+    further = {
+        key: value
+        for key, value in model
+        if key not in ("repo", "revision") and value != type(model).model_fields[key].default
+    }
+    return toml_text({"repo": reference, **further}) if further else toml_text(reference)
 
 
 def _text(config: Config, key: str) -> str:

@@ -15,10 +15,11 @@ from whisperd.config import Config
 from whisperd.daemon import settings
 from whisperd.errors import Cancelled, Error, RequestError, SourceError
 from whisperd.metrics.prometheus import Metrics
+from whisperd.reference import parse
 from whisperd.serving.http import ReconcileOrder, Tell
 from whisperd.store.plan import CachePlan
 from whisperd.store.reconcile import Progress, Report, reconcile
-from whisperd.store.sources import Wanted, parse
+from whisperd.store.sources import Wanted
 
 
 async def carry_out(

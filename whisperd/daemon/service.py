@@ -160,8 +160,8 @@ class DaemonService:
             ModelCard(
                 id=model.served_name,
                 aliases=model.aliases,
-                source=model.reference,
-                revision=self._state.revisions.get(model.served_name) or model.revision,
+                source=model.source.base,
+                revision=self._state.revisions.get(model.served_name) or model.source.revision,
                 loaded=model.served_name in loaded and not failure_of(loaded[model.served_name]),
                 languages=languages.get(model.served_name, ()),
             )

@@ -17,7 +17,7 @@ from whisperd.serving.spool import Spool
 from whisperd.speech.fallback import Options
 from whisperd.speech.segmentation import CutOptions
 from whisperd.store.reconcile import Settings as StoreSettings
-from whisperd.store.sources import Wanted, parse
+from whisperd.store.sources import Wanted
 
 CONVERSIONS = ".whisperd/converted"  # beside the models of the cache, where no other tool looks
 
@@ -28,7 +28,7 @@ def wanted(config: Config) -> tuple[Wanted, ...]:
 
 
 def _wanted(model: ModelTable) -> Wanted:
-    return Wanted(name=model.served_name, source=parse(model.reference, model.revision))
+    return Wanted(name=model.served_name, source=model.source)
 
 
 def aliases(config: Config) -> Mapping[str, str]:

@@ -9,12 +9,12 @@ from functools import partial
 from pathlib import Path
 
 from whisperd.errors import IntegrityError
+from whisperd.reference import HubSource
 from whisperd.store.cache import Repo, git_or_sha256, install
 from whisperd.store.hub import FetchJob, disk_error
 from whisperd.store.hub.failures import CURES
 from whisperd.store.origins import Origin
 from whisperd.store.plan import Action, RemoteFile, Resolved, short
-from whisperd.store.sources import HubSource
 from whisperd.store.staging import Staging
 
 log = logging.getLogger(__name__)

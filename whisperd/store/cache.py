@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from whisperd.errors import SourceError
+from whisperd.reference import COMMIT, HubSource
 from whisperd.store.hub.failures import disk_error
 from whisperd.store.plan import FileState, RemoteFile, Removal, RepoContents, select_files
-from whisperd.store.sources import COMMIT, HubSource
 
 OWN_DIR = ".whisperd"
 SHA256_DIGITS = 64

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from whisperd import config as declared
 from whisperd.errors import StoreError
+from whisperd.reference import parse
 from whisperd.store.plan import CachePlan
 from whisperd.store.reconcile import reconcile
 from whisperd.store.report import Settings
-from whisperd.store.sources import Wanted, parse
+from whisperd.store.sources import Wanted
 
 
 def download_model_if_needed(

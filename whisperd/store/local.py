@@ -9,10 +9,11 @@ from importlib import metadata
 from pathlib import Path
 
 from whisperd.errors import IntegrityError
+from whisperd.reference import PackageSource, PathSource
 from whisperd.store.cache import Inspector
 from whisperd.store.manifest import read_manifest
 from whisperd.store.plan import RemoteFile
-from whisperd.store.sources import PackageSource, PathSource, check_model_dir
+from whisperd.store.sources import check_model_dir
 
 
 def check(source: PathSource | PackageSource, path: Path, inspector: Inspector) -> None:

@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from whisperd.reference import HubSource
 from whisperd.store.cache import OWN_DIR, Stamp, write_atomically
 from whisperd.store.plan import RemoteFile, Resolved
-from whisperd.store.sources import HubSource
 
 log = logging.getLogger(__name__)
 

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from whisperd.errors import RevisionNotFound, StoreError
+from whisperd.reference import HubSource
 from whisperd.store.cache import write_atomically
 from whisperd.store.hub import FetchJob, disk_error
 from whisperd.store.hub.fetch import OnBytes
 from whisperd.store.plan import RemoteFile, Resolved
-from whisperd.store.sources import HubSource
 
 MANIFEST = "whisperd-manifest.json"
 VERSION = 1

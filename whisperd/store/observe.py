@@ -9,11 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from whisperd.errors import Cancelled, Error, SourceError, StoreError
+from whisperd.reference import HubSource, PackageSource, PathSource
 from whisperd.store.cache import Inspector, Repo
 from whisperd.store.local import check
 from whisperd.store.lockfile import Record
 from whisperd.store.plan import ModelState, Resolved, select_files
-from whisperd.store.sources import HubSource, PackageSource, PathSource, Wanted, locate
+from whisperd.store.sources import Wanted, locate
 from whisperd.store.staging import Staging
 
 Resolve = Callable[[HubSource], Resolved]

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from whisperd.errors import HubUnreachable
+from whisperd.reference import HubSource
 from whisperd.store.hub import Connection, FetchJob, fetch, resolve
 from whisperd.store.hub.fetch import OnBytes
 from whisperd.store.plan import Resolved
-from whisperd.store.sources import HubSource
 
 
 class Origin(Protocol):

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from whisperd.store.sources import HubSource, Source, needed_files
+from whisperd.reference import HubSource, Source
+from whisperd.store.sources import needed_files
 
 Kind = Literal["ok", "download", "update", "repair", "blocked"]
 

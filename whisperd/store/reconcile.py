@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from whisperd.errors import StoreError
+from whisperd.reference import HubSource
 from whisperd.store.cache import OWN_DIR, Inspector, hold
 from whisperd.store.hub import Connection
 from whisperd.store.lockfile import read_record, read_stamps, write_stamps
@@ -21,7 +22,7 @@ from whisperd.store.preflight import become_owner, one_writer, preflight
 from whisperd.store.progress import Progress
 from whisperd.store.report import Report, Result, Settings
 from whisperd.store.run import Run
-from whisperd.store.sources import HubSource, Wanted
+from whisperd.store.sources import Wanted
 from whisperd.store.staging import clear_staging
 
 __all__ = [

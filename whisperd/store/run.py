@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from whisperd.errors import DiskFull, Error
+from whisperd.reference import HubSource
 from whisperd.store.apply import Applier
 from whisperd.store.cache import Inspector, Repo, stamp_of
 from whisperd.store.lockfile import Record, read_record, read_stamps, write_stamps
@@ -19,7 +20,7 @@ from whisperd.store.plan import Action, CachePlan, Removal, Resolved, plan
 from whisperd.store.preflight import room
 from whisperd.store.progress import Progress, Tracker
 from whisperd.store.report import Outcome, Result, Settings
-from whisperd.store.sources import HubSource, Wanted
+from whisperd.store.sources import Wanted
 from whisperd.store.staging import Staging
 
 In = TypeVar("In")

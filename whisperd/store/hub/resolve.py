@@ -5,9 +5,9 @@ from __future__ import annotations
 import threading
 
 from whisperd.errors import HubError, HubUnreachable
+from whisperd.reference import HubSource
 from whisperd.store.hub.process import Connection, Stalled, environment, run
 from whisperd.store.plan import RemoteFile, Resolved, select_files
-from whisperd.store.sources import HubSource
 
 # a child may start slowly, and wait between its tries as long as a server asks for
 SLACK_S = 60.0
