@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.recordings import FORMS, recordings
-from whisperd.engine.base import EngineInfo, Hypothesis, Outcome, Window
+from whisperd.engine.base import EngineHealth, EngineInfo, Hypothesis, Outcome, Window
 from whisperd.speech import audio
 from whisperd.speech.fallback import Options
 from whisperd.speech.segmentation import CutOptions
@@ -49,6 +49,7 @@ class InstantEngine:
     """Reads the same text in every window, at once."""
 
     def __init__(self, vocabulary: Vocabulary, slots: int) -> None:
+        self.health = EngineHealth()
         self.info = EngineInfo(
             engine="instant", device="cpu", compute_type="none", multilingual=False, languages=("en",), slots=slots
         )

@@ -22,7 +22,7 @@ import numpy as np
 
 from benchmarks.systems import Whisperd, started
 from whisperd.client import Client
-from whisperd.engine.process.messages import Wire
+from whisperd.engine.process.messages import MessageSocket
 from whisperd.speech.units import WINDOW_SAMPLES
 
 WINDOWS = 200
@@ -74,13 +74,13 @@ def crossing() -> str:
     ours, theirs = socket.socketpair()
     if not os.fork():
         ours.close()
-        wire = Wire(theirs)
+        wire = MessageSocket(theirs)
         while wire.receive() is not None:
             pass
         os._exit(0)
     theirs.close()
     samples = np.zeros(WINDOW_SAMPLES, np.float32)
-    wire, begun_s, before_s = Wire(ours), time.perf_counter(), time.process_time()
+    wire, begun_s, before_s = MessageSocket(ours), time.perf_counter(), time.process_time()
     for number in range(WINDOWS):
         wire.send("admit", (number, samples))
     spent_s = time.process_time() - before_s

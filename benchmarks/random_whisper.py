@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from whisperd.engine.checkpoints.reader import Checkpoint, Shape
+from whisperd.engine.checkpoints import Checkpoint, Shape
 from whisperd.speech.tokenizer import Vocabulary
 
 SPREAD = 0.02

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from whisperd.engine.checkpoints.reader import Shape
+from whisperd.engine.checkpoints import Shape
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,7 +25,7 @@ from benchmarks.gpu.setup import Setup
 from benchmarks.gpu.work import MIXES
 from benchmarks.random_whisper import SHAPES, drawn
 from benchmarks.roofline import H200, Device, window_s
-from whisperd.engine.checkpoints.reader import Checkpoint
+from whisperd.engine.checkpoints import Checkpoint
 from whisperd.engine.cuda.engine import DTYPES
 
 PARTS = ("probes", "engine", "peers", "daemon")

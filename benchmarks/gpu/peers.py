@@ -18,8 +18,8 @@ from benchmarks.gpu.report import Report
 from benchmarks.gpu.setup import Setup, missing
 from benchmarks.gpu.work import MIXES, Work, WrongLengthError, check, padded, windows
 from benchmarks.random_whisper import written
-from whisperd.engine.checkpoints.reader import Checkpoint
-from whisperd.engine.cuda.mel import DeviceLogMel
+from whisperd.engine.checkpoints import Checkpoint
+from whisperd.engine.cuda.device import DeviceLogMel
 
 FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, ImportError, OSError, WrongLengthError)
 Peer = Callable[[torch.Tensor, Sequence[int]], Sequence[int]]  # spectrograms and lengths to lengths of the texts
@@ -213,7 +213,7 @@ def measure_ctranslate2(bench: Bench) -> None:
     """Only where it loads on the device: its wheels want CUDA 12's libraries. Its lengths are those of the weights."""
     import ctranslate2
 
-    from whisperd.engine.checkpoints.convert import converted
+    from whisperd.engine.checkpoints import converted
 
     setup, options = bench.setup, bench.options
     n_tokens, batch, sot = options.ctranslate2_tokens, options.batches[0], setup.vocabulary.sot

@@ -14,10 +14,10 @@ import torch
 from benchmarks.gpu.report import Report
 from benchmarks.gpu.setup import Setup
 from benchmarks.roofline import encoder_flops
-from whisperd.engine.checkpoints.reader import Checkpoint
-from whisperd.engine.cuda.attention import gathered
+from whisperd.engine.checkpoints import Checkpoint
+from whisperd.engine.cuda.caches import Scales, gathered
+from whisperd.engine.cuda.device import DeviceLogMel
 from whisperd.engine.cuda.graphs import FixedSteps, sizes
-from whisperd.engine.cuda.mel import DeviceLogMel
 from whisperd.engine.cuda.model import Encoder
 from whisperd.engine.cuda.rows import RowPlan
 from whisperd.engine.cuda.runner import Runner
@@ -144,10 +144,9 @@ def _types(setup: Setup, attention: Callable[..., Any]) -> list[torch.dtype]:
 def _scales(dtype: torch.dtype, setup: Setup, size: tuple[int, ...]) -> list[Any]:
     if dtype == setup.dtype:
         return []
-    from whisperd.engine.cuda import attention
 
     ones = torch.ones(size, device=setup.device)
-    return [attention.Scales(keys=ones, values=ones)]
+    return [Scales(keys=ones, values=ones)]
 
 
 def probe_steps(name: str, runner: Runner, setup: Setup, report: Report) -> None:

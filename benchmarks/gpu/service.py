@@ -26,7 +26,7 @@ from benchmarks.gpu.report import Report
 from benchmarks.gpu.setup import Setup, missing
 from benchmarks.random_whisper import TOKENS, written
 from whisperd.client import Client
-from whisperd.engine.checkpoints.reader import Checkpoint
+from whisperd.engine.checkpoints import Checkpoint
 from whisperd.errors import DaemonUnreachable
 
 NEEDED = (

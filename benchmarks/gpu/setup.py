@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.roofline import Device
 from whisperd.engine.base import Window
-from whisperd.engine.checkpoints.reader import Checkpoint
+from whisperd.engine.checkpoints import Checkpoint
 from whisperd.engine.cuda import memory
 from whisperd.engine.cuda.engine import DTYPES, CudaEngine
 from whisperd.engine.cuda.rows import RowPlan

@@ -19,7 +19,7 @@ from whisperd.daemon.open_model import load, on_cpu
 from whisperd.daemon.registry import Registry, Served
 from whisperd.daemon.service import DaemonService, State
 from whisperd.daemon.systemd import status_line
-from whisperd.engine.base import DecodeRequest, Engine, EngineInfo, Hypothesis, Outcome
+from whisperd.engine.base import DecodeRequest, Engine, EngineHealth, EngineInfo, Hypothesis, Outcome
 from whisperd.engine.factory import EngineSettings
 from whisperd.errors import EngineError, ModelLoading, SourceError
 from whisperd.metrics import ModelMeter
@@ -39,6 +39,7 @@ class Device(FakeEngine):
     def __init__(self, vocabulary: Vocabulary, device: str, broken: Callable[[], bool]) -> None:
         super().__init__(vocabulary)
         self.broken = broken
+        self.health = EngineHealth()
         self.info = EngineInfo(
             engine="fake", device=device, compute_type="float32", multilingual=False, languages=("en",), slots=4
         )
@@ -156,7 +157,7 @@ def test_without_the_option(house: Builder, clips: dict[str, Clip]) -> None:
     assert "x DOWN (no GPU is there any more)" in one.status
     assert one.service.device(None) is None
     machine.gpu_works = True
-    until(lambda: not one.model.batcher.info.outage)
+    until(lambda: not one.model.batcher.health.outage)
     assert asyncio.run(transcribed(one.service, clips["monkeys"])).text == "hello"
     # a GPU that was there is asked for by name, or "auto" would have taken the CPU without a word
     assert set(machine.asked[1:]) == {"cuda"}

@@ -221,7 +221,7 @@ def test_no_room_in_a_process_of_its_own(snapshot: Path, tmp_path: Path, detecto
     try:
         info = model.batcher.info
         assert (info.slots - info.spare_slots, meter.stages) == (2, ["load", "load"])
-        assert info.pid is not None
+        assert model.batcher.health.pid is not None
     finally:
         model.batcher.close()
 

@@ -213,7 +213,7 @@ def test_with_real_weights(house: Builder, clips: dict[str, Clip]) -> None:
     one = house(memory, own=True)
     one.switch("a")
     first = decoded(one, "a", clips["monkeys"])
-    pid = one.registry.served.models["a"].batcher.info.pid
+    pid = one.registry.served.models["a"].batcher.health.pid
     one.switch("b")
     assert not Path(f"/proc/{pid}").exists()
     assert decoded(one, "b", clips["monkeys"]) == first

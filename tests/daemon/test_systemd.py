@@ -17,7 +17,7 @@ from whisperd.config import load
 from whisperd.daemon.registry import Registry, Served
 from whisperd.daemon.service import State
 from whisperd.daemon.systemd import Supervision, status_line
-from whisperd.engine.base import DecodeRequest, Hypothesis, Window
+from whisperd.engine.base import DecodeRequest, EngineHealth, Hypothesis, Window
 from whisperd.notify import Notifier
 from whisperd.store.progress import Amount
 from whisperd.store.reconcile import Progress
@@ -103,7 +103,7 @@ def test_who_is_restarted(
         raise AssertionError
 
     engine = FakeEngine(tiny.vocabulary, stands_still)
-    engine.info = replace(engine.info, pid=pid)
+    engine.health = EngineHealth(pid=pid)
     batcher, registry = Batcher(engine, name="x"), Registry()
     registry.swap(Served(names=("x",), models={"x": replace(tiny, name="x", batcher=batcher)}))
     with closing(Notifier({"NOTIFY_SOCKET": systemd.getsockname()})) as notifier:

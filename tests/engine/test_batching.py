@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from whisperd.engine.base import DecodeRequest, Lane, Window
-from whisperd.engine.cpu.batching import PASSED_OVER_BATCHES, Lanes
+from whisperd.engine.cpu.batching import PASSED_OVER_BATCHES, ReadyQueue
 
 SECOND = np.zeros(16_000, np.float32)
 lanes_of_windows: st.SearchStrategy[Lane] = st.sampled_from(["interactive", "bulk"])
@@ -25,7 +25,7 @@ def ids(windows: list[Window]) -> list[int]:
 
 def test_interactive_first() -> None:
     """A short request does not wait behind a long one that came before."""
-    lanes = Lanes()
+    lanes = ReadyQueue()
     lanes.add([window(1, "bulk"), window(2, "bulk"), window(3)])
     assert ids(lanes.take(2, 4)) == [3]
     assert ids(lanes.take(1, 4)) == [1, 2]
@@ -33,7 +33,7 @@ def test_interactive_first() -> None:
 
 def test_late_windows_join() -> None:
     """A batch that is being encoded takes along what may share it, of its own lane alone, up to its limit."""
-    lanes = Lanes()
+    lanes = ReadyQueue()
     lanes.add([window(1, temperature=0.2), window(2, "bulk"), *map(window, range(3, 8))])
     assert ids(lanes.join(window(0), 3)) == [3, 4, 5]
     assert ids(lanes.join(window(0), 0)) == []
@@ -43,7 +43,7 @@ def test_late_windows_join() -> None:
 
 def test_a_long_request_does_not_grow_before_a_short_one() -> None:
     """While an interactive window waits for a worker, batches of bulk windows stay as they are."""
-    lanes = Lanes()
+    lanes = ReadyQueue()
     lanes.add([window(1, "bulk"), window(2)])
     assert lanes.join(window(0, "bulk"), 4) == []
     assert ids(lanes.take(1, 4)) == [2]
@@ -52,7 +52,7 @@ def test_a_long_request_does_not_grow_before_a_short_one() -> None:
 
 def test_short_requests_cut_in() -> None:
     """Between two windows of a long request a worker decodes short ones of a kind, unless another one has time."""
-    lanes = Lanes()
+    lanes = ReadyQueue()
     lanes.add([window(1, "bulk"), window(2), window(3, temperature=0.2), window(4)])
     assert lanes.cut_in(1, 4) == []
     assert ids(lanes.cut_in(0, 4)) == [2, 4]
@@ -63,7 +63,7 @@ def test_short_requests_cut_in() -> None:
 
 def test_nobody_is_passed_over_for_ever() -> None:
     """Beside a stream of short requests that never ends, a long one has its turn after a few batches."""
-    lanes = Lanes()
+    lanes = ReadyQueue()
     lanes.add([window(0, "bulk")])
     for number in range(1, 100):
         lanes.add([window(number)])
@@ -75,7 +75,7 @@ def test_nobody_is_passed_over_for_ever() -> None:
 
 def test_a_batch_is_of_one_kind() -> None:
     """Only windows with the same options share a batch, and idle workers share what is there."""
-    lanes = Lanes()
+    lanes = ReadyQueue()
     lanes.add([window(1), window(2, temperature=0.2), window(3), window(4)])
     assert ids(lanes.take(2, 4)) == [1, 3]
     assert ids(lanes.take(1, 4)) == [2]
@@ -84,7 +84,7 @@ def test_a_batch_is_of_one_kind() -> None:
 
 def test_dropped_windows_are_gone() -> None:
     """A window that was taken cannot be dropped any more; one that waits can."""
-    lanes = Lanes()
+    lanes = ReadyQueue()
     lanes.add([window(1), window(2, "bulk")])
     assert ids(lanes.take(1, 1)) == [1]
     assert lanes.drop(frozenset({1, 2, 3})) == frozenset({2})
@@ -94,7 +94,7 @@ def test_dropped_windows_are_gone() -> None:
 @given(st.lists(lanes_of_windows, max_size=20), st.integers(1, 4), st.integers(1, 5))
 def test_every_window_is_taken_once(found: list[Lane], n_workers: int, limit: int) -> None:
     """Whatever waits is taken, once, in batches within the limit."""
-    lanes = Lanes()
+    lanes = ReadyQueue()
     lanes.add([window(number, lane) for number, lane in enumerate(found)])
     taken: list[int] = []
     while lanes.open:

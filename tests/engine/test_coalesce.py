@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from whisperd.engine.cuda.coalesce import Together
+from whisperd.engine.cuda.coalesce import Coalescer
 
 PATIENCE_S = 20.0
 
@@ -37,7 +37,7 @@ class Slow:
         return [2 * question for question in questions]
 
 
-class Counted(Together[int, int]):
+class Counted(Coalescer[int, int]):
     """Tells how many have come to wait."""
 
     def waiting(self) -> int:
@@ -126,6 +126,6 @@ def test_many_threads() -> None:
         finally:
             busy.release()
 
-    together: Together[int, int] = Together(answer, size=lambda _: 1, most=5)
+    together: Coalescer[int, int] = Coalescer(answer, size=lambda _: 1, most=5)
     with ThreadPoolExecutor(16) as pool:
         assert list(pool.map(together, range(2000), timeout=PATIENCE_S)) == list(range(1, 2001))

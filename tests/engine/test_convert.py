@@ -12,7 +12,8 @@ from tests.engine.test_contract import decode
 from tests.support.hf_export import export
 from tests.support.speech import Clip, plain
 from whisperd.engine.base import DecodeRequest, Hypothesis
-from whisperd.engine.checkpoints.convert import converted, is_ctranslate2, is_huggingface
+from whisperd.engine.checkpoints import converted
+from whisperd.engine.checkpoints.safetensors import is_ctranslate2, is_huggingface
 from whisperd.engine.factory import EngineSettings, open_engine
 from whisperd.errors import SourceError
 from whisperd.speech.tokenizer import Vocabulary

@@ -19,7 +19,7 @@ from whisperd.speech.units import SAMPLE_RATE_HZ
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
-from whisperd.engine.checkpoints.reader import Checkpoint
+from whisperd.engine.checkpoints import Checkpoint
 from whisperd.engine.cuda.engine import CudaEngine
 from whisperd.engine.cuda.rows import RowPlan, Rows
 from whisperd.engine.cuda.runner import Runner

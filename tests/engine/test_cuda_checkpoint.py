@@ -14,8 +14,8 @@ from safetensors.numpy import save_file
 
 from benchmarks.random_whisper import SHAPES
 from tests.support.hf_export import export
-from whisperd.engine.checkpoints import reader as checkpoint
-from whisperd.engine.checkpoints.convert import converted
+from whisperd.engine import checkpoints as checkpoint
+from whisperd.engine.checkpoints import converted
 from whisperd.engine.cuda import memory
 from whisperd.engine.devices import fp8_obstacle, obstacle
 from whisperd.engine.factory import EngineSettings, open_engine

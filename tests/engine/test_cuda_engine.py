@@ -25,7 +25,7 @@ from whisperd.speech.units import Samples
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
-from whisperd.engine.checkpoints.reader import Checkpoint, Shape
+from whisperd.engine.checkpoints import Checkpoint, Shape
 from whisperd.engine.cuda.engine import CudaEngine
 from whisperd.engine.cuda.rows import RowPlan, RowText
 from whisperd.engine.cuda.runner import Runner

@@ -15,13 +15,13 @@ from tests.engine.test_cuda_engine import audio, talkative
 from tests.speech.test_tokenizer import multilingual
 from tests.support.hf_export import Tensors, write_shards
 from whisperd.engine.base import DecodeRequest, Engine, Hypothesis, Window
-from whisperd.engine.checkpoints.convert import converted
+from whisperd.engine.checkpoints import converted
 from whisperd.engine.cpu.engine import Ct2Engine
 from whisperd.speech.tokenizer import Vocabulary
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
-from whisperd.engine.checkpoints.reader import Checkpoint
+from whisperd.engine.checkpoints import Checkpoint
 from whisperd.engine.cuda.engine import CudaEngine
 
 torch.set_num_threads(1)

@@ -21,7 +21,7 @@ from whisperd.engine.cuda.runner import Runner
 
 COMPARED = """
 import torch
-from whisperd.engine.cuda.attention import Scales, gathered
+from whisperd.engine.cuda.caches import Scales, gathered
 from whisperd.engine.cuda.kernels import slotted
 
 torch.manual_seed(0)

@@ -18,8 +18,7 @@ from whisperd.speech.units import WINDOW_SAMPLES
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
-from whisperd.engine.cuda.attention import FP8, in_full
-from whisperd.engine.cuda.caches import Caches
+from whisperd.engine.cuda.caches import FP8, Caches, in_full
 from whisperd.engine.cuda.engine import CudaEngine
 
 torch.set_num_threads(1)

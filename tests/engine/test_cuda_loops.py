@@ -20,7 +20,7 @@ from whisperd.speech.units import SAMPLE_RATE_HZ
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
 from whisperd.engine.cuda.engine import CudaEngine
-from whisperd.engine.cuda.loops import PERIOD_MAX_TOKENS, REPEATED_MIN_TOKENS, ROUNDS_MIN, Loops
+from whisperd.engine.cuda.rules import PERIOD_MAX_TOKENS, REPEATED_MIN_TOKENS, ROUNDS_MIN, Loops
 
 TIME = 1000  # stands for any timestamp
 THRESHOLD = 2.4

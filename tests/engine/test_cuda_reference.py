@@ -21,10 +21,10 @@ from whisperd.speech.units import SAMPLE_RATE_HZ, Samples
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
-from whisperd.engine.checkpoints import reader as checkpoint
+from whisperd.engine import checkpoints as checkpoint
 from whisperd.engine.cuda.caches import Caches
+from whisperd.engine.cuda.device import DeviceLogMel
 from whisperd.engine.cuda.engine import CudaEngine
-from whisperd.engine.cuda.mel import DeviceLogMel
 from whisperd.engine.cuda.model import Decoder, Encoder
 from whisperd.engine.cuda.rows import RowPlan
 from whisperd.engine.cuda.runner import Runner

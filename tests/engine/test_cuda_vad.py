@@ -21,8 +21,8 @@ from whisperd.engine.base import Engine
 from whisperd.engine.cuda.onnxfile import initializers
 from whisperd.engine.factory import EngineSettings
 from whisperd.engine.process import ChildEngine
-from whisperd.engine.resilient.detector import LastingNetwork
-from whisperd.engine.resilient.engine import LastingEngine
+from whisperd.engine.resilient.detector import FallbackDetector
+from whisperd.engine.resilient.engine import ResilientEngine
 from whisperd.engine.resilient.reopener import Openers
 from whisperd.errors import EngineError, SourceError
 from whisperd.metrics import ModelMeter
@@ -180,12 +180,12 @@ def test_the_cpu_hears_for_a_dead_engine(snapshot: Path, detector: SpeechDetecto
     samples = clips["instruct"].samples()[: 20 * SAMPLE_RATE_HZ]
     expected = SpeechStream(detector).feed(samples)
     engine = ChildEngine(partial(openers.cuda, snapshot), stall_timeout_s=PATIENCE_S)
-    lasting = LastingEngine(engine, Openers(main=lambda: engine), name="x")
+    lasting = ResilientEngine(engine, Openers(main=lambda: engine), name="x")
     try:
-        stream = SpeechStream(LastingNetwork(lasting, detector))
+        stream = SpeechStream(FallbackDetector(lasting, detector))
         first = stream.feed(samples[: 10 * SAMPLE_RATE_HZ])
-        assert engine.info.pid is not None
-        os.kill(engine.info.pid, signal.SIGKILL)
+        assert engine.health.pid is not None
+        os.kill(engine.health.pid, signal.SIGKILL)
         found = np.concatenate([first, stream.feed(samples[10 * SAMPLE_RATE_HZ :])])
     finally:
         lasting.close()

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tests.engine.test_contract import decode
 from tests.support.speech import Clip
 from whisperd.engine.base import DecodeRequest
-from whisperd.engine.cpu.encoder_cache import Kept
+from whisperd.engine.cpu.encoder import EncoderCache
 from whisperd.engine.cpu.engine import Ct2Engine
 from whisperd.engine.cpu.unpadded import ShortWindows
 from whisperd.speech.tokenizer import Vocabulary
@@ -23,7 +23,7 @@ from whisperd.speech.tokenizer import Vocabulary
 @given(st.integers(1, 4), st.lists(st.tuples(st.one_of(st.none(), st.integers(0, 6)), st.sampled_from([100, 3000]))))
 def test_the_last_ones_are_kept(most: int, audios: list[tuple[int | None, int]]) -> None:
     """As many as there is room for, each with its own states, and never what has no number."""
-    kept = Kept(most)
+    kept = EncoderCache(most)
     for place, (audio, n_frames) in enumerate(audios):
         kept.put(audio, n_frames, np.full((1, 1, 1), place, np.float32))
     assert kept.get(None, 3000) is None

@@ -44,8 +44,8 @@ def ones(n_samples: int) -> Samples:
 
 
 def pid_of(engine: ChildEngine) -> int:
-    assert engine.info.pid is not None
-    return engine.info.pid
+    assert engine.health.pid is not None
+    return engine.health.pid
 
 
 def alive(pid: int) -> bool:
@@ -120,7 +120,7 @@ def test_close_ends_the_process(echo: ChildEngine) -> None:
 def test_death_is_noticed_while_idle(echo: ChildEngine) -> None:
     """Whoever listens is told at once, and ``step`` says how it died."""
     told = threading.Event()
-    echo.on_news(told.set)
+    echo.on_wake(told.set)
     os.kill(pid_of(echo), signal.SIGKILL)
     assert told.wait(PATIENCE_S)
     with pytest.raises(EngineError, match=r"was killed \(SIGKILL\): out of memory\?"):

@@ -11,8 +11,8 @@ import pytest
 
 from tests.support.fakes import FakeEngine, written
 from tests.support.speech import silence
-from whisperd.engine.base import DecodeRequest, EngineInfo, Hypothesis, Outcome, Window, WindowFailure
-from whisperd.engine.resilient.engine import LastingEngine
+from whisperd.engine.base import DecodeRequest, EngineHealth, EngineInfo, Hypothesis, Outcome, Window, WindowFailure
+from whisperd.engine.resilient.engine import ResilientEngine
 from whisperd.engine.resilient.reopener import Openers
 from whisperd.errors import EngineError, ModelLoading
 from whisperd.metrics import ModelMeter
@@ -78,6 +78,7 @@ class Device(FakeEngine):
         self.machine = machine
         self.broken = False
         info = self.info
+        self.health = EngineHealth()
         self.info = EngineInfo(
             engine=info.engine,
             device=device,
@@ -104,17 +105,17 @@ def machine(vocabulary: Vocabulary) -> Machine:
     return Machine(vocabulary)
 
 
-Opener = Callable[..., LastingEngine]
+Opener = Callable[..., ResilientEngine]
 
 
 @pytest.fixture
 def opened(machine: Machine) -> Iterator[Opener]:
-    engines: list[LastingEngine] = []
+    engines: list[ResilientEngine] = []
 
-    def open_one(*, stand_in: bool = False, wait_first_s: float = 0.001) -> LastingEngine:
+    def open_one(*, stand_in: bool = False, wait_first_s: float = 0.001) -> ResilientEngine:
         openers = Openers(main=machine.open_gpu, stand_in=machine.open_cpu if stand_in else None)
         engines.append(
-            LastingEngine(machine.open_gpu(), openers, name="x", meter=machine.meter, wait_first_s=wait_first_s)
+            ResilientEngine(machine.open_gpu(), openers, name="x", meter=machine.meter, wait_first_s=wait_first_s)
         )
         return engines[-1]
 
@@ -123,11 +124,11 @@ def opened(machine: Machine) -> Iterator[Opener]:
         engine.close()
 
 
-def admit(engine: LastingEngine, *keys: int) -> None:
+def admit(engine: ResilientEngine, *keys: int) -> None:
     engine.admit([Window(id=key, samples=silence(1.0), request=DecodeRequest()) for key in keys])
 
 
-def until(engine: LastingEngine, condition: Callable[[dict[int, Outcome]], object]) -> dict[int, Outcome]:
+def until(engine: ResilientEngine, condition: Callable[[dict[int, Outcome]], object]) -> dict[int, Outcome]:
     """Steps until it is true of what came out."""
     found: dict[int, Outcome] = {}
     deadline_s = time.monotonic() + PATIENCE_S
@@ -153,23 +154,23 @@ def test_windows_survive_their_engine(machine: Machine, opened: Opener) -> None:
     machine.break_gpu(for_good=False)
     found = until(engine, lambda found: len(found) == 3)
     assert texts(machine, found) == {1: "cuda", 2: "cuda", 3: "cuda"}
-    assert (machine.meter.died, machine.meter.restarted, engine.info.restarts, len(machine.opened)) == (1, 1, 1, 2)
+    assert (machine.meter.died, machine.meter.restarted, engine.health.restarts, len(machine.opened)) == (1, 1, 1, 2)
     assert machine.opened[0].closed
-    assert engine.info.outage == engine.info.fallback == ""
+    assert engine.health.outage == engine.health.fallback == ""
 
 
 def test_it_comes_back_without_a_window(machine: Machine, opened: Opener) -> None:
     """One ``step`` notices the death; who listens is told when there is something to do again."""
     engine = opened()
     told = threading.Event()
-    engine.on_news(told.set)
+    engine.on_wake(told.set)
     told.clear()
     machine.break_gpu(for_good=False)
     engine.step()
     assert told.wait(PATIENCE_S)
-    assert "illegal memory access" in engine.info.outage
+    assert "illegal memory access" in engine.health.outage
     engine.step()
-    assert engine.info.outage == ""
+    assert engine.health.outage == ""
 
 
 def test_cancelled_windows_do_not_come_back(machine: Machine, opened: Opener) -> None:
@@ -200,7 +201,7 @@ def test_clients_are_told_when_it_does_not_come_back(machine: Machine, opened: O
         assert "the GPU fell off the bus" in str(outcome.error)
         assert 1 <= outcome.error.retry_after_s < 130
     machine.gpu_works = True
-    until(engine, lambda _: not engine.info.outage)
+    until(engine, lambda _: not engine.health.outage)
     admit(engine, 3)
     assert texts(machine, until(engine, lambda found: 3 in found)) == {3: "cuda"}
 
@@ -235,13 +236,13 @@ def test_a_stand_in_serves_until_the_gpu_is_back(machine: Machine, opened: Opene
     machine.break_gpu()
     found = until(engine, lambda found: len(found) == 2)
     assert texts(machine, found) == {1: "cpu", 2: "cpu"}
-    assert (engine.info.device, engine.info.fallback) == ("cpu", "the GPU fell off the bus")
+    assert (engine.info.device, engine.health.fallback) == ("cpu", "the GPU fell off the bus")
     machine.gate.clear()
     admit(engine, 3)
     engine.step()
     machine.gpu_works = True
     until(engine, lambda _: engine.info.device == "cuda")
-    assert engine.info.fallback == ""
+    assert engine.health.fallback == ""
     admit(engine, 4)
     engine.step()
     stand_in = machine.opened[1]
@@ -269,7 +270,7 @@ def test_the_stand_in_dies_too(machine: Machine, opened: Opener) -> None:
     """Another one takes its place and its windows."""
     engine = opened(stand_in=True, wait_first_s=0.05)
     machine.break_gpu()
-    until(engine, lambda _: engine.info.fallback)
+    until(engine, lambda _: engine.health.fallback)
     admit(engine, 1)
     machine.opened[-1].broken = True
     assert texts(machine, until(engine, lambda found: 1 in found)) == {1: "cpu"}
@@ -301,7 +302,7 @@ def test_closed_while_it_is_opened_again(machine: Machine) -> None:
         assert may_open.wait(PATIENCE_S)
         return machine.open("cuda")
 
-    engine = LastingEngine(machine.open_gpu(), Openers(main=slow), name="x")
+    engine = ResilientEngine(machine.open_gpu(), Openers(main=slow), name="x")
     machine.break_gpu()
     engine.step()
     assert begun.wait(PATIENCE_S)

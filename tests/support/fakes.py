@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
-from whisperd.engine.base import STEP_S, EngineInfo, Hypothesis, Outcome, TokenTime, Window, WindowFailure
-from whisperd.engine.cpu.batch_limit import BatchLimit
+from whisperd.engine.base import STEP_S, EngineHealth, EngineInfo, Hypothesis, Outcome, TokenTime, Window, WindowFailure
+from whisperd.engine.cpu.batching import AdaptiveBatchLimit
 from whisperd.errors import OutOfMemory
 from whisperd.metrics import ModelMeter
 from whisperd.speech.tokenizer import Vocabulary
@@ -37,7 +37,8 @@ class FakeEngine:
         self._running: list[Window] = []
         self._slots = slots
         self._room = slots if room is None else room
-        self._limit = BatchLimit(slots, meter)
+        self._limit = AdaptiveBatchLimit(slots, meter)
+        self.health = EngineHealth()
         self.info = EngineInfo(
             engine="fake",
             device="cpu",

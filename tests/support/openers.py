@@ -12,7 +12,7 @@ import ctranslate2
 import numpy as np
 from numpy.typing import NDArray
 
-from whisperd.engine.base import Engine, EngineInfo, Hypothesis, Outcome, Window
+from whisperd.engine.base import Engine, EngineHealth, EngineInfo, Hypothesis, Outcome, Window
 from whisperd.engine.cpu.engine import Ct2Engine
 from whisperd.errors import OutOfMemory, SourceError
 from whisperd.metrics import ModelMeter
@@ -98,6 +98,7 @@ class Echo:
     """Answers each window with its number of samples as the only token, and says what is asked of it by its length."""
 
     def __init__(self) -> None:
+        self.health = EngineHealth()
         self.info = EngineInfo(
             engine="echo", device="cpu", compute_type="float32", multilingual=False, languages=("en",), slots=8
         )

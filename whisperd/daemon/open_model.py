@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from whisperd.engine.base import DecodeRequest, Engine, Hearing, Outcome, Window, WindowFailure
+from whisperd.engine.base import DecodeRequest, Engine, HasDetector, Outcome, Window, WindowFailure
 from whisperd.engine.factory import EngineSettings, open_engine
-from whisperd.engine.resilient.detector import LastingNetwork
-from whisperd.engine.resilient.engine import LastingEngine
+from whisperd.engine.resilient.detector import FallbackDetector
+from whisperd.engine.resilient.engine import ResilientEngine
 from whisperd.engine.resilient.reopener import Open, Openers
 from whisperd.errors import EngineError, OutOfMemory
 from whisperd.metrics import ModelMeter
@@ -72,15 +72,15 @@ def load(
     lasting = _lasting(name, opened, settings, meter, beside=beside)
     info, took_s = lasting.info, time.monotonic() - started_s
     log.info("model %s ready on %s (%s) in %.1f s", name, info.device, info.compute_type, took_s)
-    if info.fallback:
-        log.warning("model %s is served by the cpu instead of the GPU: %s", name, info.fallback)
-    batcher, network = Batcher(lasting, name=name, meter=meter), LastingNetwork(lasting, detector)
+    if fallback := lasting.health.fallback:
+        log.warning("model %s is served by the cpu instead of the GPU: %s", name, fallback)
+    batcher, network = Batcher(lasting, name=name, meter=meter), FallbackDetector(lasting, detector)
     return LoadedModel(name=name, vocabulary=vocabulary, batcher=batcher, detector=network)
 
 
 def _lasting(
     name: str, opened: OpenWith, settings: EngineSettings, meter: ModelMeter, *, beside: bool
-) -> LastingEngine:
+) -> ResilientEngine:
     stand_in = partial(_fitting, name, opened, on_cpu(settings), meter)
     has_stand_in = settings.cpu_fallback and settings.device != "cpu"
     first = partial(opened, settings) if beside else partial(_fitting, name, opened, settings, meter)
@@ -90,7 +90,7 @@ def _lasting(
         settings = replace(settings, device="cuda")  # when a GPU that was there is gone, it is lost, also for "auto"
     main = partial(_fitting, name, opened, settings, meter)
     openers = Openers(main=main, stand_in=stand_in if has_stand_in and (on_gpu or lost) else None)
-    return LastingEngine(engine, openers, name=name, lost=lost, meter=meter)
+    return ResilientEngine(engine, openers, name=name, lost=lost, meter=meter)
 
 
 def _first(main: Open, stand_in: Open | None, *, beside: bool) -> tuple[Engine, str]:
@@ -141,7 +141,7 @@ def _proven(name: str, engine: Engine) -> Engine:
 
 def _warm_up(name: str, engine: Engine) -> None:
     silence, request = np.zeros(SAMPLE_RATE_HZ, np.float32), DecodeRequest(language="en")
-    if isinstance(engine, Hearing) and engine.detector is not None:
+    if isinstance(engine, HasDetector) and engine.detector is not None:
         SpeechStream(engine.detector).feed(silence)
     engine.admit([Window(id=FIRST_WINDOW, samples=silence, request=request)])
     outcome: Outcome | None = None

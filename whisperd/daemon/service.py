@@ -193,7 +193,7 @@ class DaemonService:
             device=info.device,
             compute_type=info.compute_type,
             loaded=not failure_of(model),
-            fallback=bool(info.fallback),
+            fallback=bool(model.batcher.health.fallback),
             waiting=load.waiting,
             running=load.running,
             memory_bytes=model.memory_bytes,
@@ -209,7 +209,7 @@ class DaemonService:
         if found is None or failure_of(found):
             return None
         info = found.batcher.info
-        return f"{info.device} (fallback)" if info.fallback else info.device
+        return f"{info.device} (fallback)" if found.batcher.health.fallback else info.device
 
     def default_options(self) -> Options:
         """How a request without parameters is decoded."""
@@ -271,13 +271,14 @@ class DaemonService:
         model = self._registry.served.models.get(card.id)
         if model is None:
             return common | {"loaded": False, "failure": None}
-        info, load, failure = model.batcher.info, model.batcher.load, failure_of(model)
+        info, health, load = model.batcher.info, model.batcher.health, model.batcher.load
+        failure = failure_of(model)
         return common | {
             "loaded": not failure,
             "failure": failure or None,
-            "fallback": info.fallback or None,
-            "engine_pid": info.pid,
-            "engine_restarts": info.restarts,
+            "fallback": health.fallback or None,
+            "engine_pid": health.pid,
+            "engine_restarts": health.restarts,
             "memory_bytes": model.memory_bytes,
             "engine": info.engine,
             "device": info.device,
@@ -350,4 +351,4 @@ class DaemonService:
 
 def failure_of(model: LoadedModel) -> str:
     """Why a model in memory does not serve at the moment; empty when it does."""
-    return str(model.batcher.failure or model.batcher.info.outage)
+    return str(model.batcher.failure or model.batcher.health.outage)

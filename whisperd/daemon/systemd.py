@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 
 from whisperd.daemon.registry import Registry, Served
 from whisperd.daemon.service import State
-from whisperd.engine.base import EngineInfo
+from whisperd.engine.base import EngineHealth, EngineInfo
 from whisperd.notify import Notifier
 from whisperd.store.reconcile import Progress
 from whisperd.transcription.batcher import Batcher
@@ -105,7 +105,7 @@ class Supervision:
 
     def _moves(self, batcher: Batcher) -> bool:
         """An engine in a process of its own is replaced when it hangs; for one in here the whole daemon has to be."""
-        is_here = batcher.info.pid is None and not batcher.info.outage
+        is_here = batcher.health.pid is None and not batcher.health.outage
         return batcher.failure is None and (not is_here or batcher.load.stalled_s < self._engine_stall_s)
 
 
@@ -118,14 +118,15 @@ def status_line(state: State, served: Served) -> str:
 
 def serving_text(served: Served) -> str:
     """The loaded models and where they compute."""
-    return "serving " + ", ".join(_model_text(name, model.batcher.info) for name, model in served.models.items())
+    batchers = {name: model.batcher for name, model in served.models.items()}
+    return "serving " + ", ".join(_model_text(name, one.info, one.health) for name, one in batchers.items())
 
 
-def _model_text(name: str, info: EngineInfo) -> str:
-    if info.outage:
-        return f"{name} DOWN ({info.outage[:ERROR_CHARS]})"
+def _model_text(name: str, info: EngineInfo, health: EngineHealth) -> str:
+    if health.outage:
+        return f"{name} DOWN ({health.outage[:ERROR_CHARS]})"
     place = f"{info.device}, {info.compute_type}"
-    return f"{name} ({place}, fallback: {info.fallback[:ERROR_CHARS]})" if info.fallback else f"{name} ({place})"
+    return f"{name} ({place}, fallback: {health.fallback[:ERROR_CHARS]})" if health.fallback else f"{name} ({place})"
 
 
 def queue_text(state: State, served: Served) -> str:

@@ -1,7 +1,10 @@
-"""What an engine is: windows go in, hypotheses come out. The same contract for the CPU and the GPU.
+"""The contract of an engine, the same for the CPU and the GPU: windows go in, hypotheses come out.
 
-An engine owns weights, tokenizer ids and device memory. It knows nothing of requests, files or fairness. One thread
-drives it: ``admit`` up to ``free_slots`` windows, call ``step``, repeat.
+An engine owns weights, tokenizer ids and device memory, and knows nothing of requests or files. One thread drives it:
+``admit`` up to ``free_slots`` windows, call ``step``, repeat.
+
+Fairness between requests is decided outside, in ``transcription.scheduler``. Inside, an engine orders the windows that
+it has admitted by ``Window.lane``: interactive ones first, and bulk windows after a bounded number of those.
 """
 
 from __future__ import annotations
@@ -16,20 +19,20 @@ from numpy.typing import NDArray
 from whisperd.speech.transcript import Task
 from whisperd.speech.vad import SpeechNetwork
 
-STEP_S = 0.05  # new windows wait no longer than this to be looked at
-Lane = Literal["interactive", "bulk"]  # whose window it is: that of a short request, or of a long one
+STEP_S = 0.05  # one ``step`` lasts about this long at most: new windows are admitted between two steps
+Lane = Literal["interactive", "bulk"]  # a window of a short request, or of a long one
 
 MAX_NEW_TOKENS = 224  # half of the decoder's 448 positions, as in openai-whisper's sample_len
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeRequest:
-    """How one window is to be decoded; windows with equal requests may share a batch.
+    """Options for decoding one window; windows with equal requests may share a batch.
 
-    ``language`` None asks a multilingual model to detect it, among ``languages`` when there are any. ``prompt_tokens``
-    are previous-text tokens without ``<|startofprev|>``. ``temperature`` 0 is greedy (or ``beam_size`` beams), above 0
-    samples ``best_of`` times. A text that repeats itself and compresses better than ``compression_ratio_threshold`` may
-    be broken off; None: never.
+    ``language`` None makes a multilingual model detect it, among ``languages`` if any are given. ``prompt_tokens`` are
+    previous-text tokens without ``<|startofprev|>``. ``temperature`` 0 is greedy (or ``beam_size`` beams), above 0
+    samples ``best_of`` times. The engine may stop a text that repeats itself and compresses better than
+    ``compression_ratio_threshold``; None: never.
     """
 
     task: Task = "transcribe"
@@ -47,10 +50,9 @@ class DecodeRequest:
 class Window:
     """One piece of audio to decode.
 
-    ``samples``: float32 [n], mono 16 kHz, 0 < n <= WINDOW_SAMPLES; the engine pads with silence to 30 s. An engine
-    whose batches run to their end decodes interactive windows first and apart. ``audio``: windows of one engine with an
-    equal number have the same samples, as those that are decoded again; what the engine still knows of them it need not
-    compute anew. None: it will not come again.
+    ``samples``: float32 [n], mono 16 kHz, 0 < n <= WINDOW_SAMPLES; the engine pads with silence to 30 s. ``lane``: the
+    engine decodes interactive windows first. ``audio``: windows with an equal number have the same samples, for
+    example those that are decoded again, so that the engine may reuse their encoder states; None: decoded once.
     """
 
     id: int
@@ -62,7 +64,7 @@ class Window:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenTime:
-    """When one text token is spoken: seconds from the start of the window, and its probability."""
+    """The time of one text token, in seconds from the start of the window, and its probability."""
 
     token: int
     start_s: float
@@ -72,12 +74,12 @@ class TokenTime:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hypothesis:
-    """What the model read in one window.
+    """The text of one window.
 
     ``tokens``: sampled ids with timestamp tokens, without the prefix and the end token. ``avg_logprob``: sum of the
     tokens' natural log probabilities over ``len(tokens) + 1``, as in openai-whisper. ``alignment``: one entry per
-    text token (id below the end token), in order, when word times were asked for. ``halvings``: how often its batch
-    was halved because the memory was not enough. ``looped``: it was broken off while it repeated itself.
+    text token (id below the end token), in order, if word times were requested. ``halvings``: how often its batch was
+    halved for lack of memory. ``looped``: the engine stopped it while it repeated itself.
     """
 
     window_id: int
@@ -94,7 +96,7 @@ class Hypothesis:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WindowFailure:
-    """A window that could not be decoded, with the reason; the engine itself goes on."""
+    """A window that could not be decoded, with the reason; the engine continues."""
 
     window_id: int
     error: Exception
@@ -105,12 +107,9 @@ Outcome = Hypothesis | WindowFailure
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineInfo:
-    """Facts for status, logs and responses.
+    """Constant facts about a loaded model, for status, logs and responses.
 
-    Of its ``slots``, ``spare_slots`` are for interactive windows alone: an engine that has some lets these go first.
-    ``pid`` is that of an engine in a process of its own, ``restarts`` how often an engine took the
-    place of one that had died. ``fallback`` says why this engine serves instead of one on a GPU, and ``outage`` why
-    nothing serves at the moment; both are empty when all is well.
+    Of its ``slots``, ``spare_slots`` are reserved for interactive windows: an engine that has some decodes these first.
     """
 
     engine: str
@@ -120,6 +119,17 @@ class EngineInfo:
     languages: tuple[str, ...]
     slots: int
     spare_slots: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineHealth:
+    """The state of an engine, which changes while it serves.
+
+    ``pid`` is the process of an engine that runs in its own, ``restarts`` the number of engines that replaced a failed
+    one. ``fallback`` is the reason why this engine serves instead of one on a GPU, ``outage`` the reason why no engine
+    serves now; both are empty otherwise.
+    """
+
     pid: int | None = None
     restarts: int = 0
     fallback: str = ""
@@ -127,11 +137,16 @@ class EngineInfo:
 
 
 class Engine(Protocol):
-    """The seam between whisperd and whatever runs the model. Not thread-safe, except ``info``."""
+    """The seam between whisperd and whatever runs the model. Not thread-safe, except ``info`` and ``health``."""
 
     @property
     def info(self) -> EngineInfo:
         """Constant facts about the loaded model."""
+        ...
+
+    @property
+    def health(self) -> EngineHealth:
+        """Its state now."""
         ...
 
     @property
@@ -144,11 +159,11 @@ class Engine(Protocol):
         ...
 
     def step(self) -> Sequence[Outcome]:
-        """Works or waits for a moment, at most about ``STEP_S``; returns what is finished, if anything."""
+        """Works or waits at most about ``STEP_S``; returns the finished windows."""
         ...
 
     def cancel(self, window_ids: frozenset[int]) -> None:
-        """Forgets these windows as soon as the engine can; they may still come out of ``step``."""
+        """Drops these windows as soon as the engine can; ``step`` may still return them."""
         ...
 
     def close(self) -> None:
@@ -157,19 +172,19 @@ class Engine(Protocol):
 
 
 @runtime_checkable
-class Restless(Protocol):
-    """An engine in which something may happen while no window is inside, and which wants a ``step`` then."""
+class Wakeable(Protocol):
+    """An engine that may need a ``step`` while no window is inside."""
 
-    def on_news(self, nudge: Callable[[], None]) -> None:
-        """``nudge`` is called from any thread, and must return at once."""
+    def on_wake(self, wake: Callable[[], None]) -> None:
+        """Sets the callback for that moment; it is called from any thread and must return at once."""
         ...
 
 
 @runtime_checkable
-class Hearing(Protocol):
-    """An engine that may also find speech, where its device does it faster than the CPU."""
+class HasDetector(Protocol):
+    """An engine that may bring a voice detector, where its device is faster than the CPU."""
 
     @property
     def detector(self) -> SpeechNetwork | None:
-        """The one on its device, used from any thread beside ``step``; None: it has no better one than the CPU's."""
+        """The detector on its device, used from any thread beside ``step``; None: the CPU's is as good."""
         ...

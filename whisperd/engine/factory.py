@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Literal
 
 from whisperd.engine.base import Engine
-from whisperd.engine.checkpoints.convert import converted, is_ctranslate2, is_huggingface
+from whisperd.engine.checkpoints import converted
+from whisperd.engine.checkpoints.safetensors import is_ctranslate2, is_huggingface
 from whisperd.engine.cpu.encoder import Encode
 from whisperd.engine.cpu.unpadded import ShortWindows
 from whisperd.engine.devices import absence, obstacle

@@ -16,7 +16,16 @@ from queue import SimpleQueue
 import numpy as np
 from numpy.typing import NDArray
 
-from whisperd.engine.base import DecodeRequest, Engine, EngineInfo, Outcome, Restless, Window, WindowFailure
+from whisperd.engine.base import (
+    DecodeRequest,
+    Engine,
+    EngineHealth,
+    EngineInfo,
+    Outcome,
+    Wakeable,
+    Window,
+    WindowFailure,
+)
 from whisperd.errors import Cancelled, EngineError, Error
 from whisperd.metrics import ModelMeter
 from whisperd.transcription.scheduler import Scheduler, Turn
@@ -103,13 +112,18 @@ class Batcher:
         self.failure: Error | None = None
         self._thread = threading.Thread(target=self._run, name=f"batcher-{name}", daemon=True)
         self._thread.start()
-        if isinstance(engine, Restless):
-            engine.on_news(self._look)
+        if isinstance(engine, Wakeable):
+            engine.on_wake(self._look)
 
     @property
     def info(self) -> EngineInfo:
         """Facts about the engine."""
         return self._engine.info
+
+    @property
+    def health(self) -> EngineHealth:
+        """The state of the engine."""
+        return self._engine.health
 
     @property
     def load(self) -> Load:

@@ -7,38 +7,22 @@ fused, and key projections have no bias in Whisper.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from whisperd.engine.checkpoints.safetensors import BLANK_TOKEN, Tensors, json_object, tensors, weight_files
 from whisperd.errors import DiskFull, SourceError
 from whisperd.speech.units import TIMESTAMP_STEP_S
 
 log = logging.getLogger(__name__)
-
-Tensors = Mapping[str, NDArray[Any]]
-
-DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16}
-BFLOAT16 = "BF16"
-BLANK_TOKEN = 220  # a lone space: never the first token of a text, in every release of Whisper
-
-
-def is_ctranslate2(snapshot: Path) -> bool:
-    """True for a directory that CTranslate2 loads as it is."""
-    return (snapshot / "model.bin").is_file()
-
-
-def is_huggingface(snapshot: Path) -> bool:
-    """True for a directory in the layout of transformers, with safetensors weights."""
-    return (snapshot / "config.json").is_file() and bool(_weight_files(snapshot))
 
 
 def converted(snapshot: Path, work_dir: Path, quantization: str) -> Path:
@@ -75,7 +59,7 @@ def _identity(snapshot: Path) -> str:
     """Repository and commit inside a Hugging Face cache; elsewhere a digest that changes with the files."""
     if snapshot.parent.name == "snapshots":
         return f"{snapshot.parent.parent.name}--{snapshot.name}"
-    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in _weight_files(snapshot)]
+    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in weight_files(snapshot)]
     digest = hashlib.sha256(repr((str(snapshot), stats)).encode()).hexdigest()
     return f"path--{snapshot.name}--{digest[:16]}"
 
@@ -166,49 +150,6 @@ def _fill(spec: Any, read: _Reader) -> None:
     spec.decoder.projection.weight = spec.decoder.embeddings.weight  # Whisper ties them
 
 
-def _weight_files(snapshot: Path) -> list[Path]:
-    whole = snapshot / "model.safetensors"
-    return [whole] if whole.is_file() else sorted(snapshot.glob("model-*-of-*.safetensors"))
-
-
-def tensors(snapshot: Path) -> dict[str, NDArray[Any]]:
-    """All tensors of a Hugging Face snapshot by name, mapped and not read; raises SourceError."""
-    return {name: tensor for path in _weight_files(snapshot) for name, tensor in _safetensors(path)}
-
-
-def _safetensors(path: Path) -> Iterator[tuple[str, NDArray[Any]]]:
-    """Tensors by name, mapped and not read; bfloat16, which numpy lacks, becomes float32.
-
-    The format: 8 bytes of length, a JSON header of that length, raw little-endian data.
-    """
-    data = np.memmap(path, dtype=np.uint8, mode="r")
-    length = int(data[:8].view("<u8")[0]) if len(data) >= 8 else len(data)
-    if length > len(data) - 8:
-        raise SourceError(f"{path} is not a safetensors file, or cut off")
-    header = json.loads(data[8 : 8 + length].tobytes())
-    body = data[8 + length :]
-    for name, entry in header.items():
-        if name != "__metadata__":
-            start, end = entry["data_offsets"]
-            if end > len(body):
-                raise SourceError(f"{path} is cut off in tensor {name}")
-            yield name, _typed(body[start:end], entry["dtype"], path).reshape(entry["shape"])
-
-
-def bfloat16_as_float32(raw: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """bfloat16 is the upper half of a float32; numpy has no type for it."""
-    widened: NDArray[np.float32] = (raw.view("<u2").astype(np.uint32) << 16).view(np.float32)
-    return widened
-
-
-def _typed(raw: NDArray[np.uint8], dtype: str, path: Path) -> NDArray[Any]:
-    if dtype == BFLOAT16:
-        return bfloat16_as_float32(raw)
-    if dtype not in DTYPES:
-        raise SourceError(f"{path} holds tensors of type {dtype}; expected one of {', '.join([*DTYPES, BFLOAT16])}")
-    return raw.view(DTYPES[dtype])
-
-
 def _vocabulary(snapshot: Path, size: int) -> Sequence[str]:
     """All token strings by id; timestamps, which older tokenizer files lack, get their names."""
     tokenizer = json_object(snapshot / "tokenizer.json")
@@ -216,16 +157,3 @@ def _vocabulary(snapshot: Path, size: int) -> Sequence[str]:
     known.update({token["id"]: token["content"] for token in tokenizer.get("added_tokens", [])})
     first_missing = next((index for index in range(size) if index not in known), size)
     return [known.get(i, f"<|{(i - first_missing) * TIMESTAMP_STEP_S:.2f}|>") for i in range(size)]
-
-
-def json_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, empty where there is no file; raises SourceError."""
-    if not path.is_file():
-        return {}
-    try:
-        parsed = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise SourceError(f"{path} is not JSON: {error}") from error
-    if not isinstance(parsed, dict):
-        raise SourceError(f"{path} holds no JSON object")
-    return parsed

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from whisperd.engine.checkpoints.convert import bfloat16_as_float32
+from whisperd.engine.checkpoints.safetensors import bfloat16_as_float32
 from whisperd.errors import SourceError
 
 Array = NDArray[Any]

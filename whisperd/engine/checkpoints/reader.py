@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from numpy.typing import NDArray
-
 from whisperd.engine.checkpoints import ctranslate2 as ct2file
-from whisperd.engine.checkpoints.convert import BLANK_TOKEN, is_ctranslate2, is_huggingface, json_object, tensors
+from whisperd.engine.checkpoints.safetensors import (
+    BLANK_TOKEN,
+    Tensors,
+    is_ctranslate2,
+    is_huggingface,
+    json_object,
+    tensors,
+)
 from whisperd.errors import SourceError
-
-Tensors = Mapping[str, NDArray[Any]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

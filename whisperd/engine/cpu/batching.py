@@ -1,19 +1,23 @@
-"""Which windows a free worker of an engine takes together. Pure.
+"""Which windows a worker decodes together, and how many of them fit into the memory.
 
-Interactive windows go first and share batches with their like only, and they may cut into a batch of others that is
-still being encoded. But nobody waits for ever: whoever was passed over for a few batches has the next one.
+``ReadyQueue`` forms batches by priority, and is pure. ``AdaptiveBatchLimit`` halves a batch that runs out of memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
-from whisperd.engine.base import DecodeRequest, Window
+from whisperd.engine.base import DecodeRequest, Hypothesis, Outcome, Window, WindowFailure
+from whisperd.errors import OutOfMemory
+from whisperd.metrics import ModelMeter
 
 PASSED_OVER_BATCHES = 2
 
 
-class Lanes:
+class ReadyQueue:
     """Windows that wait inside an engine."""
 
     def __init__(self) -> None:
@@ -78,3 +82,60 @@ def _may_join(window: Window, first: Window) -> bool:
 def batch_key(request: DecodeRequest) -> tuple[object, ...]:
     """What must be equal in a batch: one set of options for all, and all prompts start at one position."""
     return (len(request.prompt_tokens), request.temperature, request.beam_size, request.best_of)
+
+
+log = logging.getLogger(__name__)
+
+GOOD_BATCHES = 64  # so many without trouble, and the limit doubles
+
+Decode = Callable[[Sequence[Window]], Sequence[Hypothesis]]
+
+
+class AdaptiveBatchLimit:
+    """How many windows a batch may have now; at most ``most``. Safe to use from any thread."""
+
+    def __init__(self, most: int, meter: ModelMeter | None = None) -> None:
+        self._most = most
+        self._now = most
+        self._good = 0
+        self._meter = meter or ModelMeter()
+        self._lock = threading.Lock()
+
+    @property
+    def now(self) -> int:
+        """Windows of a batch that is not known to be too much."""
+        return self._now
+
+    def decoded(self, batch: Sequence[Window], decode: Decode) -> Sequence[Outcome]:
+        """Decodes the batch, in halves where it must be; a window that does not even fit alone fails alone.
+
+        Raises whatever ``decode`` raises, but not OutOfMemory.
+        """
+        return self._decoded(batch, decode, 0)
+
+    def _decoded(self, batch: Sequence[Window], decode: Decode, halvings: int) -> Sequence[Outcome]:
+        try:
+            found = decode(batch)
+        except OutOfMemory as error:
+            if len(batch) == 1:
+                return [WindowFailure(window_id=batch[0].id, error=error)]
+            half = self._halve(len(batch))
+        else:
+            self._went_well()
+            return [replace(one, halvings=halvings) if halvings else one for one in found]
+        pieces = (batch[:half], batch[half:])
+        return [outcome for piece in pieces for outcome in self._decoded(piece, decode, halvings + 1)]
+
+    def _halve(self, n_windows: int) -> int:
+        half = n_windows // 2
+        with self._lock:
+            self._now, self._good = min(self._now, max(1, half)), 0
+        log.warning("out of memory with %d windows in a batch; trying %d", n_windows, half)
+        self._meter.count_halving("decode")
+        return half
+
+    def _went_well(self) -> None:
+        with self._lock:
+            self._good += 1
+            if self._good >= GOOD_BATCHES and self._now < self._most:
+                self._now, self._good = min(self._most, 2 * self._now), 0

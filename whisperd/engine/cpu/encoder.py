@@ -1,6 +1,7 @@
-"""Windows to the states that a decoder reads, one window at a time.
+"""Windows to encoder states, one window at a time, and a cache of the states of windows that may be decoded again.
 
-On a CPU a batch is no faster to encode, and needs 400 MB more (tiny.en, two batches of 8).
+On a CPU a batch is no faster to encode, and needs 400 MB more (tiny.en, two batches of 8). A window that fails a
+safeguard is decoded again at another temperature with the same states; encoding is more than half of the work on a CPU.
 """
 
 from __future__ import annotations
@@ -13,13 +14,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from whisperd.engine.base import Window
-from whisperd.engine.cpu.encoder_cache import Kept
 from whisperd.engine.cpu.unpadded import FRAMES_PER_S, STATES, frames_of, joined, quiet_samples
 from whisperd.speech.features import CHUNK_FRAMES, LogMel
 from whisperd.speech.units import Floats
 
 if TYPE_CHECKING:
     import ctranslate2
+
+
+import threading
+from collections import OrderedDict
 
 Encode = Callable[[NDArray[np.float32]], Floats]
 """Log-mel float32 [n_mels, frames] to float32 [1, frames / 2, d_model]; raises RuntimeError or MemoryError."""
@@ -39,7 +43,7 @@ class WindowEncoder:
         self._n_mels = n_mels
         self._log_mel = LogMel(n_mels)
         self._quiet: Floats | None = None
-        self._kept = Kept(kept)
+        self._kept = EncoderCache(kept)
 
     @cached_property
     def width(self) -> int:
@@ -81,3 +85,26 @@ def ctranslate2_encoder(model: ctranslate2.models.Whisper) -> Encode:
         return np.asarray(states.to(ctranslate2.DataType.float32))
 
     return encode
+
+
+class EncoderCache:
+    """The states of the last few pieces of audio, oldest first; safe to use from any thread."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._states: OrderedDict[tuple[int, int], Floats] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, audio: int | None, n_frames: int) -> Floats | None:
+        """What was put for so many frames of this audio, if it is still there."""
+        with self._lock:
+            return None if audio is None else self._states.get((audio, n_frames))
+
+    def put(self, audio: int | None, n_frames: int, states: Floats) -> None:
+        """Keeps states in place of the oldest ones; audio that never comes again is not kept."""
+        if audio is None:
+            return
+        with self._lock:
+            self._states[audio, n_frames] = states
+            while len(self._states) > self._most:
+                self._states.popitem(last=False)

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from whisperd.engine.checkpoints import reader as checkpoints
-from whisperd.engine.checkpoints.reader import Checkpoint
+from whisperd.engine import checkpoints
+from whisperd.engine.checkpoints import Checkpoint
 from whisperd.errors import EngineError, OutOfMemory, SourceError
 from whisperd.speech.units import Floats
 

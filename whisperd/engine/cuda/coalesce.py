@@ -21,7 +21,7 @@ class _Call(Generic[Question, Answer]):
     error: BaseException | None = None
 
 
-class Together(Generic[Question, Answer]):
+class Coalescer(Generic[Question, Answer]):
     """A function of one question, made of a function of several; any number of threads may call it.
 
     It has no thread of its own: who comes while nobody works does the work, and who comes meanwhile waits. Then the

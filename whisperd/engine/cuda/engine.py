@@ -12,14 +12,13 @@ from pathlib import Path
 
 import torch
 
-from whisperd.engine.base import EngineInfo, Outcome, TokenTime, Window, WindowFailure
-from whisperd.engine.checkpoints import reader as checkpoints
+from whisperd.engine import checkpoints
+from whisperd.engine.base import EngineHealth, EngineInfo, Outcome, TokenTime, Window, WindowFailure
 from whisperd.engine.cuda import memory
-from whisperd.engine.cuda.attention import FP8
-from whisperd.engine.cuda.jobs import Job, asks_for_beams
+from whisperd.engine.cuda.caches import FP8
+from whisperd.engine.cuda.jobs import Job, Slot, Slots, asks_for_beams
 from whisperd.engine.cuda.rows import RowPlan, RowText
 from whisperd.engine.cuda.runner import Runner, Spoken
-from whisperd.engine.cuda.slots import Slot, Slots
 from whisperd.engine.cuda.vad import DeviceSpeech
 from whisperd.engine.devices import fp8_obstacle
 from whisperd.errors import EngineError, OutOfMemory
@@ -110,6 +109,11 @@ class CudaEngine:
     def detector(self) -> DeviceSpeech:
         """The voice detector on the same device."""
         return DeviceSpeech(self._runner.device)
+
+    @property
+    def health(self) -> EngineHealth:
+        """Nothing of it changes: a failed engine is replaced from outside."""
+        return EngineHealth()
 
     @property
     def free_slots(self) -> int:

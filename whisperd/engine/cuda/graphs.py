@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from whisperd.engine.cuda.transfer import uploaded
+from whisperd.engine.cuda.device import uploaded
 
 SMALLEST = 8
 

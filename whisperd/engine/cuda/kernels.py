@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from whisperd.engine.cuda.attention import Scales, gathered
+from whisperd.engine.cuda.caches import Scales, gathered
 
 BLOCK = 64  # positions that a program loads at once
 PARTS = 4  # programs for each row and head, so that few rows fill a device too

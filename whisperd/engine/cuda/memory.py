@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from whisperd.engine.checkpoints.reader import Shape
+from whisperd.engine.checkpoints import Shape
 from whisperd.errors import OutOfMemory
 
 SLOTS_MAX = 128  # beyond it the weights are read for so many rows at once that more gain less than a twentieth

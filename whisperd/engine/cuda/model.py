@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from whisperd.engine.cuda.attention import SlotAttention, gathered
-from whisperd.engine.cuda.caches import Caches
+from whisperd.engine.cuda.caches import Caches, SlotAttention, gathered
 from whisperd.engine.cuda.weights import Affine, DecoderLayer, DecoderWeights, EncoderLayer, EncoderWeights
 
 FLOAT16_LIMIT = 64_504.0  # float16's largest less 1000: residuals of large models run over, as transformers found

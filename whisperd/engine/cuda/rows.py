@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from whisperd.engine.base import MAX_NEW_TOKENS
-from whisperd.engine.cuda.loops import Loops
-from whisperd.engine.cuda.rules import History, TokenRules
-from whisperd.engine.cuda.transfer import uploaded
+from whisperd.engine.cuda.device import uploaded
+from whisperd.engine.cuda.rules import History, Loops, TokenRules
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,8 +6,7 @@ Nothing here waits for the device but ``detect``, ``progress``, ``texts``, ``bea
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,20 +15,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from whisperd.engine.base import TokenTime
-from whisperd.engine.checkpoints.reader import Checkpoint
-from whisperd.engine.cuda import dtw, memory
-from whisperd.engine.cuda.alignment import attention_matrix, token_times
-from whisperd.engine.cuda.attention import SlotAttention, gathered
+from whisperd.engine.checkpoints import Checkpoint
+from whisperd.engine.cuda import memory
+from whisperd.engine.cuda.alignment import attention_matrix, first_columns, joined, token_times
 from whisperd.engine.cuda.beams import Beams
-from whisperd.engine.cuda.caches import Caches
+from whisperd.engine.cuda.caches import Caches, SlotAttention, gathered
+from whisperd.engine.cuda.device import DeviceLogMel, uploaded, uploaded_audio
+from whisperd.engine.cuda.failures import translated
 from whisperd.engine.cuda.graphs import FixedSteps, FixedWindows, recorder
-from whisperd.engine.cuda.mel import DeviceLogMel
 from whisperd.engine.cuda.model import Decoder, Encoder
 from whisperd.engine.cuda.rows import RowPlan, Rows, RowText
 from whisperd.engine.cuda.rules import TokenRules
-from whisperd.engine.cuda.transfer import uploaded, uploaded_audio
 from whisperd.engine.cuda.weights import load
-from whisperd.errors import EngineError, OutOfMemory
 from whisperd.speech.features import CHUNK_FRAMES, HOP_SAMPLES
 from whisperd.speech.tokenizer import Vocabulary
 
@@ -273,7 +270,7 @@ class Runner:
         """Paths and probabilities of all texts; the host waits once, for both together."""
         matrices = [self._matrix(text, mine) for text, mine in zip(texts, scores, strict=True)]
         sizes = self._index([list(matrix.shape) for matrix in matrices])
-        starts = dtw.first_columns(-dtw.joined(matrices), sizes[:, 0], sizes[:, 1])
+        starts = first_columns(-joined(matrices), sizes[:, 0], sizes[:, 1])
         probabilities = torch.zeros_like(starts, dtype=torch.float64)
         for place, text, mine in zip(probabilities, texts, states, strict=True):
             place[: len(text.tokens)] = self._probabilities(text, mine)
@@ -296,18 +293,6 @@ class Runner:
 
     def _index(self, numbers: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
         return uploaded(numbers, self.device)
-
-
-@contextmanager
-def translated() -> Iterator[None]:
-    """What torch raises as the errors of whisperd."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise OutOfMemory(f"the device has not enough memory: {error}") from error
-    except RuntimeError as error:
-        exhausted = "can't allocate memory" in str(error) or "out of memory" in str(error).lower()
-        raise (OutOfMemory if exhausted else EngineError)(f"PyTorch failed: {error}") from error
 
 
 def _attention(device: torch.device) -> SlotAttention:

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
 
-from whisperd.engine.cuda.coalesce import Together
+from whisperd.engine.cuda.coalesce import Coalescer
+from whisperd.engine.cuda.failures import translated
 from whisperd.engine.cuda.onnxfile import initializers
-from whisperd.engine.cuda.runner import translated
 from whisperd.speech.units import FRAME_SAMPLES, Floats
 from whisperd.speech.vad import CONTEXT_SAMPLES, STATE_SHAPE, network_bytes
 
@@ -47,7 +47,7 @@ class DeviceSpeech:
         self._device = device
         # a stream of its own: behind the decode steps of the engine a short call would wait for all of them
         self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
-        self._together = Together(self.run_all, size=lambda call: len(call.frames), most=FRAMES_TOGETHER)
+        self._together = Coalescer(self.run_all, size=lambda call: len(call.frames), most=FRAMES_TOGETHER)
         with translated(), self._on_stream():
             self._network = _Network(device)
 

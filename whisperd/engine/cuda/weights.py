@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from whisperd.engine.checkpoints.reader import Checkpoint, Tensors
+from whisperd.engine.checkpoints import Checkpoint
+from whisperd.engine.checkpoints.safetensors import Tensors
 from whisperd.errors import SourceError
 
 

@@ -9,12 +9,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import replace
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from whisperd.engine.base import STEP_S, Engine, EngineInfo, Outcome, Window
-from whisperd.engine.process.messages import Kind, Wire
+from whisperd.engine.base import STEP_S, Engine, EngineHealth, EngineInfo, Outcome, Window
+from whisperd.engine.process.messages import Kind, MessageSocket
 from whisperd.engine.process.process import Process, environment
 from whisperd.errors import EngineError, Error
 from whisperd.metrics import ModelMeter
@@ -52,7 +51,7 @@ class ChildEngine:
         self._turns: SimpleQueue[tuple[Sequence[Outcome], int] | None] = SimpleQueue()
         self._opened: Future[tuple[EngineInfo, Sequence[str]]] = Future()
         self._failure: Error | None = None
-        self._nudge: Callable[[], None] = lambda: None
+        self._wake: Callable[[], None] = lambda: None
         self._inside: set[int] = set()
         self._sent = self._admissible = 0
         self._moved_at_s = time.monotonic()
@@ -61,7 +60,7 @@ class ChildEngine:
         self._lock = threading.Lock()
         self._closed = False
         self._process = Process(environment())
-        self._wire = Wire(self._process.end, send_timeout_s=stall_timeout_s)
+        self._wire = MessageSocket(self._process.end, send_timeout_s=stall_timeout_s)
         self._reader = threading.Thread(target=self._listen, name=f"engine-{self._process.pid}", daemon=True)
         self._reader.start()
         try:
@@ -72,13 +71,14 @@ class ChildEngine:
             if isinstance(error, TimeoutError):
                 raise EngineError(f"the engine's process was not ready after {OPEN_TIMEOUT_S:g} s") from error
             raise
-        self._info = replace(info, pid=self._process.pid)
+        self._info = info
+        self.health = EngineHealth(pid=self._process.pid)
         self._admissible = info.slots
         self.detector = ChildDetector(self) if "detect" in calls else None
 
     @property
     def info(self) -> EngineInfo:
-        """Constant facts about the loaded model, and the process."""
+        """Constant facts about the loaded model."""
         return self._info
 
     @property
@@ -86,11 +86,11 @@ class ChildEngine:
         """How many more windows ``admit`` takes now."""
         return self._admissible - self._sent
 
-    def on_news(self, nudge: Callable[[], None]) -> None:
-        """``nudge`` is called when the process dies, from another thread."""
-        self._nudge = nudge
+    def on_wake(self, wake: Callable[[], None]) -> None:
+        """``wake`` is called when the process dies, from another thread."""
+        self._wake = wake
         if self._failure is not None:
-            nudge()
+            wake()
 
     def admit(self, windows: Sequence[Window]) -> None:
         """Hands windows over. Raises EngineError when the process is gone, or takes nothing."""
@@ -195,7 +195,7 @@ class ChildEngine:
         if not self._opened.done():
             self._opened.set_exception(self._end)
         self._turns.put(None)
-        self._nudge()
+        self._wake()
 
     def _on_opened(self, value: tuple[EngineInfo, Sequence[str]]) -> None:
         self._opened.set_result(value)

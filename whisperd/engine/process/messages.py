@@ -39,7 +39,7 @@ class Message:
     value: Any
 
 
-class Wire:
+class MessageSocket:
     """One end of a stream socket. Any thread may send; one thread receives.
 
     Args:

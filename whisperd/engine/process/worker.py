@@ -23,7 +23,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from whisperd.engine.base import Engine, Outcome, WindowFailure
-from whisperd.engine.process.messages import Message, Wire, portable
+from whisperd.engine.process.messages import Message, MessageSocket, portable
 from whisperd.errors import Error
 from whisperd.metrics import ModelMeter, Stage
 
@@ -45,8 +45,8 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     with contextlib.suppress(OSError):
         OOM_SCORE.write_text(FIRST_TO_GO, encoding="ascii")
-    wire = Wire(socket.socket(fileno=int(sys.argv[-1])))
-    logging.getLogger().addHandler(WireHandler(wire))
+    wire = MessageSocket(socket.socket(fileno=int(sys.argv[-1])))
+    logging.getLogger().addHandler(ForwardingHandler(wire))
     logging.getLogger("whisperd").setLevel(logging.DEBUG)  # the daemon knows what is to be shown, now and later
     code = Worker(wire).run()
     os._exit(code)  # what libraries do at the end takes time, or hangs; the kernel takes everything back anyway
@@ -59,10 +59,10 @@ def die_with_parent() -> None:
     fcntl.fcntl(LIFELINE, fcntl.F_SETFL, fcntl.fcntl(LIFELINE, fcntl.F_GETFL) | os.O_ASYNC)
 
 
-class WireHandler(logging.Handler):
+class ForwardingHandler(logging.Handler):
     """Hands records to the daemon, whose log they are."""
 
-    def __init__(self, wire: Wire) -> None:
+    def __init__(self, wire: MessageSocket) -> None:
         super().__init__()
         self._wire = wire
         self.setFormatter(logging.Formatter())
@@ -73,10 +73,10 @@ class WireHandler(logging.Handler):
             self._wire.send("log", (record.name, record.levelno, self.format(record)))
 
 
-class WireMeter(ModelMeter):
+class ForwardingMeter(ModelMeter):
     """Tells the daemon's meter what the engine tells this one."""
 
-    def __init__(self, wire: Wire) -> None:
+    def __init__(self, wire: MessageSocket) -> None:
         self._wire = wire
 
     def observe_batch(self, n_windows: int, duration_s: float) -> None:
@@ -91,7 +91,7 @@ class WireMeter(ModelMeter):
 class Worker:
     """Opens the engine that it is told to open, and runs it."""
 
-    def __init__(self, wire: Wire) -> None:
+    def __init__(self, wire: MessageSocket) -> None:
         self._wire = wire
         self._inbox: SimpleQueue[Message] = SimpleQueue()
         self._received = 0
@@ -105,7 +105,7 @@ class Worker:
         if first is None:
             return 0
         try:
-            engine: Engine = first.value(WireMeter(self._wire))
+            engine: Engine = first.value(ForwardingMeter(self._wire))
             self._calls = calls_of(engine)
             self._told = engine.free_slots
             self._wire.send("opened", (engine.info, tuple(self._calls)))

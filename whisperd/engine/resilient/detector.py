@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from whisperd.engine.base import Hearing
+from whisperd.engine.base import HasDetector
 from whisperd.errors import EngineError
 from whisperd.speech.units import Floats
 from whisperd.speech.vad import SpeechNetwork
@@ -12,7 +12,7 @@ from whisperd.speech.vad import SpeechNetwork
 log = logging.getLogger(__name__)
 
 
-class LastingNetwork:
+class FallbackDetector:
     """A ``whisperd.speech.vad.SpeechNetwork`` that does not fail with the engine.
 
     The networks give the same within 1e-5 and remember nothing, so each stretch may be heard by another one.
@@ -22,7 +22,7 @@ class LastingNetwork:
         otherwise: takes over what that one cannot do.
     """
 
-    def __init__(self, engine: Hearing, otherwise: SpeechNetwork) -> None:
+    def __init__(self, engine: HasDetector, otherwise: SpeechNetwork) -> None:
         self._engine = engine
         self._otherwise = otherwise
 

@@ -22,15 +22,16 @@ from queue import Empty, SimpleQueue
 from whisperd.engine.base import (
     STEP_S,
     Engine,
+    EngineHealth,
     EngineInfo,
-    Hearing,
+    HasDetector,
     Hypothesis,
     Outcome,
-    Restless,
+    Wakeable,
     Window,
     WindowFailure,
 )
-from whisperd.engine.resilient.reopener import TRIES, WAIT_FIRST_S, Openers, Surgeon, closed
+from whisperd.engine.resilient.reopener import TRIES, WAIT_FIRST_S, Openers, Reopener, closed
 from whisperd.errors import EngineError, Error, ModelLoading
 from whisperd.metrics import ModelMeter
 from whisperd.speech.vad import SpeechNetwork
@@ -51,8 +52,8 @@ class _Place:
     windows: dict[int, Window] = field(default_factory=dict)
 
 
-class LastingEngine:
-    """Behind the contract of ``whisperd.engine.base``, ``Restless`` and ``Hearing``.
+class ResilientEngine:
+    """Behind the contract of ``whisperd.engine.base``, ``Wakeable`` and ``HasDetector``.
 
     Args:
         engine: the first one.
@@ -84,27 +85,32 @@ class LastingEngine:
         self._restarts = 0
         self._down_since_s = 0.0
         self._failures = 0  # of the main engine, in a row
-        self._nudge: Callable[[], None] = lambda: None
+        self._wake: Callable[[], None] = lambda: None
         self._fresh: SimpleQueue[_Place] = SimpleQueue()
-        self._surgeon = Surgeon(openers, name=name, hand_over=self._hand_over, wait_first_s=wait_first_s)
+        self._surgeon = Reopener(openers, name=name, hand_over=self._hand_over, wait_first_s=wait_first_s)
         self._listen_to(engine)
         if lost:
             self._surgeon.begin(lost, n_deaths=0, n_refused=TRIES, stand_in=False)
 
     @property
     def info(self) -> EngineInfo:
-        """Facts about what serves now, or served last."""
+        """Facts about the engine that serves now, or served last."""
+        now = self._now
+        return self._info if now is None else now.engine.info
+
+    @property
+    def health(self) -> EngineHealth:
+        """The process of the engine that serves now, and why it is a fallback or why there is none."""
         now = self._now
         if now is None:
-            outage = self._surgeon.reason or self._last_words
-            return replace(self._info, pid=None, restarts=self._restarts, outage=outage)
-        return replace(now.engine.info, restarts=self._restarts, fallback=now.lost)
+            return EngineHealth(restarts=self._restarts, outage=self._surgeon.reason or self._last_words)
+        return replace(now.engine.health, restarts=self._restarts, fallback=now.lost)
 
     @property
     def detector(self) -> SpeechNetwork | None:
         """That of the engine that serves now."""
         now = self._now
-        return now.engine.detector if now is not None and isinstance(now.engine, Hearing) else None
+        return now.engine.detector if now is not None and isinstance(now.engine, HasDetector) else None
 
     @property
     def free_slots(self) -> int:
@@ -115,10 +121,10 @@ class LastingEngine:
             return 0
         return max(0, self._now.engine.free_slots - len(self._waiting))
 
-    def on_news(self, nudge: Callable[[], None]) -> None:
-        """``nudge`` is called when an engine died, or is there again."""
-        self._nudge = nudge
-        nudge()
+    def on_wake(self, wake: Callable[[], None]) -> None:
+        """``wake`` is called when an engine died, or is there again."""
+        self._wake = wake
+        wake()
 
     def admit(self, windows: Sequence[Window]) -> None:
         """Takes windows, also while nothing serves."""
@@ -160,15 +166,15 @@ class LastingEngine:
     def _hand_over(self, engine: Engine, lost: str) -> None:
         """From the surgeon's thread."""
         self._fresh.put(_Place(engine=engine, lost=lost))
-        self._nudge()
+        self._wake()
 
     def _tell(self) -> None:
         """Also to an engine that was there before anybody listened."""
-        self._nudge()
+        self._wake()
 
     def _listen_to(self, engine: Engine) -> None:
-        if isinstance(engine, Restless):
-            engine.on_news(self._tell)
+        if isinstance(engine, Wakeable):
+            engine.on_wake(self._tell)
 
     def _install(self) -> None:
         """Puts an engine that was opened meanwhile to work; waits for one while nothing serves."""
@@ -247,7 +253,7 @@ class LastingEngine:
                 error = EngineError(f"the engine died {DEATHS_MAX} times over this audio; last: {self._last_words}")
                 lost.append(WindowFailure(window_id=window.id, error=error))
         if self._now is None and self._is_hopeless():
-            how = "cannot be opened again" if self._surgeon.is_at_a_loss else "is still being opened again"
+            how = "cannot be opened again" if self._surgeon.gave_up else "is still being opened again"
             error = ModelLoading(
                 f"the engine of {self._name} died and {how}: {self._surgeon.reason or self._last_words}",
                 retry_after_s=self._surgeon.next_try_s,
@@ -260,7 +266,7 @@ class LastingEngine:
         return lost
 
     def _is_hopeless(self) -> bool:
-        at_a_loss = self._surgeon.is_at_a_loss and self._fresh.empty()  # in this order: it hands over first
+        at_a_loss = self._surgeon.gave_up and self._fresh.empty()  # in this order: it hands over first
         return at_a_loss or time.monotonic() - self._down_since_s > PATIENCE_S
 
     def _forget(self, place: _Place, window_id: int) -> None:

@@ -29,7 +29,7 @@ class Openers:
     stand_in: Open | None = None
 
 
-class Surgeon:
+class Reopener:
     """Opens the main engine again, in a thread of its own for as long as that takes; and the stand-in meanwhile.
 
     ``reason`` is why the last try failed.
@@ -53,7 +53,7 @@ class Surgeon:
         self.reason = ""
 
     @property
-    def is_at_a_loss(self) -> bool:
+    def gave_up(self) -> bool:
         """Whether the first tries were in vain and no stand-in comes, so that nothing will serve soon."""
         return self._n_refused >= TRIES and self._stand_in_due() is None
 

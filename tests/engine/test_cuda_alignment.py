@@ -14,20 +14,19 @@ from numpy.typing import NDArray
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
-from whisperd.engine.cuda import dtw
-from whisperd.engine.cuda.alignment import attention_matrix
+from whisperd.engine.cuda.alignment import attention_matrix, first_columns, joined
 
 COMPARED = """
 import torch
-from whisperd.engine.cuda import dtw
-from whisperd.engine.cuda.dtw_kernel import first_columns
+from whisperd.engine.cuda import alignment
+from whisperd.engine.cuda.alignment_kernel import first_columns
 
 torch.manual_seed(0)
 for levels in (3, 10**6):  # few levels make ties
     matrices = [-torch.randint(0, levels, size) / levels for size in ((5, 40), (1, 1), (17, 9), (2, 33), (1, 7))]
     sizes = torch.tensor([list(matrix.shape) for matrix in matrices])
-    given = (dtw.joined(matrices), sizes[:, 0], sizes[:, 1])
-    assert torch.equal(first_columns(dtw.skewed(given[0]), *given[1:]), dtw.first_columns(*given)), levels
+    given = (alignment.joined(matrices), sizes[:, 0], sizes[:, 1])
+    assert torch.equal(first_columns(alignment.skewed(given[0]), *given[1:]), alignment.first_columns(*given)), levels
 print("equal")
 """
 
@@ -68,7 +67,7 @@ def test_paths(seed: int, sizes: list[tuple[int, int]], levels: int) -> None:
     generator = np.random.default_rng(seed)
     matrices = [generator.integers(-levels, levels, size) / levels for size in sizes]
     real = torch.tensor(sizes)
-    found = dtw.first_columns(dtw.joined([torch.from_numpy(one) for one in matrices]), real[:, 0], real[:, 1]).tolist()
+    found = first_columns(joined([torch.from_numpy(one) for one in matrices]), real[:, 0], real[:, 1]).tolist()
     for mine, matrix in zip(found, matrices, strict=True):
         expected = walked(matrix)
         assert mine[: len(expected)] == expected
@@ -92,4 +91,4 @@ def test_kernel_in_the_interpreter() -> None:
 def test_one_frame() -> None:
     """Audio of a single frame attends to nothing else, which is no number by the formula, and still has a path."""
     matrix = attention_matrix(torch.zeros(2, 4, 1))
-    assert dtw.first_columns(-dtw.joined([matrix]), torch.tensor([4]), torch.tensor([1])).tolist() == [[0] * 4]
+    assert first_columns(-joined([matrix]), torch.tensor([4]), torch.tensor([1])).tolist() == [[0] * 4]

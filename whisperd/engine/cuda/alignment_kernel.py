@@ -1,6 +1,6 @@
-"""The path of ``dtw`` as two Triton kernels, one program for each window.
+"""The cheapest paths of ``alignment.first_columns`` as two Triton kernels, one program for each window.
 
-Checked against ``dtw`` in Triton's interpreter on the CPU only: IT HAS NEVER RUN ON A GPU.
+Checked against it in Triton's interpreter on the CPU only: IT HAS NEVER RUN ON A GPU.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def _backward(steps, firsts, rows, columns, length, n_rows):
 
 
 def first_columns(diagonals: Tensor, n_rows: Tensor, n_columns: Tensor) -> Tensor:
-    """The same as ``dtw.first_columns``, for what ``dtw.skewed`` gives."""
+    """The same as ``alignment.first_columns``, for the output of ``alignment.skewed``."""
     count, length, most_rows = diagonals.shape
     totals = diagonals.new_full((count, 3, most_rows + 1), float("inf"))
     totals[:, 1, 0] = 0.0
