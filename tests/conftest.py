@@ -20,7 +20,7 @@ from whisperd.speech.tokenizer import Vocabulary
 from whisperd.speech.vad import SpeechDetector
 from whisperd.store.reconcile import Settings
 from whisperd.transcription.batcher import Batcher
-from whisperd.transcription.request import LoadedModel
+from whisperd.transcription.model import LoadedModel
 
 DATA = Path(__file__).parent / "data"
 QUICK_RETRY_S = 0.02

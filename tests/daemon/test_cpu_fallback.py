@@ -28,7 +28,7 @@ from whisperd.serving.http import ReconcileOrder, Tell
 from whisperd.serving.spool import Spool
 from whisperd.speech.tokenizer import Vocabulary
 from whisperd.speech.vad import SpeechDetector
-from whisperd.transcription.request import LoadedModel
+from whisperd.transcription.model import LoadedModel
 
 PATIENCE_S = 60.0
 

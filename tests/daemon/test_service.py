@@ -25,7 +25,7 @@ from whisperd.speech.tokenizer import Vocabulary
 from whisperd.speech.transcript import Transcript
 from whisperd.speech.vad import SpeechDetector
 from whisperd.transcription.batcher import Batcher
-from whisperd.transcription.request import LoadedModel
+from whisperd.transcription.model import LoadedModel
 
 
 class House:

@@ -22,7 +22,7 @@ from whisperd.notify import Notifier
 from whisperd.store.progress import Amount
 from whisperd.store.reconcile import Progress
 from whisperd.transcription.batcher import Batcher
-from whisperd.transcription.request import LoadedModel
+from whisperd.transcription.model import LoadedModel
 
 
 @pytest.fixture

@@ -20,10 +20,12 @@ from whisperd.speech.fallback import Options
 from whisperd.speech.segmentation import CutOptions
 from whisperd.speech.tokenizer import PROMPT_TOKENS_MAX, Vocabulary
 from whisperd.speech.transcript import Transcript
-from whisperd.speech.units import SAMPLE_RATE_HZ, Samples, Span
+from whisperd.speech.units import SAMPLE_RATE_HZ, Samples
 from whisperd.speech.vad import SpeechDetector
+from whisperd.transcription.attempts import prompt_tokens
 from whisperd.transcription.batcher import Batcher, Ticket
-from whisperd.transcription.request import Listener, LoadedModel, Transcription, prompt_tokens, remainder
+from whisperd.transcription.model import LoadedModel
+from whisperd.transcription.request import Listener, Transcription
 
 MARKER = "monkeys"
 SWEEP_S = (
@@ -315,14 +317,6 @@ def test_unread_speech_is_continued(
     ends = [segment.end_s for segment in found.segments]
     assert ends == sorted(ends)
     assert ends[-1] > 18.0
-
-
-def test_remainder() -> None:
-    """The rest of a window counts only with a second of speech in it, and only if the model moved at all."""
-    span, speech = Span(0, 160_000), (Span(0, 80_000), Span(120_000, 150_000))
-    assert remainder(span, speech, 5.0) == Span(80_000, 160_000)
-    assert remainder(span, speech, 9.0) is None
-    assert remainder(span, speech, 0.5) is None
 
 
 def test_order_and_progress(tiny: LoadedModel, clips: dict[str, Clip]) -> None:

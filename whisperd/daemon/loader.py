@@ -22,7 +22,7 @@ from whisperd.engine.factory import EngineSettings, open_engine
 from whisperd.errors import Error, ModelLoading, OutOfMemory
 from whisperd.metrics.prometheus import Metrics
 from whisperd.speech.vad import SpeechDetector
-from whisperd.transcription.request import LoadedModel
+from whisperd.transcription.model import LoadedModel
 
 log = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from whisperd.speech.tokenizer import Vocabulary
 from whisperd.speech.units import SAMPLE_RATE_HZ
 from whisperd.speech.vad import SpeechNetwork, SpeechStream
 from whisperd.transcription.batcher import Batcher
-from whisperd.transcription.request import LoadedModel
+from whisperd.transcription.model import LoadedModel
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from whisperd.errors import ModelLoading, ModelNotFound
-from whisperd.transcription.request import LoadedModel
+from whisperd.transcription.model import LoadedModel
 
 # names that OpenAI's clients send by default or by habit; they mean the default model unless somebody declares them
 OPENAI_NAMES = frozenset(

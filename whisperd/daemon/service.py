@@ -23,7 +23,8 @@ from whisperd.serving.http import Job, ModelCard, Readiness, ReconcileOrder, Sea
 from whisperd.serving.spool import Spool
 from whisperd.speech.fallback import Options
 from whisperd.speech.transcript import Transcript
-from whisperd.transcription.request import LoadedModel, Transcription
+from whisperd.transcription.model import LoadedModel
+from whisperd.transcription.request import Transcription
 from whisperd.version import VERSION
 
 log = logging.getLogger(__name__)
