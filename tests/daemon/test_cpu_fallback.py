@@ -171,7 +171,7 @@ def test_with_the_option(house: Builder, clips: dict[str, Clip], caplog: pytest.
     machine.gpu_works = False
     with caplog.at_level(logging.WARNING):
         assert asyncio.run(transcribed(one.service, clips["monkeys"])).text == "hello"
-    assert "served by a stand-in on the cpu: no GPU is there any more" in caplog.text
+    assert "served by a fallback on the cpu: no GPU is there any more" in caplog.text
     assert one.service.device(None) == "cpu (fallback)"
     assert "x (cpu, float32, fallback: no GPU is there any more)" in one.status
     assert one.figure("whisperd_model_fallback") == 1

@@ -145,11 +145,11 @@ def test_a_hung_process_is_killed() -> None:
         try:
             if n_samples != 19:
                 os.kill(pid, signal.SIGSTOP)
-                with pytest.raises(EngineError, match=r"takes nothing for 0\.5 s \(engine\.stall_timeout_s\)"):
+                with pytest.raises(EngineError, match=r"reads nothing for 0\.5 s \(engine\.stall_timeout_s\)"):
                     engine.admit([window(1, ones(n_samples))])
             else:
                 engine.admit([window(1, ones(n_samples))])
-                assert "gives nothing back for 0.5 s" in str(step_until_the_end(engine))
+                assert "sends nothing for 0.5 s" in str(step_until_the_end(engine))
             assert not alive(pid)
         finally:
             engine.close()

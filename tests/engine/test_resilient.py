@@ -113,7 +113,7 @@ def opened(machine: Machine) -> Iterator[Opener]:
     engines: list[ResilientEngine] = []
 
     def open_one(*, stand_in: bool = False, wait_first_s: float = 0.001) -> ResilientEngine:
-        openers = Openers(main=machine.open_gpu, stand_in=machine.open_cpu if stand_in else None)
+        openers = Openers(main=machine.open_gpu, fallback=machine.open_cpu if stand_in else None)
         engines.append(
             ResilientEngine(machine.open_gpu(), openers, name="x", meter=machine.meter, wait_first_s=wait_first_s)
         )
@@ -286,7 +286,7 @@ def test_one_bad_window(machine: Machine, opened: Opener) -> None:
     assert texts(machine, found) == {1: "cuda", 2: "failed", 3: "cuda"}
     failure = found[2]
     assert isinstance(failure, WindowFailure)
-    assert "died 3 times over this audio; last: an illegal memory access" in str(failure.error)
+    assert "failed 3 times over this audio; last: an illegal memory access" in str(failure.error)
     assert [window.id for window in machine.opened[2].seen][:1] == [1], "alone, after two deaths"
     assert machine.meter.died == 3
     admit(engine, 4)

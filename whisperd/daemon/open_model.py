@@ -89,8 +89,8 @@ def _lasting(
     if on_gpu:
         settings = replace(settings, device="cuda")  # when a GPU that was there is gone, it is lost, also for "auto"
     main = partial(_fitting, name, opened, settings, meter)
-    openers = Openers(main=main, stand_in=stand_in if has_stand_in and (on_gpu or lost) else None)
-    return ResilientEngine(engine, openers, name=name, lost=lost, meter=meter)
+    openers = Openers(main=main, fallback=stand_in if has_stand_in and (on_gpu or lost) else None)
+    return ResilientEngine(engine, openers, name=name, fallback=lost, meter=meter)
 
 
 def _first(main: Open, stand_in: Open | None, *, beside: bool) -> tuple[Engine, str]:

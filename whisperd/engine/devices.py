@@ -10,7 +10,7 @@ DEVICE_NODES = ("/dev/nvidiactl", "/dev/nvhost-gpu", "/dev/kfd", "/dev/dxg")  # 
 
 
 def absence(nodes: tuple[str, ...] = DEVICE_NODES) -> str | None:
-    """What is missing for a GPU at first sight, or None. Cheap, and leaves the GPU's libraries out of this process."""
+    """What is missing for a GPU, or None. Cheap: loads no library of the GPU into this process."""
     if not any(Path(node).exists() for node in nodes):
         return "this machine shows no GPU: its driver is not loaded, or the container was started without the device"
     if importlib.util.find_spec("torch") is None:
@@ -19,7 +19,7 @@ def absence(nodes: tuple[str, ...] = DEVICE_NODES) -> str | None:
 
 
 def obstacle(nodes: tuple[str, ...] = DEVICE_NODES) -> str | None:
-    """None when a GPU can be used; else what is missing. Asks PyTorch, which then stays in this process."""
+    """What is missing for a GPU, or None. Imports PyTorch."""
     if (missing := absence(nodes)) is not None:
         return missing
     import torch
@@ -36,7 +36,7 @@ def obstacle(nodes: tuple[str, ...] = DEVICE_NODES) -> str | None:
 
 
 def fp8_obstacle(capability: tuple[int, int], *, hip: bool) -> str | None:
-    """None when a GPU of this compute capability converts 8-bit floats while it loads them; else what is missing."""
+    """What a GPU of this compute capability lacks to convert 8-bit floats while it loads them, or None."""
     if hip:
         return "the 8-bit floats of AMD's GPUs are others"
     if capability < FP8_CAPABILITY:

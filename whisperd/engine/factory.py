@@ -1,4 +1,4 @@
-"""Engines: whatever runs a model behind the contract of ``base``."""
+"""Opens an engine for a snapshot: on the CPU, or on a GPU in a process of its own."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ CPU_COMPUTE_TYPE = "int8"  # the fastest on every CPU that CTranslate2 supports,
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSettings:
-    """How engines are opened; 0 workers or threads means that the usable cores decide, 0 gpu_bytes the free memory.
+    """How engines are opened. 0 workers or threads: from the usable cores; 0 gpu_bytes: all free memory.
 
-    ``own_process`` is for the cpu: GPUs always have one. ``cpu_fallback`` lets the cpu serve when the GPU is lost, and
-    ``stall_timeout_s`` is when an engine in a process of its own counts as hung.
+    ``own_process`` is for the cpu: GPUs always have one. ``cpu_fallback`` lets the cpu serve when the GPU is lost;
+    ``stall_timeout_s`` is the silence after which an engine in its own process counts as hung.
 
     Two batches in flight hide each other's serial stages, and threads that share one cost CPU time: measured on two
     cores, two workers of two threads need a tenth more of it than two of one. Batches of 8 decode a token for 0.8 of
@@ -85,7 +85,7 @@ def open_engine(
 
 
 def _open_here(snapshot: Path, settings: EngineSettings, work_dir: Path, meter: ModelMeter) -> Engine:
-    """In the engine's own process."""
+    """Opens an engine in this process, which is its own."""
     vocabulary = Vocabulary.load(snapshot)
     missing = obstacle() if settings.device != "cpu" else None
     if missing is not None:
@@ -134,7 +134,7 @@ def _on_cpu(
 
 
 def _encoder(name: EncoderName, path: Path, compute_type: str, workers: int, threads: int) -> Encode | None:
-    """What encodes instead of CTranslate2, None where nothing does."""
+    """OpenVINO's encoder, or None for CTranslate2's own."""
     if name == "ctranslate2":
         return None
     if importlib.util.find_spec("openvino") is None:

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 def converted(snapshot: Path, work_dir: Path, quantization: str) -> Path:
-    """The CTranslate2 form of a Hugging Face snapshot, made now if it is not there yet.
+    """The CTranslate2 form of a Hugging Face snapshot; converts it if there is none yet.
 
     Args:
         snapshot: directory with ``config.json``, ``tokenizer.json`` and safetensors.
@@ -86,7 +86,7 @@ def _write(snapshot: Path, target: Path, quantization: str) -> None:
 
 
 def _configure(target: Any, config: Mapping[str, Any], generation: Mapping[str, Any]) -> None:
-    """The ids that CTranslate2 suppresses by itself, and the heads that follow the audio."""
+    """The ids that CTranslate2 suppresses by itself, and the alignment heads."""
     n_layers, n_heads = config["decoder_layers"], config["decoder_attention_heads"]
     merged = {**config, **{key: value for key, value in generation.items() if value is not None}}
     target.suppress_ids = merged.get("suppress_tokens") or []

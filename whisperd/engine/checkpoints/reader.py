@@ -1,4 +1,4 @@
-"""What a snapshot holds, whatever its format: the sizes of the model, the ids it never writes, its tensors."""
+"""Reads a snapshot in either format: the sizes of the model, the suppressed ids, its tensors."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Shape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """One model as it lies on disk; ``tensors`` have the names of transformers.
+    """One model on disk; ``tensors`` have the names of transformers.
 
     ``alignment_heads`` are (layer, head) of the decoder that follow the audio. ``suppressed`` ids are never written,
     ``suppressed_first`` not as the first token.

@@ -14,29 +14,33 @@ from whisperd.engine.base import DecodeRequest, Hypothesis, Outcome, Window, Win
 from whisperd.errors import OutOfMemory
 from whisperd.metrics import ModelMeter
 
-PASSED_OVER_BATCHES = 2
+PASSED_OVER_BATCHES = 2  # interactive batches before a bulk one
 
 
 class ReadyQueue:
-    """Windows that wait inside an engine."""
+    """Windows that wait inside an engine, in the order in which workers take them.
+
+    Interactive windows go first and share batches with each other only; a worker may decode them between two windows
+    of a bulk batch that it encodes. After ``PASSED_OVER_BATCHES`` interactive batches the next one is bulk.
+    """
 
     def __init__(self) -> None:
         self._waiting: list[Window] = []
         self._passed_over = 0  # interactive batches since one of the others was taken
 
     def add(self, windows: Sequence[Window]) -> None:
-        """Windows come to wait."""
+        """Adds windows."""
         self._waiting.extend(windows)
 
     def drop(self, window_ids: frozenset[int]) -> frozenset[int]:
-        """Forgets windows; returns those that were waiting."""
+        """Removes windows; returns the ids of those that were waiting."""
         dropped = frozenset(window.id for window in self._waiting) & window_ids
         self._waiting = [window for window in self._waiting if window.id not in dropped]
         return dropped
 
     @property
     def open(self) -> list[Window]:
-        """The windows of which a worker may take some now."""
+        """The windows from which a worker may take its next batch."""
         interactive = [window for window in self._waiting if window.lane == "interactive"]
         others = [window for window in self._waiting if window.lane != "interactive"]
         if others and self._passed_over >= PASSED_OVER_BATCHES:
@@ -44,7 +48,7 @@ class ReadyQueue:
         return interactive or others
 
     def take(self, n_idle: int, limit: int) -> list[Window]:
-        """The first window and those that may run beside it; a fair share, so that no idle worker stays so."""
+        """The first window and those that fit its batch; an equal share when several workers are idle."""
         fitting = _like_the_first(self.open)
         taken = fitting[: min(limit, -(-len(fitting) // n_idle))]
         self.drop(frozenset(window.id for window in taken))
@@ -53,16 +57,16 @@ class ReadyQueue:
         return taken
 
     def cut_in(self, n_idle: int, limit: int) -> list[Window]:
-        """Interactive windows that a worker decodes before the others that it is encoding; none when one is idle."""
+        """Interactive windows to decode before the bulk batch that is being encoded; none when a worker is idle."""
         interactive = [window for window in self._waiting if window.lane == "interactive"]
         taken = [] if n_idle else _like_the_first(interactive)[:limit]
         self.drop(frozenset(window.id for window in taken))
         return taken
 
     def join(self, first: Window, limit: int) -> list[Window]:
-        """At most ``limit`` windows of the same lane that may still run beside ``first``.
+        """At most ``limit`` windows of the same lane that fit the batch of ``first``.
 
-        None where short requests wait for a worker: the sooner this batch ends, the better.
+        None while interactive windows wait: this batch should end soon.
         """
         if first.lane != "interactive" and any(window.lane == "interactive" for window in self._waiting):
             return []
@@ -80,19 +84,23 @@ def _may_join(window: Window, first: Window) -> bool:
 
 
 def batch_key(request: DecodeRequest) -> tuple[object, ...]:
-    """What must be equal in a batch: one set of options for all, and all prompts start at one position."""
+    """Equal for windows of one batch: CTranslate2 takes one set of options, and prompts of one length."""
     return (len(request.prompt_tokens), request.temperature, request.beam_size, request.best_of)
 
 
 log = logging.getLogger(__name__)
 
-GOOD_BATCHES = 64  # so many without trouble, and the limit doubles
+GOOD_BATCHES = 64  # without trouble, until the limit doubles
 
 Decode = Callable[[Sequence[Window]], Sequence[Hypothesis]]
 
 
 class AdaptiveBatchLimit:
-    """How many windows a batch may have now; at most ``most``. Safe to use from any thread."""
+    """The number of windows that a batch may have now, at most ``most``. Safe to use from any thread.
+
+    A batch that runs out of memory is halved, down to one window, and the limit with it, so that the next batch does
+    not fail the same way. After ``GOOD_BATCHES`` batches without trouble the limit doubles: memory may be free again.
+    """
 
     def __init__(self, most: int, meter: ModelMeter | None = None) -> None:
         self._most = most
@@ -103,11 +111,11 @@ class AdaptiveBatchLimit:
 
     @property
     def now(self) -> int:
-        """Windows of a batch that is not known to be too much."""
+        """The limit now."""
         return self._now
 
     def decoded(self, batch: Sequence[Window], decode: Decode) -> Sequence[Outcome]:
-        """Decodes the batch, in halves where it must be; a window that does not even fit alone fails alone.
+        """Decodes the batch, in halves if the memory is not enough; a window that does not fit alone fails.
 
         Raises whatever ``decode`` raises, but not OutOfMemory.
         """
@@ -121,7 +129,7 @@ class AdaptiveBatchLimit:
                 return [WindowFailure(window_id=batch[0].id, error=error)]
             half = self._halve(len(batch))
         else:
-            self._went_well()
+            self._count_good()
             return [replace(one, halvings=halvings) if halvings else one for one in found]
         pieces = (batch[:half], batch[half:])
         return [outcome for piece in pieces for outcome in self._decoded(piece, decode, halvings + 1)]
@@ -134,7 +142,7 @@ class AdaptiveBatchLimit:
         self._meter.count_halving("decode")
         return half
 
-    def _went_well(self) -> None:
+    def _count_good(self) -> None:
         with self._lock:
             self._good += 1
             if self._good >= GOOD_BATCHES and self._now < self._most:

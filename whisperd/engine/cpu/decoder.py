@@ -25,7 +25,7 @@ EXHAUSTED = ("out of memory", "bad_alloc", "bad alloc", "alloc_failed", "allocat
 
 
 class BatchDecoder:
-    """Windows that may share a batch to hypotheses; used by several workers at the same time."""
+    """Decodes windows that may share a batch; used by several workers at the same time."""
 
     def __init__(
         self,
@@ -49,20 +49,20 @@ class BatchDecoder:
             raise translated(error) from error
 
     def __call__(self, batch: Sequence[Window], encoded: dict[int, Floats]) -> list[Hypothesis]:
-        """``encoded``, what ``encode`` made of windows by id, is used up; raises OutOfMemory or EngineError."""
+        """Takes the states of the batch out of ``encoded`` (by window id); raises OutOfMemory or EngineError."""
         try:
-            return self._without_doubts(batch, self._decoded(batch, self._taken(batch, encoded)))
+            return self._retried_if_doubtful(batch, self._decoded(batch, self._taken(batch, encoded)))
         except (RuntimeError, ValueError, MemoryError) as error:
             raise translated(error) from error
 
     def _taken(self, batch: Sequence[Window], encoded: dict[int, Floats]) -> Floats:
-        """The batch's states; the rows that they were copied from are freed before anything is decoded."""
+        """The batch's states; the rows they are copied from are freed before decoding."""
         found = (encoded.pop(window.id, None) for window in batch)
         pairs = zip(batch, found, strict=True)
         return self._encoder.together([self.encode(window) if row is None else row for window, row in pairs])
 
     def _is_short(self, window: Window) -> bool:
-        """Whether the silence behind it is left out; a text that failed is sought in the whole window."""
+        """True if the padding is left out; a window that is decoded again is decoded whole."""
         whole = self._short_windows == "never" or frames_of(window) == CHUNK_FRAMES
         if whole or window.request.temperature > 0.0:
             return False
@@ -70,8 +70,8 @@ class BatchDecoder:
         language = window.request.language if multilingual else "en"
         return may_be_short(self._short_windows, language, self._encoder.width, multilingual=multilingual)
 
-    def _without_doubts(self, batch: Sequence[Window], found: list[Hypothesis]) -> list[Hypothesis]:
-        """What looks like a loop or a guess without the silence behind it is decoded again with it."""
+    def _retried_if_doubtful(self, batch: Sequence[Window], found: list[Hypothesis]) -> list[Hypothesis]:
+        """Decodes windows again with their padding when their text looks like a loop or a guess."""
         doubtful = [
             (place, window)
             for place, (window, hypothesis) in enumerate(zip(batch, found, strict=True))
@@ -108,7 +108,7 @@ class BatchDecoder:
         return self._with_alignments(batch, found, encoded)
 
     def _languages(self, batch: Sequence[Window], encoded: ctranslate2.StorageView) -> list[tuple[str, float]]:
-        """The language of each window and how sure it is: asked for (1.0) or detected."""
+        """The language of each window and its probability: requested (1.0) or detected."""
         asked = [window.request.language for window in batch]
         if not self._vocabulary.multilingual:
             return [("en", 1.0) for _ in asked]
@@ -169,7 +169,7 @@ def _sampling(request: DecodeRequest) -> dict[str, Any]:
 
 
 def _hypothesis(window: Window, language: tuple[str, float], result: Any) -> Hypothesis:
-    """CTranslate2's score is a mean over the tokens; openai-whisper counts the end token too."""
+    """CTranslate2's score is a mean over the tokens; openai-whisper divides by one more, for the end token."""
     best = int(np.argmax(result.scores))
     tokens = tuple(result.sequences_ids[best])
     return Hypothesis(

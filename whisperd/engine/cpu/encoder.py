@@ -35,7 +35,7 @@ class WindowEncoder:
     Args:
         encode: the encoder.
         n_mels: what it reads.
-        kept: of so many windows the states are remembered.
+        kept: number of windows whose states are cached.
     """
 
     def __init__(self, encode: Encode, n_mels: int, *, kept: int = 0) -> None:
@@ -55,7 +55,7 @@ class WindowEncoder:
         return self._of(window, CHUNK_FRAMES)
 
     def short(self, window: Window) -> Floats:
-        """float32 [1, up to 1500, d_model]: as long as it has to be; ``together`` puts a quiet end behind it."""
+        """float32 [1, up to 1500, d_model]: the audio and a margin; ``together`` appends the states of silence."""
         return self._of(window, frames_of(window))
 
     def together(self, rows: Sequence[Floats]) -> Floats:
@@ -71,13 +71,13 @@ class WindowEncoder:
         return found
 
     def _quiet_states(self) -> Floats:
-        if self._quiet is None:  # several workers may find it missing: they compute the same
+        if self._quiet is None:  # two workers may compute it at once: both get the same states
             self._quiet = self._encode(self._log_mel(quiet_samples()))
         return self._quiet
 
 
 def ctranslate2_encoder(model: ctranslate2.models.Whisper) -> Encode:
-    """The encoder that is always there."""
+    """CTranslate2's own encoder, which needs no other package."""
     import ctranslate2
 
     def encode(features: NDArray[np.float32]) -> Floats:
@@ -88,7 +88,7 @@ def ctranslate2_encoder(model: ctranslate2.models.Whisper) -> Encode:
 
 
 class EncoderCache:
-    """The states of the last few pieces of audio, oldest first; safe to use from any thread."""
+    """The encoder states of the last ``most`` pieces of audio, oldest first; safe to use from any thread."""
 
     def __init__(self, most: int) -> None:
         self._most = most
@@ -96,12 +96,12 @@ class EncoderCache:
         self._lock = threading.Lock()
 
     def get(self, audio: int | None, n_frames: int) -> Floats | None:
-        """What was put for so many frames of this audio, if it is still there."""
+        """The states of this audio at this length, if they are still cached."""
         with self._lock:
             return None if audio is None else self._states.get((audio, n_frames))
 
     def put(self, audio: int | None, n_frames: int, states: Floats) -> None:
-        """Keeps states in place of the oldest ones; audio that never comes again is not kept."""
+        """Stores states, and drops the oldest; audio that is decoded once (None) is not stored."""
         if audio is None:
             return
         with self._lock:

@@ -1,7 +1,7 @@
-"""Whisper on CTranslate2. A batch runs to its end in one call; several workers keep all cores busy.
+"""Whisper on CTranslate2: a batch runs to its end in one call; several workers keep all cores busy.
 
-Workers pull: whoever is free takes the windows that wait and may share a batch, so that a window never waits for a
-batch to fill, and batches grow by themselves under load.
+Workers pull: a free worker takes the waiting windows that may share a batch. A window never waits for a batch to fill,
+and batches grow under load.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ class Ct2Engine:
         vocabulary: the model's tokens.
         batch_size: windows that one worker decodes together.
         workers: batches in flight at the same time.
-        encode: what encodes instead of the model's own encoder.
-        short_windows: where short audio is encoded without the silence that pads it to 30 s; see ``engine.short``.
-        meter: told of each batch.
+        encode: replaces the model's own encoder.
+        short_windows: when short audio is encoded without the silence that pads it to 30 s; see ``unpadded``.
+        meter: receives the figures of each batch.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Ct2Engine:
         self._model = model
         self._meter = meter or ModelMeter()
         self._limit = AdaptiveBatchLimit(batch_size, self._meter)
-        self._lanes = ReadyQueue()
+        self._queue = ReadyQueue()
         self._inside: set[int] = set()
         self._idle_workers = 0
         self._closing = False
@@ -142,7 +142,7 @@ class Ct2Engine:
 
     @property
     def health(self) -> EngineHealth:
-        """Nothing of it changes: a failed engine is replaced from outside."""
+        """Constant here: a failed engine is replaced from outside."""
         return EngineHealth()
 
     @property
@@ -152,14 +152,14 @@ class Ct2Engine:
             return self._info.slots - len(self._inside)
 
     def admit(self, windows: Sequence[Window]) -> None:
-        """Hands windows to the workers."""
+        """Queues windows for the workers."""
         with self._changed:
-            self._lanes.add(windows)
+            self._queue.add(windows)
             self._inside.update(window.id for window in windows)
             self._changed.notify_all()
 
     def step(self) -> Sequence[Outcome]:
-        """Waits at most ``STEP_S`` for a batch to end; returns all that is finished."""
+        """Waits at most ``STEP_S`` for a batch to end; returns all finished windows."""
         outcomes: list[Outcome] = []
         try:
             outcomes.extend(self._finished.get(timeout=STEP_S))
@@ -172,12 +172,12 @@ class Ct2Engine:
         return outcomes
 
     def cancel(self, window_ids: frozenset[int]) -> None:
-        """Forgets windows that no worker has taken yet; the others run to the end of their batch."""
+        """Drops windows that no worker has taken yet; the others run to the end of their batch."""
         with self._changed:
-            self._inside -= self._lanes.drop(window_ids)
+            self._inside -= self._queue.drop(window_ids)
 
     def close(self) -> None:
-        """Ends the workers after the batches that run, and unloads the model."""
+        """Stops the workers after the running batches, and unloads the model."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
@@ -187,14 +187,14 @@ class Ct2Engine:
 
     def _work(self) -> None:
         while batch := self._next_batch():
-            self._finished.put(self._outcomes(batch))  # all at once: those that come after them make a batch too
+            self._finished.put(self._outcomes(batch))  # all at once: the windows that follow them form a batch too
 
     def _next_batch(self) -> list[Window]:
-        """Waits for windows; an empty batch means that the engine closes."""
+        """Waits for windows; empty when the engine closes."""
         with self._changed:
             self._idle_workers += 1
-            self._changed.wait_for(lambda: self._closing or self._lanes.open)
-            batch = [] if self._closing else self._lanes.take(self._idle_workers, self._limit.now)
+            self._changed.wait_for(lambda: self._closing or self._queue.open)
+            batch = [] if self._closing else self._queue.take(self._idle_workers, self._limit.now)
             self._idle_workers -= 1
             return batch
 
@@ -209,23 +209,23 @@ class Ct2Engine:
         return outcomes
 
     def _encoded(self, batch: list[Window]) -> dict[int, Floats]:
-        """The states of each window; what came to wait meanwhile joins ``batch``: a larger one costs little more."""
+        """The states of each window. Windows that arrive meanwhile join ``batch``: a larger one costs little more."""
         encoded: dict[int, Floats] = {}
         try:
             for window in batch:  # which grows
                 encoded[window.id] = self._decode.encode(window)
-                self._let_pass(window)
+                self._decode_interactive(window)
                 with self._changed:
-                    batch.extend(self._lanes.join(window, self._limit.now - len(batch)))
+                    batch.extend(self._queue.join(window, self._limit.now - len(batch)))
         except OutOfMemory:
-            log.warning("out of memory while encoding")  # the batch will be halved: what lacks is encoded then
+            log.warning("out of memory while encoding")  # the batch will be halved, and encodes the rest then
         return encoded
 
-    def _let_pass(self, window: Window) -> None:
-        """Between two windows of a long request short ones are decoded; once, so that it gets on as well."""
+    def _decode_interactive(self, window: Window) -> None:
+        """Decodes interactive windows between two windows of a bulk batch; once each, so that the batch proceeds."""
         if window.lane == "interactive":
             return
         with self._changed:
-            shorter = self._lanes.cut_in(self._idle_workers, self._limit.now)
+            shorter = self._queue.cut_in(self._idle_workers, self._limit.now)
         if shorter:
             self._finished.put(self._outcomes(shorter))

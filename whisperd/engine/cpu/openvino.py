@@ -149,8 +149,8 @@ class _Graph:
 
 
 def imported() -> ModuleType:
-    """openvino without its converter of models, which nobody needs here: it asks the network on being imported, and
-    keeps a number for the user in the home directory."""
+    """Imports openvino without its model converter, which contacts the network when it is imported and keeps a number
+    for the user in the home directory."""
     if "openvino" not in sys.modules:
         sys.modules.setdefault(CONVERTER, None)  # type: ignore[arg-type]
         try:

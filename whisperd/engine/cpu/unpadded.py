@@ -1,16 +1,15 @@
-"""Short windows without their silence: encode what there is, and let the decoder see a quiet end.
+"""Short windows without their padding: encodes the audio only, and appends the encoder states of silence.
 
-Whisper pads every window to 30 s, and for a sentence of three seconds its encoder spends most of its time on silence.
-Here only the audio and a little behind it are encoded; the states that are missing are the last ones of a quiet
-window, computed once for each model, so that the decoder still finds the end that it knows. Without them it loops,
-and with them it is not free of loops, therefore what looks like one is decoded again in a full window.
+Whisper pads every window to 30 s: for a sentence of three seconds its encoder spends most of its time on silence.
+Here only the audio and a margin are encoded; the missing states are the last ones of a silent window, computed once for
+each model. Without them the decoder loops; with them it still does at times, and such a window is decoded again whole.
 
 Measured as a difference in word error rate to full windows (with its standard error, in points), on prompts that
 nothing was tuned on: tiny.en with noise 10 dB below the speech -0.91 (0.92); base on English +0.34 (0.19), French
 -0.28 (0.53), Italian -0.91 (0.77), Spanish +0.30 (0.85, languages detected), and Russian +2.38 (1.25). The bound of 0.5
 was set beforehand for all of these languages, so multilingual models use it only where it is asked for.
 Segment times move by 0.02 to 0.13 s on average. Detection on short windows names another language in 7 % of Spanish
-prompts, so it always hears whole ones. Larger models have not been measured.
+prompts, so it always takes whole ones. Larger models have not been measured.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ LOGPROB_MIN = -1.0
 
 
 def may_be_short(use: ShortWindows, language: str | None, width: int, *, multilingual: bool) -> bool:
-    """Whether a window may go without its silence: never before its language is known, which is heard in the whole.
+    """True if a window may be encoded without its padding; never before its language is known.
 
     ``width`` is that of the encoder's states; "auto" holds to what was measured, of which not all was good enough for
     multilingual models.
@@ -54,13 +53,13 @@ def may_be_short(use: ShortWindows, language: str | None, width: int, *, multili
 
 
 def quiet_samples() -> Floats:
-    """Faint noise, float32 [n]: what a quiet room sounds like to the model; the same each time."""
+    """Faint noise, float32 [n], the same each time: a quiet room."""
     noise = np.random.default_rng(0).standard_normal(round(QUIET_S * SAMPLE_RATE_HZ)) * QUIET_LEVEL
     return noise.astype(np.float32)
 
 
 def frames_of(window: Window) -> int:
-    """Mel frames that are worth encoding, a multiple of a second."""
+    """Mel frames to encode: the audio and the margin, in whole seconds."""
     duration_s = len(window.samples) / SAMPLE_RATE_HZ
     if duration_s >= SHORT_MAX_S:
         return CHUNK_FRAMES
@@ -85,7 +84,7 @@ def joined(rows: Sequence[Floats], quiet: Floats) -> Floats:
 
 
 def is_doubtful(text: str, avg_logprob: float, end_s: float, window: Window) -> bool:
-    """Whether the whole window may do better: a loop, more than anybody says in that time, unsure, or lost in time.
+    """True if the whole window may give a better text: a loop, too many bytes for its length, a low score, a late end.
 
     ``end_s`` is the last time that the text names.
     """

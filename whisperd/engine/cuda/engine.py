@@ -112,7 +112,7 @@ class CudaEngine:
 
     @property
     def health(self) -> EngineHealth:
-        """Nothing of it changes: a failed engine is replaced from outside."""
+        """Constant here: a failed engine is replaced from outside."""
         return EngineHealth()
 
     @property

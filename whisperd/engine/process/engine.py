@@ -1,4 +1,4 @@
-"""The engine's process as the rest of the house sees it: an engine like any other."""
+"""An engine whose model is in another process."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ Opener = Callable[[ModelMeter], Engine]
 
 
 class ChildEngine:
-    """An engine whose model is in another process, for better or worse.
+    """An engine whose model is in another process.
 
-    When that process dies, or does not move for ``stall_timeout_s`` and is killed, ``step`` raises EngineError with
-    what is known about it.
+    When that process ends, or is killed because it sends nothing for ``stall_timeout_s``, ``step`` raises EngineError
+    with how it ended.
 
     Args:
-        opener: makes the engine, there: a function that can be pickled, or a ``functools.partial`` of one.
-        stall_timeout_s: how long nothing may come while windows are inside.
-        meter: told what the engine tells.
+        opener: makes the engine in that process: a function that can be pickled, or a ``functools.partial`` of one.
+        stall_timeout_s: the longest silence while windows are inside.
+        meter: receives the figures of the engine.
 
     Raises:
-        Error: what the opener raised there.
+        Error: what the opener raised.
         EngineError: the process ended, or was not ready in time.
     """
 
@@ -54,14 +54,14 @@ class ChildEngine:
         self._wake: Callable[[], None] = lambda: None
         self._inside: set[int] = set()
         self._sent = self._admissible = 0
-        self._moved_at_s = time.monotonic()
+        self._received_at_s = time.monotonic()
         self._calls: dict[int, Future[Any]] = {}
         self._call_ids = itertools.count()
         self._lock = threading.Lock()
         self._closed = False
         self._process = Process(environment())
-        self._wire = MessageSocket(self._process.end, send_timeout_s=stall_timeout_s)
-        self._reader = threading.Thread(target=self._listen, name=f"engine-{self._process.pid}", daemon=True)
+        self._connection = MessageSocket(self._process.end, send_timeout_s=stall_timeout_s)
+        self._reader = threading.Thread(target=self._receive_all, name=f"engine-{self._process.pid}", daemon=True)
         self._reader.start()
         try:
             self._send("open", opener)
@@ -87,21 +87,21 @@ class ChildEngine:
         return self._admissible - self._sent
 
     def on_wake(self, wake: Callable[[], None]) -> None:
-        """``wake`` is called when the process dies, from another thread."""
+        """Sets the callback for the end of the process; another thread calls it."""
         self._wake = wake
         if self._failure is not None:
             wake()
 
     def admit(self, windows: Sequence[Window]) -> None:
-        """Hands windows over. Raises EngineError when the process is gone, or takes nothing."""
+        """Sends windows. Raises EngineError when the process has ended, or reads nothing."""
         if not self._inside:
-            self._moved_at_s = time.monotonic()
+            self._received_at_s = time.monotonic()
         self._inside.update(window.id for window in windows)
         self._sent += len(windows)
         self._send("admit", list(windows))
 
     def step(self) -> Sequence[Outcome]:
-        """Waits at most ``STEP_S`` for finished windows. Raises EngineError when there will be no more."""
+        """Waits at most ``STEP_S`` for finished windows. Raises EngineError when the process has ended."""
         outcomes: list[Outcome] = []
         with suppress(Empty):
             turn = self._turns.get(timeout=STEP_S)
@@ -113,16 +113,16 @@ class ChildEngine:
             if not outcomes:
                 raise self._end
         self._inside.difference_update(outcome.window_id for outcome in outcomes)
-        self._check_that_it_moves()
+        self._check_stall()
         return outcomes
 
     def cancel(self, window_ids: frozenset[int]) -> None:
-        """Forgets windows as soon as the engine can."""
+        """Drops windows as soon as the engine can."""
         self._inside -= window_ids
         self._send("cancel", window_ids)
 
     def close(self) -> None:
-        """Ends the process, after the batches that run; all of its memory is free then."""
+        """Ends the process after the running batches; all of its memory is free then."""
         if self._closed:
             return
         self._closed = True
@@ -131,15 +131,15 @@ class ChildEngine:
             self._process.wait(CLOSE_TIMEOUT_S if self._opened.done() else 0)
         self._process.kill()
         self._reader.join(READER_TIMEOUT_S)
-        self._wire.close()
+        self._connection.close()
         self._process.close()
 
     def call(self, name: str, arguments: Sequence[Any]) -> Any:
-        """Asks the engine something besides windows and waits for the answer; from any thread.
+        """Calls a method of the engine and waits for its answer; from any thread.
 
         Raises:
-            Error: what it raised there.
-            EngineError: the process is gone.
+            Error: what the method raised.
+            EngineError: the process has ended.
         """
         answer: Future[Any] = Future()
         with self._lock:
@@ -152,23 +152,23 @@ class ChildEngine:
 
     @property
     def _end(self) -> Error:
-        """What ended it; a new object for each who hears of it, since a traceback grows when it is raised again."""
+        """The failure as a new object: a traceback grows each time one is raised."""
         failure = self._failure or EngineError("the engine's process is closed")
         return type(failure)(str(failure))
 
     def _send(self, kind: Kind, value: Any) -> None:
         try:
-            self._wire.send(kind, value)
+            self._connection.send(kind, value)
         except BlockingIOError:
-            self._abort("takes nothing")
+            self._abort("reads nothing")
             raise self._end from None
         except OSError:
-            self._reader.join(READER_TIMEOUT_S)  # it knows how the process has ended
+            self._reader.join(READER_TIMEOUT_S)  # it sets the failure
             raise self._end from None
 
-    def _check_that_it_moves(self) -> None:
-        if self._inside and time.monotonic() - self._moved_at_s > self._stall_timeout_s:
-            self._abort("gives nothing back")
+    def _check_stall(self) -> None:
+        if self._inside and time.monotonic() - self._received_at_s > self._stall_timeout_s:
+            self._abort("sends nothing")
 
     def _abort(self, what: str) -> None:
         with self._lock:
@@ -178,14 +178,14 @@ class ChildEngine:
             )
         self._process.abort()
 
-    def _listen(self) -> None:
+    def _receive_all(self) -> None:
         try:
-            while (message := self._wire.receive()) is not None:
+            while (message := self._connection.receive()) is not None:
                 HANDLERS[message.kind](self, message.value)
         finally:
-            self._bury()
+            self._record_end()
 
-    def _bury(self) -> None:
+    def _record_end(self) -> None:
         how = self._process.how_it_ended()
         with self._lock:
             self._failure = self._failure or EngineError(f"the engine's process {how}")
@@ -201,11 +201,11 @@ class ChildEngine:
         self._opened.set_result(value)
 
     def _on_turn(self, value: tuple[Sequence[Outcome], int]) -> None:
-        self._moved_at_s = time.monotonic()
+        self._received_at_s = time.monotonic()
         self._turns.put(value)
 
     def _on_meter(self, value: tuple[str, Sequence[Any]]) -> None:
-        self._moved_at_s = time.monotonic()
+        self._received_at_s = time.monotonic()
         name, arguments = value
         if name in METERED:
             getattr(self._meter, name)(*arguments)

@@ -1,6 +1,6 @@
 """Messages between the daemon and an engine's process: pickled, with arrays beside the pickle and not copied into it.
 
-Both ends are the same program and trust each other; nobody else can reach the socket.
+Both ends are the same program and trust each other; the socket has no name, and no other process can reach it.
 
     daemon -> child   open (opener)   admit (windows)   cancel (ids)   call (id, name, arguments)   close
     child -> daemon   opened (info, names of calls)   turn (outcomes, admissible)   meter (name, arguments)
@@ -43,8 +43,8 @@ class MessageSocket:
     """One end of a stream socket. Any thread may send; one thread receives.
 
     Args:
-        end: closed with the wire.
-        send_timeout_s: how long the other end may take nothing; None waits for ever.
+        end: the socket; ``close`` closes it.
+        send_timeout_s: how long the other end may read nothing; None waits without limit.
     """
 
     def __init__(self, end: socket.socket, *, send_timeout_s: float | None = None) -> None:
@@ -57,7 +57,7 @@ class MessageSocket:
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, TIMEOUT.pack(int(seconds), int(rest * 1e6)))
 
     def send(self, kind: Kind, value: Any) -> None:
-        """Sends a message; raises BlockingIOError when the other end takes nothing, OSError when it is gone."""
+        """Sends a message; raises BlockingIOError when the other end reads nothing, OSError when it is closed."""
         beside: list[pickle.PickleBuffer] = []
         inside = pickle.dumps((kind, value), protocol=5, buffer_callback=beside.append)
         parts = [memoryview(inside), *(buffer.raw() for buffer in beside)]
@@ -68,7 +68,7 @@ class MessageSocket:
                 self._socket.sendall(part)
 
     def receive(self) -> Message | None:
-        """The next message; None when the other end is gone, also in the middle of one."""
+        """The next message; None when the other end is closed, also in the middle of one."""
         try:
             (n_parts,) = COUNT.unpack(self._exactly(COUNT.size))
             lengths = [length for (length,) in LENGTH.iter_unpack(self._exactly(LENGTH.size * n_parts))]
@@ -80,7 +80,7 @@ class MessageSocket:
 
     def close(self) -> None:
         """Closes the socket, and ends ``receive`` in whichever thread it runs."""
-        with suppress(OSError):  # the other end was faster
+        with suppress(OSError):  # the other end has closed it
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
 
@@ -96,7 +96,7 @@ class MessageSocket:
 
 
 def portable(error: Exception) -> Error:
-    """The error without what does not cross to another process: of the same class where that takes a message."""
+    """The error in a form that can be pickled: of the same class if that takes one message, else EngineError."""
     if not isinstance(error, Error):
         return EngineError(f"inference failed: {error}")
     try:

@@ -1,4 +1,4 @@
-"""An engine's process as the daemon starts, hears, kills and buries it."""
+"""Starts, kills and reaps an engine's process."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ COMMAND = (
     "import sys; sys.path.append(sys.argv[1]); from whisperd.engine.process.worker import main; main()",
     str(Path(__file__).parents[3]),
 )
-# what systemd says is meant for the daemon; an engine fetches nothing, and needs no token
+# systemd's variables are meant for the daemon; an engine downloads nothing and needs no token
 NOT_INHERITED = (
     "NOTIFY_SOCKET", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "LISTEN_PIDFDID", "WATCHDOG_USEC", "WATCHDOG_PID",
     "CREDENTIALS_DIRECTORY", "HF_TOKEN", "HUGGINGFACE_TOKEN", "HUGGING_FACE_HUB_TOKEN",
 )  # fmt: skip
-LAST_WORDS_S = 1.0  # from SIGABRT, which shows where every thread was, to SIGKILL
-BURIAL_S = 10.0  # what the kernel may take to give gigabytes back
+ABORT_S = 1.0  # from SIGABRT, which prints the stack of every thread, to SIGKILL
+REAP_S = 10.0  # the kernel may take so long to free gigabytes
 
 
 class Process:
@@ -54,46 +54,46 @@ class Process:
         return self._popen.pid
 
     def how_it_ended(self) -> str:
-        """In words; waits for the end, which is near: its socket is closed."""
+        """Waits for the end of a process that has closed its socket; returns how it ended, in words."""
         try:
-            return ending(self._popen.wait(BURIAL_S))
+            return ending(self._popen.wait(REAP_S))
         except subprocess.TimeoutExpired:
             self.kill()
             return "closed its socket and did not end; it was killed"
 
     def wait(self, timeout_s: float) -> bool:
-        """Whether it has ended within so long."""
+        """Waits for the end; True if it came in time."""
         with suppress(subprocess.TimeoutExpired):
             self._popen.wait(timeout_s)
         return self._popen.returncode is not None
 
     def abort(self) -> None:
-        """Makes a process that hangs show where, and kills it."""
+        """Makes a hung process print its stacks, and kills it."""
         with suppress(ProcessLookupError):
             self._popen.send_signal(signal.SIGABRT)
-        if not self.wait(LAST_WORDS_S):
+        if not self.wait(ABORT_S):
             self.kill()
 
     def kill(self) -> None:
-        """Ends it at once; no process can refuse."""
+        """Kills it with SIGKILL."""
         with suppress(ProcessLookupError):
             self._popen.kill()
-        self.wait(BURIAL_S)
+        self.wait(REAP_S)
 
     def close(self) -> None:
-        """Lets go of its pipe, which kills what is still alive."""
+        """Closes its pipe, which kills a process that still runs."""
         if self._popen.stdin is not None:
             self._popen.stdin.close()
-        self.wait(BURIAL_S)
+        self.wait(REAP_S)
 
 
 def environment() -> Mapping[str, str]:
-    """The environment that children get, but for what is not for them."""
+    """The environment of this process, read when an engine is opened."""
     return os.environ
 
 
 def ending(code: int) -> str:
-    """How a process has ended that did not say so itself."""
+    """How a process ended, from its exit code, in words."""
     if code >= 0:
         return f"ended with exit code {code}"
     name = signal.Signals(-code).name

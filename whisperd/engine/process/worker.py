@@ -29,30 +29,34 @@ from whisperd.metrics import ModelMeter, Stage
 
 log = logging.getLogger(__name__)
 
-LIFELINE = 0  # standard input: a pipe to which nobody writes
+LIFELINE = 0  # standard input: a pipe that the daemon holds open and never writes to
 CALL_THREADS = 32  # they wait for the device together: streams of speech cost little beside each other
-IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # meant for the daemon, which finishes what runs first
+IGNORED = (
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGHUP,
+)  # the daemon handles these
 OOM_SCORE = Path("/proc/self/oom_score_adj")
-FIRST_TO_GO = "500"  # this process can be replaced, the daemon with its socket cannot
+OOM_PREFERENCE = "500"  # this process can be replaced, the daemon with its socket cannot
 
 
 def main() -> None:
     """Serves the daemon at the other end of the socket whose number is the last argument."""
-    faulthandler.enable()  # a crash, or the SIGABRT of a daemon that lost patience, shows where every thread was
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # what is in memory are other people's recordings
-    die_with_parent()
+    faulthandler.enable()  # a crash, or the daemon's SIGABRT, prints the stack of every thread
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the memory holds recordings of users
+    end_with_parent()
     for number in IGNORED:
         signal.signal(number, signal.SIG_IGN)
     with contextlib.suppress(OSError):
-        OOM_SCORE.write_text(FIRST_TO_GO, encoding="ascii")
-    wire = MessageSocket(socket.socket(fileno=int(sys.argv[-1])))
-    logging.getLogger().addHandler(ForwardingHandler(wire))
-    logging.getLogger("whisperd").setLevel(logging.DEBUG)  # the daemon knows what is to be shown, now and later
-    code = Worker(wire).run()
-    os._exit(code)  # what libraries do at the end takes time, or hangs; the kernel takes everything back anyway
+        OOM_SCORE.write_text(OOM_PREFERENCE, encoding="ascii")
+    connection = MessageSocket(socket.socket(fileno=int(sys.argv[-1])))
+    logging.getLogger().addHandler(ForwardingHandler(connection))
+    logging.getLogger("whisperd").setLevel(logging.DEBUG)  # the daemon filters by its own level, which may change
+    code = Worker(connection).run()
+    os._exit(code)  # the exit handlers of libraries take time, or hang; the kernel frees everything anyway
 
 
-def die_with_parent() -> None:
+def end_with_parent() -> None:
     """Has the kernel kill this process when the other end of the lifeline is closed: stopped or stuck ones as well."""
     fcntl.fcntl(LIFELINE, fcntl.F_SETOWN, os.getpid())
     fcntl.fcntl(LIFELINE, fcntl.F_SETSIG, signal.SIGKILL)
@@ -60,69 +64,69 @@ def die_with_parent() -> None:
 
 
 class ForwardingHandler(logging.Handler):
-    """Hands records to the daemon, whose log they are."""
+    """Sends log records to the daemon."""
 
-    def __init__(self, wire: MessageSocket) -> None:
+    def __init__(self, connection: MessageSocket) -> None:
         super().__init__()
-        self._wire = wire
+        self._connection = connection
         self.setFormatter(logging.Formatter())
 
     def emit(self, record: logging.LogRecord) -> None:
         """Sends the name, the level and the message with its traceback."""
         with contextlib.suppress(OSError):
-            self._wire.send("log", (record.name, record.levelno, self.format(record)))
+            self._connection.send("log", (record.name, record.levelno, self.format(record)))
 
 
 class ForwardingMeter(ModelMeter):
-    """Tells the daemon's meter what the engine tells this one."""
+    """Sends the figures of the engine to the daemon's meter."""
 
-    def __init__(self, wire: MessageSocket) -> None:
-        self._wire = wire
+    def __init__(self, connection: MessageSocket) -> None:
+        self._connection = connection
 
     def observe_batch(self, n_windows: int, duration_s: float) -> None:
         """A batch was decoded."""
-        self._wire.send("meter", ("observe_batch", (n_windows, duration_s)))
+        self._connection.send("meter", ("observe_batch", (n_windows, duration_s)))
 
     def count_halving(self, stage: Stage) -> None:
         """The memory was not enough."""
-        self._wire.send("meter", ("count_halving", (stage,)))
+        self._connection.send("meter", ("count_halving", (stage,)))
 
 
 class Worker:
-    """Opens the engine that it is told to open, and runs it."""
+    """Opens the engine of the first message, and runs it."""
 
-    def __init__(self, wire: MessageSocket) -> None:
-        self._wire = wire
+    def __init__(self, connection: MessageSocket) -> None:
+        self._connection = connection
         self._inbox: SimpleQueue[Message] = SimpleQueue()
         self._received = 0
-        self._told = 0
+        self._sent_admissible = 0
         self._calls: Mapping[str, Callable[..., Any]] = {}
         self._pool = ThreadPoolExecutor(CALL_THREADS, thread_name_prefix="call")
 
     def run(self) -> int:
         """Returns the exit code."""
-        first = self._wire.receive()
+        first = self._connection.receive()
         if first is None:
             return 0
         try:
-            engine: Engine = first.value(ForwardingMeter(self._wire))
+            engine: Engine = first.value(ForwardingMeter(self._connection))
             self._calls = calls_of(engine)
-            self._told = engine.free_slots
-            self._wire.send("opened", (engine.info, tuple(self._calls)))
-            threading.Thread(target=self._listen, daemon=True).start()
+            self._sent_admissible = engine.free_slots
+            self._connection.send("opened", (engine.info, tuple(self._calls)))
+            threading.Thread(target=self._receive_all, daemon=True).start()
             self._serve(engine)
         except Error as error:
-            self._wire.send("failed", portable(error))
+            self._connection.send("failed", portable(error))
             return 1
         except Exception as error:
             log.exception("the engine broke")
-            self._wire.send("failed", portable(error))
+            self._connection.send("failed", portable(error))
             return 1
         return 0
 
-    def _listen(self) -> None:
-        """Reads at any time, so that the daemon never waits for a step to end."""
-        while (message := self._wire.receive()) is not None:
+    def _receive_all(self) -> None:
+        """Reads in a thread, so that the daemon never waits for a step to end."""
+        while (message := self._connection.receive()) is not None:
             if message.kind == "call":
                 self._pool.submit(self._answer, *message.value)
             else:
@@ -130,14 +134,14 @@ class Worker:
         os._exit(0)
 
     def _serve(self, engine: Engine) -> None:
-        while self._obeyed(engine):
-            self._tell(engine, engine.step())
+        while self._handle_messages(engine):
+            self._send_turn(engine, engine.step())
         engine.close()
 
-    def _obeyed(self, engine: Engine) -> bool:
-        """Does what was said meanwhile, and waits for something where nothing is to be done; False: close."""
+    def _handle_messages(self, engine: Engine) -> bool:
+        """Handles the received messages, and waits for one while the engine is empty; False after "close"."""
         while not self._inbox.empty() or engine.free_slots == engine.info.slots:
-            self._tell(engine, ())
+            self._send_turn(engine, ())
             message = self._inbox.get()
             if message.kind == "close":
                 return False
@@ -148,12 +152,12 @@ class Worker:
                 engine.cancel(message.value)
         return True
 
-    def _tell(self, engine: Engine, outcomes: Sequence[Outcome]) -> None:
-        """What is finished, and how many windows the engine could have been given altogether by now."""
+    def _send_turn(self, engine: Engine, outcomes: Sequence[Outcome]) -> None:
+        """Sends finished windows, and how many windows in all the engine could have received by now."""
         admissible = self._received + engine.free_slots
-        if outcomes or admissible != self._told:
-            self._told = admissible
-            self._wire.send("turn", ([_crossing(outcome) for outcome in outcomes], admissible))
+        if outcomes or admissible != self._sent_admissible:
+            self._sent_admissible = admissible
+            self._connection.send("turn", ([_portable(outcome) for outcome in outcomes], admissible))
 
     def _answer(self, call_id: int, name: str, arguments: Sequence[Any]) -> None:
         try:
@@ -163,14 +167,14 @@ class Worker:
         except Exception as error:
             log.exception("%s failed", name)
             value, failure = None, portable(error)
-        self._wire.send("answer", (call_id, value, failure))
+        self._connection.send("answer", (call_id, value, failure))
 
 
 def calls_of(engine: Engine) -> Mapping[str, Callable[..., Any]]:
-    """What the daemon may ask of this engine besides windows, by name; in threads of their own."""
+    """The methods that the daemon may call, by name; each call runs in a thread."""
     detector = getattr(engine, "detector", None)
     return {} if detector is None else {"detect": detector.run}
 
 
-def _crossing(outcome: Outcome) -> Outcome:
+def _portable(outcome: Outcome) -> Outcome:
     return replace(outcome, error=portable(outcome.error)) if isinstance(outcome, WindowFailure) else outcome

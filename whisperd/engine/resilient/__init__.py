@@ -1,1 +1,1 @@
-"""An engine that survives the death of the one inside."""
+"""An engine that replaces the one inside when that fails."""

@@ -1,4 +1,4 @@
-"""Where speech is found while engines come and go: on the engine's device, or else on the CPU."""
+"""Finds speech on the engine's device, and on the CPU when that fails."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ log = logging.getLogger(__name__)
 class FallbackDetector:
     """A ``whisperd.speech.vad.SpeechNetwork`` that does not fail with the engine.
 
-    The networks give the same within 1e-5 and remember nothing, so each stretch may be heard by another one.
+    Both networks agree within 1e-5 and keep no state, so each stretch may go to either.
 
     Args:
-        engine: its detector is asked first, where it has one.
-        otherwise: takes over what that one cannot do.
+        engine: its detector is used first, if it has one.
+        otherwise: used when that one fails or there is none.
     """
 
     def __init__(self, engine: HasDetector, otherwise: SpeechNetwork) -> None:
@@ -33,5 +33,5 @@ class FallbackDetector:
             try:
                 return detector.run(frames, hidden, cell)
             except EngineError as error:
-                log.warning("the engine cannot hear, the cpu does: %s", error)
+                log.warning("the engine cannot find speech; the cpu does: %s", error)
         return self._otherwise.run(frames, hidden, cell)

@@ -1,10 +1,10 @@
-"""An engine that outlives what it runs on: when the engine inside dies, another one takes its place and its windows.
+"""Replaces an engine that fails, and decodes its windows again in the new one.
 
-Windows stay known here until they are done, so that nobody outside notices more than a pause. What died is opened again
-at once, and then less and less often. Meanwhile a stand-in may serve, where there is one: when the main engine is back,
-new windows go to it, and the stand-in ends with its last window.
+Windows are kept here until they are done, so that callers see a pause and no error. A failed engine is opened again at
+once, then at growing intervals. A fallback engine may serve meanwhile: when the main engine is open again, it takes the
+new windows, and the fallback is closed after its last one.
 
-A window that was inside whenever the engine died is under suspicion: it is tried alone, then it fails alone.
+A window that was inside at every crash is a suspect: it is decoded alone, and after another crash it fails.
 """
 
 from __future__ import annotations
@@ -31,36 +31,36 @@ from whisperd.engine.base import (
     Window,
     WindowFailure,
 )
-from whisperd.engine.resilient.reopener import TRIES, WAIT_FIRST_S, Openers, Reopener, closed
+from whisperd.engine.resilient.reopener import TRIES, WAIT_FIRST_S, Openers, Reopener, close_quietly
 from whisperd.errors import EngineError, Error, ModelLoading
 from whisperd.metrics import ModelMeter
 from whisperd.speech.vad import SpeechNetwork
 
 log = logging.getLogger(__name__)
 
-DEATHS_ALONE = 2  # a window that was there so often is decoded alone
-DEATHS_MAX = 3  # and is given up after so many
-PATIENCE_S = 120.0  # how long windows wait while the first tries go on
+CRASHES_UNTIL_ALONE = 2  # a window that was inside at so many crashes is decoded alone
+CRASHES_MAX = 3  # and fails after so many
+PATIENCE_S = 120.0  # how long windows wait for the first tries
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class _Place:
-    """An engine and the windows inside it."""
+class _Serving:
+    """An engine and the windows inside it. ``fallback``: why it is not the main engine."""
 
     engine: Engine
-    lost: str = ""  # why this is a stand-in
+    fallback: str = ""
     windows: dict[int, Window] = field(default_factory=dict)
 
 
 class ResilientEngine:
-    """Behind the contract of ``whisperd.engine.base``, ``Wakeable`` and ``HasDetector``.
+    """Keeps the contracts ``Engine``, ``Wakeable`` and ``HasDetector`` of ``whisperd.engine.base``.
 
     Args:
         engine: the first one.
-        lost: why it is a stand-in; empty for the main one.
-        openers: for those that come after it.
+        fallback: why it is a fallback; empty for the main engine.
+        openers: open its replacements.
         name: of the model, for messages.
-        meter: told of deaths and restarts.
+        meter: counts crashes and restarts.
         wait_first_s: before the second try to open the main engine; each further wait is twice as long.
     """
 
@@ -70,211 +70,211 @@ class ResilientEngine:
         openers: Openers,
         *,
         name: str,
-        lost: str = "",
+        fallback: str = "",
         meter: ModelMeter | None = None,
         wait_first_s: float = WAIT_FIRST_S,
     ) -> None:
         self._name = name
         self._meter = meter or ModelMeter()
-        self._now: _Place | None = _Place(engine=engine, lost=lost)
-        self._leaving: list[_Place] = []
+        self._current: _Serving | None = _Serving(engine=engine, fallback=fallback)
+        self._retiring: list[_Serving] = []
         self._waiting: list[Window] = []
-        self._deaths: Counter[int] = Counter()
+        self._crashes: Counter[int] = Counter()
         self._info = engine.info
-        self._last_words = ""
+        self._last_error = ""
         self._restarts = 0
         self._down_since_s = 0.0
         self._failures = 0  # of the main engine, in a row
         self._wake: Callable[[], None] = lambda: None
-        self._fresh: SimpleQueue[_Place] = SimpleQueue()
-        self._surgeon = Reopener(openers, name=name, hand_over=self._hand_over, wait_first_s=wait_first_s)
-        self._listen_to(engine)
-        if lost:
-            self._surgeon.begin(lost, n_deaths=0, n_refused=TRIES, stand_in=False)
+        self._opened: SimpleQueue[_Serving] = SimpleQueue()
+        self._reopener = Reopener(openers, name=name, deliver=self._receive, wait_first_s=wait_first_s)
+        self._watch(engine)
+        if fallback:
+            self._reopener.begin(fallback, n_crashes=0, n_refused=TRIES, fallback=False)
 
     @property
     def info(self) -> EngineInfo:
         """Facts about the engine that serves now, or served last."""
-        now = self._now
-        return self._info if now is None else now.engine.info
+        current = self._current
+        return self._info if current is None else current.engine.info
 
     @property
     def health(self) -> EngineHealth:
         """The process of the engine that serves now, and why it is a fallback or why there is none."""
-        now = self._now
-        if now is None:
-            return EngineHealth(restarts=self._restarts, outage=self._surgeon.reason or self._last_words)
-        return replace(now.engine.health, restarts=self._restarts, fallback=now.lost)
+        current = self._current
+        if current is None:
+            return EngineHealth(restarts=self._restarts, outage=self._reopener.reason or self._last_error)
+        return replace(current.engine.health, restarts=self._restarts, fallback=current.fallback)
 
     @property
     def detector(self) -> SpeechNetwork | None:
-        """That of the engine that serves now."""
-        now = self._now
-        return now.engine.detector if now is not None and isinstance(now.engine, HasDetector) else None
+        """The detector of the engine that serves now."""
+        current = self._current
+        return current.engine.detector if current is not None and isinstance(current.engine, HasDetector) else None
 
     @property
     def free_slots(self) -> int:
         """How many more windows ``admit`` takes now."""
-        if self._now is None:
+        if self._current is None:
             return max(0, self._info.slots - len(self._waiting))
         if any(map(self._is_suspect, self._waiting)):
             return 0
-        return max(0, self._now.engine.free_slots - len(self._waiting))
+        return max(0, self._current.engine.free_slots - len(self._waiting))
 
     def on_wake(self, wake: Callable[[], None]) -> None:
-        """``wake`` is called when an engine died, or is there again."""
+        """Sets the callback for a crash, and for an engine that was opened."""
         self._wake = wake
         wake()
 
     def admit(self, windows: Sequence[Window]) -> None:
-        """Takes windows, also while nothing serves."""
+        """Takes windows, also while no engine serves."""
         self._waiting += windows
 
     def step(self) -> Sequence[Outcome]:
-        """Works or waits for a moment; never fails."""
-        self._install()
-        outcomes = self._forsaken()
-        if self._now is not None:
-            self._place(self._now)
-        for place in [*([self._now] if self._now else []), *self._leaving]:
-            outcomes += self._stepped(place)
-        self._dismiss()
+        """Works or waits at most about ``STEP_S``; raises nothing."""
+        self._install_opened()
+        outcomes = self._give_up()
+        if self._current is not None:
+            self._admit_waiting(self._current)
+        for serving in [*([self._current] if self._current else []), *self._retiring]:
+            outcomes += self._step_one(serving)
+        self._close_retired()
         return outcomes
 
     def cancel(self, window_ids: frozenset[int]) -> None:
-        """Forgets windows."""
+        """Drops windows."""
         for window in [window for window in self._waiting if window.id in window_ids]:
             self._waiting.remove(window)
-            self._deaths.pop(window.id, None)
-        for place in [*([self._now] if self._now else []), *self._leaving]:
-            inside = frozenset(window_ids & place.windows.keys())
+            self._crashes.pop(window.id, None)
+        for serving in [*([self._current] if self._current else []), *self._retiring]:
+            inside = frozenset(window_ids & serving.windows.keys())
             for key in inside:
-                self._forget(place, key)
+                self._forget(serving, key)
             if inside:
-                self._try(place, partial(place.engine.cancel, inside))
+                self._attempt(serving, partial(serving.engine.cancel, inside))
 
     def close(self) -> None:
-        """Ends everything that runs, and what is just being opened."""
-        self._surgeon.close()
+        """Closes all engines, also one that is being opened."""
+        self._reopener.close()
         with suppress(Empty):
             while True:
-                closed(self._fresh.get_nowait().engine)
-        for place in [*([self._now] if self._now else []), *self._leaving]:
-            closed(place.engine)
-        self._now, self._leaving = None, []
+                close_quietly(self._opened.get_nowait().engine)
+        for serving in [*([self._current] if self._current else []), *self._retiring]:
+            close_quietly(serving.engine)
+        self._current, self._retiring = None, []
 
-    def _hand_over(self, engine: Engine, lost: str) -> None:
-        """From the surgeon's thread."""
-        self._fresh.put(_Place(engine=engine, lost=lost))
+    def _receive(self, engine: Engine, fallback: str) -> None:
+        """Called by the reopener's thread."""
+        self._opened.put(_Serving(engine=engine, fallback=fallback))
         self._wake()
 
-    def _tell(self) -> None:
-        """Also to an engine that was there before anybody listened."""
+    def _forward_wake(self) -> None:
+        """Looks up the callback at each call: ``on_wake`` may set it later."""
         self._wake()
 
-    def _listen_to(self, engine: Engine) -> None:
+    def _watch(self, engine: Engine) -> None:
         if isinstance(engine, Wakeable):
-            engine.on_wake(self._tell)
+            engine.on_wake(self._forward_wake)
 
-    def _install(self) -> None:
-        """Puts an engine that was opened meanwhile to work; waits for one while nothing serves."""
+    def _install_opened(self) -> None:
+        """Switches to an engine that was opened meanwhile; waits for one while none serves."""
         with suppress(Empty):
-            fresh = self._fresh.get(timeout=STEP_S) if self._now is None else self._fresh.get_nowait()
-            if self._now is not None:
-                self._leaving.append(self._now)
+            opened = self._opened.get(timeout=STEP_S) if self._current is None else self._opened.get_nowait()
+            if self._current is not None:
+                self._retiring.append(self._current)
             else:
                 self._restarts += 1
                 self._meter.count_engine_restart()
-            self._now, self._info = fresh, fresh.engine.info
-            self._listen_to(fresh.engine)
-            info = fresh.engine.info
-            if fresh.lost:
-                log.warning("model %s is served by a stand-in on the %s: %s", self._name, info.device, fresh.lost)
+            self._current, self._info = opened, opened.engine.info
+            self._watch(opened.engine)
+            info = opened.engine.info
+            if opened.fallback:
+                log.warning("model %s is served by a fallback on the %s: %s", self._name, info.device, opened.fallback)
             else:
                 log.warning("model %s is served again, on %s (%s)", self._name, info.device, info.compute_type)
 
     def _is_suspect(self, window: Window) -> bool:
-        return self._deaths[window.id] >= DEATHS_ALONE
+        return self._crashes[window.id] >= CRASHES_UNTIL_ALONE
 
-    def _place(self, now: _Place) -> None:
-        """Gives windows that wait to the engine; those under suspicion first, and each of them alone."""
-        if any(map(self._is_suspect, now.windows.values())):
+    def _admit_waiting(self, current: _Serving) -> None:
+        """Admits waiting windows to the engine; suspects first, and each of them alone."""
+        if any(map(self._is_suspect, current.windows.values())):
             return
         suspects = [window for window in self._waiting if self._is_suspect(window)]
-        n_taken = 0 if suspects and now.windows else 1 if suspects else now.engine.free_slots
+        n_taken = 0 if suspects and current.windows else 1 if suspects else current.engine.free_slots
         taken = (suspects or self._waiting)[:n_taken]
         if not taken:
             return
         kept = {window.id for window in taken}
         self._waiting = [window for window in self._waiting if window.id not in kept]
-        now.windows |= {window.id: window for window in taken}
-        self._try(now, partial(now.engine.admit, taken))
+        current.windows |= {window.id: window for window in taken}
+        self._attempt(current, partial(current.engine.admit, taken))
 
-    def _stepped(self, place: _Place) -> list[Outcome]:
-        outcomes = self._try(place, place.engine.step) or ()
+    def _step_one(self, serving: _Serving) -> list[Outcome]:
+        outcomes = self._attempt(serving, serving.engine.step) or ()
         for outcome in outcomes:
-            self._forget(place, outcome.window_id)
-        if any(isinstance(outcome, Hypothesis) for outcome in outcomes) and not place.lost:
+            self._forget(serving, outcome.window_id)
+        if any(isinstance(outcome, Hypothesis) for outcome in outcomes) and not serving.fallback:
             self._failures = 0
         return list(outcomes)
 
-    def _try(self, place: _Place, do: Callable[[], Sequence[Outcome] | None]) -> Sequence[Outcome] | None:
+    def _attempt(self, serving: _Serving, do: Callable[[], Sequence[Outcome] | None]) -> Sequence[Outcome] | None:
         try:
             return do()
         except Error as error:
-            self._died(place, str(error))
+            self._retire_failed(serving, str(error))
         except Exception as error:
-            log.exception("the engine of %s broke", self._name)
-            self._died(place, f"{type(error).__name__}: {error}")
+            log.exception("the engine of %s failed", self._name)
+            self._retire_failed(serving, f"{type(error).__name__}: {error}")
         return None
 
-    def _died(self, place: _Place, why: str) -> None:
-        if place is not self._now and place not in self._leaving:
-            return  # it has died a moment ago
-        log.error("the engine of %s died: %s; %d windows begin again", self._name, why, len(place.windows))
+    def _retire_failed(self, serving: _Serving, why: str) -> None:
+        if serving is not self._current and serving not in self._retiring:
+            return  # it has already failed in this step
+        log.error("the engine of %s failed: %s; %d windows start again", self._name, why, len(serving.windows))
         self._meter.count_engine_failure()
-        self._deaths.update(place.windows.keys())
-        self._waiting[:0] = place.windows.values()
-        closed(place.engine)
-        if place is not self._now:
-            self._leaving.remove(place)
+        self._crashes.update(serving.windows.keys())
+        self._waiting[:0] = serving.windows.values()
+        close_quietly(serving.engine)
+        if serving is not self._current:
+            self._retiring.remove(serving)
             return
-        self._now, self._last_words, self._down_since_s = None, why, time.monotonic()
-        self._failures += not place.lost
-        if self._fresh.empty():
-            self._surgeon.begin(why, n_deaths=self._failures)
+        self._current, self._last_error, self._down_since_s = None, why, time.monotonic()
+        self._failures += not serving.fallback
+        if self._opened.empty():
+            self._reopener.begin(why, n_crashes=self._failures)
 
-    def _forsaken(self) -> list[Outcome]:
-        """Windows that are not worth another try, and all of them when nothing serves for too long."""
+    def _give_up(self) -> list[Outcome]:
+        """Failures for windows after their last crash, and for all of them when no engine serves for too long."""
         error: Error
-        lost: list[Outcome] = []
+        failures: list[Outcome] = []
         for window in self._waiting:
-            if self._deaths[window.id] >= DEATHS_MAX:
-                error = EngineError(f"the engine died {DEATHS_MAX} times over this audio; last: {self._last_words}")
-                lost.append(WindowFailure(window_id=window.id, error=error))
-        if self._now is None and self._is_hopeless():
-            how = "cannot be opened again" if self._surgeon.gave_up else "is still being opened again"
+            if self._crashes[window.id] >= CRASHES_MAX:
+                error = EngineError(f"the engine failed {CRASHES_MAX} times over this audio; last: {self._last_error}")
+                failures.append(WindowFailure(window_id=window.id, error=error))
+        if self._current is None and self._is_out_of_patience():
+            how = "cannot be opened again" if self._reopener.gave_up else "is still being opened again"
             error = ModelLoading(
-                f"the engine of {self._name} died and {how}: {self._surgeon.reason or self._last_words}",
-                retry_after_s=self._surgeon.next_try_s,
+                f"the engine of {self._name} failed and {how}: {self._reopener.reason or self._last_error}",
+                retry_after_s=self._reopener.next_try_s,
             )
-            lost = [WindowFailure(window_id=window.id, error=error) for window in self._waiting]
-        gone = {outcome.window_id for outcome in lost}
+            failures = [WindowFailure(window_id=window.id, error=error) for window in self._waiting]
+        gone = {outcome.window_id for outcome in failures}
         self._waiting = [window for window in self._waiting if window.id not in gone]
         for key in gone:
-            self._deaths.pop(key, None)
-        return lost
+            self._crashes.pop(key, None)
+        return failures
 
-    def _is_hopeless(self) -> bool:
-        at_a_loss = self._surgeon.gave_up and self._fresh.empty()  # in this order: it hands over first
-        return at_a_loss or time.monotonic() - self._down_since_s > PATIENCE_S
+    def _is_out_of_patience(self) -> bool:
+        gave_up = self._reopener.gave_up and self._opened.empty()  # in this order: it delivers an engine first
+        return gave_up or time.monotonic() - self._down_since_s > PATIENCE_S
 
-    def _forget(self, place: _Place, window_id: int) -> None:
-        place.windows.pop(window_id, None)
-        self._deaths.pop(window_id, None)
+    def _forget(self, serving: _Serving, window_id: int) -> None:
+        serving.windows.pop(window_id, None)
+        self._crashes.pop(window_id, None)
 
-    def _dismiss(self) -> None:
-        """Closes stand-ins that have done their last window; beside, as an engine first ends the batch that runs."""
-        for place in [place for place in self._leaving if not place.windows]:
-            self._leaving.remove(place)
-            threading.Thread(target=closed, args=(place.engine,), name=f"close-{self._name}").start()
+    def _close_retired(self) -> None:
+        """Closes retired engines without windows, in a thread: an engine first finishes the running batch."""
+        for serving in [serving for serving in self._retiring if not serving.windows]:
+            self._retiring.remove(serving)
+            threading.Thread(target=close_quietly, args=(serving.engine,), name=f"close-{self._name}").start()
