@@ -25,6 +25,7 @@ from tests.support.store import (
 )
 from whisperd import errors
 from whisperd.store.reconcile import Result, Settings, reconcile
+from whisperd.store.report import plan_lines
 
 MIB = 1 << 20
 ODD_BYTES = 3 * MIB + 5
@@ -153,7 +154,7 @@ def test_plain_snapshot_download_keeps_wrong_bytes(
     copy_cache(plain_cache, settings.cache_dir)
     assert offline(settings) == {}
     report = run(settings)
-    assert f"{path} wrong hash" in report.plan.lines()[0]
+    assert f"{path} wrong hash" in plan_lines(report.plan)[0]
     assert report.snapshots[NAME].name == first.path.name
     assert (report.snapshots[NAME] / path).read_bytes() == whisper_files(2)[path]
 

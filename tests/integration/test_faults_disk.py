@@ -34,6 +34,7 @@ from whisperd import errors
 from whisperd.store.hub.failures import CURES
 from whisperd.store.plan import CachePlan
 from whisperd.store.reconcile import Report, Settings, reconcile
+from whisperd.store.report import plan_lines
 
 OTHER_UID = 65534
 LOOK_AND_RUN = """
@@ -142,7 +143,7 @@ def test_damage(settings: Settings, filled: Path, damage: Damage, told: str, cos
     is_whole = all((filled / name).is_file() for name in ("config.json", "model.bin")) and "wrong" not in told
     assert offline(settings) == ({NAME: filled} if is_whole and "a link" not in told else {})
     report = run(settings)
-    assert told in report.plan.lines()[0]
+    assert told in plan_lines(report.plan)[0]
     assert report.results[0].fetched_bytes == cost_bytes
     assert_well(report, settings, whisper_files(1))
     assert run(settings).results[0].outcome == "ok"
@@ -463,7 +464,7 @@ def test_a_cache_that_was_filled_without_links(hub: LoopbackHub, settings: Setti
     assert plain(settings.cache_dir, hub.endpoint, environ={"HF_HUB_DISABLE_SYMLINKS": "1"}).error is None
     assert offline(settings) == {}
     report = run(settings)
-    assert (report.results[0].outcome, "not a link" in report.plan.lines()[0]) == ("repaired", True)
+    assert (report.results[0].outcome, "not a link" in plan_lines(report.plan)[0]) == ("repaired", True)
     assert report.exit_code == 0
     assert offline(settings) == {NAME: report.snapshots[NAME]}
     assert all(entry.is_symlink() for entry in report.snapshots[NAME].iterdir() if entry.suffix in {".bin", ".json"})

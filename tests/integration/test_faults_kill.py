@@ -32,6 +32,7 @@ from tests.support.store import (
 )
 from whisperd import errors
 from whisperd.store.reconcile import Settings
+from whisperd.store.report import plan_lines
 
 MIB = 1 << 20
 LARGE_BYTES = 64 * MIB
@@ -185,7 +186,7 @@ def test_plain_snapshot_download_killed_in_an_update(
     assert plain(cache, hub.endpoint, local_files_only=True).error == "IncompleteSnapshotError"
     assert offline(settings) == {NAME: filled}
     report = run(settings)
-    assert "the ref does not name the commit" in report.plan.lines()[0]
+    assert "the ref does not name the commit" in plan_lines(report.plan)[0]
     assert report.results[0].fetched_bytes == 0
     assert plain(cache, hub.endpoint, local_files_only=True).path == filled
 

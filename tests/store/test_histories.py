@@ -15,9 +15,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from tests.support.fake_origin import REPOS, FakeOrigin
 from whisperd.reference import HubSource, parse
-from whisperd.store.cache import Repo, git_or_sha256
+from whisperd.store.cache import Repo
 from whisperd.store.reconcile import Report, Settings, reconcile, snapshots_without_network
 from whisperd.store.sources import Wanted
+from whisperd.store.verify import hash_of
 
 references = st.sampled_from(["org/a", "org/b", "org/a@dev", "org/b@dev"])
 
@@ -145,7 +146,7 @@ class Histories(RuleBasedStateMachine):
         for file in self.origin.files(one.source.repo_id, path.name):
             if file.path in ("README.md", ".gitattributes"):
                 continue
-            assert git_or_sha256(path / file.path, file.hash) == file.hash
+            assert hash_of(path / file.path, file.hash) == file.hash
 
 
 TestHistories = Histories.TestCase

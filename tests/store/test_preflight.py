@@ -17,6 +17,7 @@ from whisperd.reference import HubSource, parse
 from whisperd.store.plan import ModelState, RemoteFile, Resolved, Room, plan
 from whisperd.store.preflight import one_writer, preflight
 from whisperd.store.reconcile import Report, Settings, reconcile
+from whisperd.store.report import plan_lines
 from whisperd.store.sources import Wanted
 
 NOBODY = 65534
@@ -65,7 +66,7 @@ def test_parts_need_no_more_room() -> None:
     """What an earlier run has left counts neither as bytes to fetch nor as room to find."""
     (action,) = plan([replace(NEW, part_bytes={"f0": 60, "f1": 1000})], room=Room(free_bytes=240)).actions
     assert (action.kind, action.bytes, action.total_bytes, action.part_bytes) == ("download", 240, 400, 160)
-    lines = plan([replace(NEW, part_bytes={"f0": 60})]).lines()
+    lines = plan_lines(plan([replace(NEW, part_bytes={"f0": 60})]))
     assert lines[0].endswith("4 files, 340 B (60 B of it are here from before)")
 
 

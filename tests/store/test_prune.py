@@ -16,6 +16,7 @@ from tests.support.fake_origin import REPOS, FakeOrigin
 from whisperd.reference import parse
 from whisperd.store.plan import RepoContents, removed_from
 from whisperd.store.reconcile import Report, Settings, hold, reconcile
+from whisperd.store.report import plan_lines
 from whisperd.store.sources import Wanted
 
 COMMITS = [letter * 40 for letter in "abcd"]
@@ -70,15 +71,15 @@ def test_only_when_asked(origin: FakeOrigin, settings: Settings) -> None:
     run(origin, settings, REPOS)
     told = run(origin, settings, REPOS[:1])
     assert told.exit_code == 0
-    assert told.plan.lines()[1].endswith("not declared, 902 B (kept; --prune removes it)")
+    assert plan_lines(told.plan)[1].endswith("not declared, 902 B (kept; --prune removes it)")
     assert len(repos(settings)) == 2
     checked = run(origin, settings, REPOS[:1], prune=True, check=True)
     assert (checked.exit_code, len(repos(settings))) == (3, 2)
-    assert checked.plan.lines()[1:] == [
+    assert plan_lines(checked.plan)[1:] == [
         f"  - org/b  {origin.repos['org/b'].refs['main'][:7]}  not declared, 902 B",
-        checked.plan.lines()[2],
+        plan_lines(checked.plan)[2],
     ]
-    assert "1 to remove" in checked.plan.lines()[2]
+    assert "1 to remove" in plan_lines(checked.plan)[2]
     done = run(origin, settings, REPOS[:1], prune=True)
     assert "1 removed" in done.lines()[-1]
     assert repos(settings) == {"models--org--a"}

@@ -21,6 +21,7 @@ from whisperd import errors
 from whisperd.store.plan import CachePlan
 from whisperd.store.preflight import one_writer, preflight
 from whisperd.store.reconcile import Progress, Report, Settings, reconcile, snapshots_without_network
+from whisperd.store.report import plan_lines
 
 
 def test_cold(hub: LoopbackHub, repo: HubRepo, settings: Settings) -> None:
@@ -35,7 +36,7 @@ def test_cold(hub: LoopbackHub, repo: HubRepo, settings: Settings) -> None:
         name: data for name, data in whisper_files(1).items() if name not in (".gitattributes", "README.md")
     }
     assert ref(settings) == repo.refs["main"] == path.name
-    assert plans[0].lines()[0] == f"  + org/model  main@{path.name[:7]}  4 files, 300.8 kB"
+    assert plan_lines(plans[0])[0] == f"  + org/model  main@{path.name[:7]}  4 files, 300.8 kB"
     assert progress[-1].model.done_bytes == progress[-1].model.total_bytes == report.results[0].fetched_bytes
     assert not (settings.cache_dir / ".whisperd/staging").exists()
     assert not any("README" in request for request in hub.requests)

@@ -98,10 +98,11 @@ def _do(models: Sequence[Wanted], store: Settings, *, as_json: bool) -> Report:
     """In this process, and as the owner of the cache."""
     from whisperd.store.reconcile import become_owner
     from whisperd.store.reconcile import reconcile as run
+    from whisperd.store.report import plan_lines
 
     def on_plan(plan: CachePlan) -> None:
         if not as_json:
-            _tell(plan.lines())
+            _tell(plan_lines(plan))
 
     become_owner(store.cache_dir)
     with _interruptible() as cancel, bars() as shown:

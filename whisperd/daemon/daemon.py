@@ -31,6 +31,7 @@ from whisperd.serving.http import ReconcileOrder, Tell, create_app
 from whisperd.serving.http.server import Server
 from whisperd.store.reconcile import Progress, Report, hold, reconcile, snapshots_without_network
 from whisperd.store.reconcile import Settings as StoreSettings
+from whisperd.store.report import plan_lines
 from whisperd.store.sources import Wanted
 
 log = logging.getLogger(__name__)
@@ -231,7 +232,7 @@ class Daemon:
                 reconcile,
                 wanted,
                 store,
-                on_plan=lambda plan: log.info("%s", "\n".join(plan.lines())),
+                on_plan=lambda plan: log.info("%s", "\n".join(plan_lines(plan))),
                 on_progress=on_progress,
                 cancel=self._cancel_store,
             )

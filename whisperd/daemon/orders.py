@@ -19,6 +19,7 @@ from whisperd.reference import parse
 from whisperd.serving.http import ReconcileOrder, Tell
 from whisperd.store.plan import CachePlan
 from whisperd.store.reconcile import Progress, Report, reconcile
+from whisperd.store.report import plan_lines
 from whisperd.store.sources import Wanted
 
 
@@ -105,7 +106,7 @@ def _wanted(order: ReconcileOrder, config: Config) -> Sequence[Wanted]:
 
 
 def _plan(plan: CachePlan) -> dict[str, object]:
-    return {"lines": plan.lines(), "pending": plan.pending}
+    return {"lines": plan_lines(plan), "pending": plan.pending}
 
 
 def _progress(progress: Progress) -> dict[str, object]:

@@ -10,12 +10,12 @@ from pathlib import Path
 
 from whisperd.errors import IntegrityError
 from whisperd.reference import HubSource
-from whisperd.store.cache import Repo, git_or_sha256, install
+from whisperd.store.cache import Repo, Staging, install
 from whisperd.store.hub import FetchJob, disk_error
 from whisperd.store.hub.failures import CURES
 from whisperd.store.origins import Origin
 from whisperd.store.plan import Action, RemoteFile, Resolved, short
-from whisperd.store.staging import Staging
+from whisperd.store.verify import hash_of
 
 log = logging.getLogger(__name__)
 
@@ -83,4 +83,4 @@ def _hash_of(part: Path, file: RemoteFile) -> str:
     if not part.is_file():
         return "no file"
     size_bytes = part.stat().st_size
-    return git_or_sha256(part, file.hash) if size_bytes == file.size_bytes else f"{size_bytes} bytes"
+    return hash_of(part, file.hash) if size_bytes == file.size_bytes else f"{size_bytes} bytes"

@@ -12,32 +12,20 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
 
 from whisperd.errors import SourceError
 from whisperd.reference import COMMIT, HubSource
 from whisperd.store.hub.failures import disk_error
-from whisperd.store.plan import FileState, RemoteFile, Removal, RepoContents, select_files
+from whisperd.store.plan import RemoteFile, Removal, RepoContents, select_files
 
 OWN_DIR = ".whisperd"
-SHA256_DIGITS = 64
-CHUNK_BYTES = 1 << 20
 PIN_CHARS = 12
-
-
-class Stamp(NamedTuple):
-    """What a verified blob looked like; while it does, its content is taken to be the same."""
-
-    size_bytes: int
-    mtime_ns: int
-    inode: int
 
 
 class Repo:
@@ -188,60 +176,6 @@ def _links(snapshot: Path) -> Iterator[str]:
             yield path.readlink().name
 
 
-def git_or_sha256(path: Path, expected: str) -> str:
-    """The hash of a file, of the kind that ``expected`` is."""
-    digest = hashlib.sha256() if len(expected) == SHA256_DIGITS else hashlib.sha1(usedforsecurity=False)
-    if len(expected) != SHA256_DIGITS:
-        digest.update(f"blob {path.stat().st_size}\0".encode())
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def stamp_of(path: Path) -> Stamp:
-    """What a file looks like now."""
-    found = path.stat()
-    return Stamp(found.st_size, found.st_mtime_ns, found.st_ino)
-
-
-class Inspector:
-    """Looks at files; remembers which were verified.
-
-    Args:
-        stamps: what is known to be verified, by path; new findings are added.
-        verify: hash every file again.
-    """
-
-    def __init__(self, stamps: dict[str, Stamp], *, verify: bool = False) -> None:
-        self.stamps = stamps
-        self._verify = verify
-
-    def state(self, repo: Repo, commit: str, file: RemoteFile) -> FileState:
-        """How one file of a snapshot is; never the network."""
-        entry, blob = repo.snapshot(commit) / file.path, repo.blob(file)
-        if entry.is_symlink():
-            if entry.readlink().name != file.hash:
-                return "wrong_hash"
-            return self.content(blob, file) if blob.is_file() else "missing"
-        if entry.exists():
-            return "not_a_link"
-        return "unlinked" if blob.is_file() and self.content(blob, file) == "ok" else "missing"
-
-    def content(self, path: Path, file: RemoteFile) -> FileState:
-        """How the bytes of a file that is there are."""
-        stamp = stamp_of(path)
-        if stamp.size_bytes != file.size_bytes:
-            return "wrong_size"
-        if not self._verify and self.stamps.get(str(path)) == stamp:
-            return "ok"
-        if git_or_sha256(path, file.hash) != file.hash:
-            self.stamps.pop(str(path), None)
-            return "wrong_hash"
-        self.stamps[str(path)] = stamp
-        return "ok"
-
-
 def write_atomically(path: Path, text: str) -> None:
     """The old file or the new one, never half, also after a power cut."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -278,3 +212,35 @@ def install(part: Path, repo: Repo, file: RemoteFile) -> None:
         part.replace(target)
     except OSError as error:
         raise disk_error(error, target) from error
+
+
+class Staging:
+    """The parts of one repository."""
+
+    def __init__(self, cache_dir: Path, repo_id: str) -> None:
+        self.path = staging_dir(cache_dir) / folder(repo_id)
+
+    def part(self, file: RemoteFile) -> Path:
+        """Where the bytes of a file arrive."""
+        return self.path / file.hash
+
+    def size_bytes(self, file: RemoteFile) -> int:
+        """How much of a file is there."""
+        with suppress(OSError):
+            return self.part(file).stat().st_size
+        return 0
+
+
+def staging_dir(cache_dir: Path) -> Path:
+    """The parts of all repositories."""
+    return cache_dir / OWN_DIR / "staging"
+
+
+def clear_staging(cache_dir: Path, keep: Collection[Path]) -> None:
+    """Removes all parts but those that are still wanted. Only with the lock on the cache."""
+    root = staging_dir(cache_dir)
+    if not keep:
+        shutil.rmtree(root, ignore_errors=True)
+        return
+    for part in [path for path in root.rglob("*") if path.is_file() and path not in keep]:
+        part.unlink(missing_ok=True)

@@ -11,7 +11,7 @@ from whisperd.errors import StoreError
 from whisperd.reference import parse
 from whisperd.store.plan import CachePlan
 from whisperd.store.reconcile import reconcile
-from whisperd.store.report import Settings
+from whisperd.store.report import Settings, plan_lines
 from whisperd.store.sources import Wanted
 
 
@@ -49,7 +49,7 @@ def download_model_if_needed(
     )
 
     def on_plan(plan: CachePlan) -> None:
-        for line in plan.lines():
+        for line in plan_lines(plan):
             log.info("%s", line)
 
     (result,) = reconcile([Wanted(name=name, source=parse(name))], settings, on_plan=on_plan).results

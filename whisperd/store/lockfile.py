@@ -6,20 +6,18 @@ import json
 import logging
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from whisperd.reference import HubSource
-from whisperd.store.cache import OWN_DIR, Stamp, write_atomically
+from whisperd.store.cache import write_atomically
 from whisperd.store.plan import RemoteFile, Resolved
 
 log = logging.getLogger(__name__)
 
 VERSION = 1
 LOCK_FILE = "whisperd.lock"
-STAMPS_FILE = f"{OWN_DIR}/stamps.json"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -90,17 +88,3 @@ def read_record(cache_dir: Path) -> Record:
 
 def _resolved(entry: Mapping[str, Any]) -> Resolved:
     return Resolved(commit=entry["commit"], files=tuple(RemoteFile(**file) for file in entry["files"]))
-
-
-def read_stamps(cache_dir: Path) -> dict[str, Stamp]:
-    """What was verified; nothing where it cannot be read: then it is verified again."""
-    with suppress(OSError, ValueError, TypeError, AttributeError):
-        stamps = json.loads((cache_dir / STAMPS_FILE).read_text(encoding="utf-8"))
-        return {path: Stamp(*values) for path, values in stamps.items()}
-    return {}
-
-
-def write_stamps(cache_dir: Path, stamps: Mapping[str, Stamp]) -> None:
-    """A cache that cannot be written to is verified again next time."""
-    with suppress(OSError):
-        write_atomically(cache_dir / STAMPS_FILE, json.dumps(stamps))

@@ -1,21 +1,24 @@
-"""What is there, without asking anybody; and where the Hub has to be asked, what it says."""
+"""The state of each declared model: what is on this disk and, where that is not enough, what the Hub answers."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from importlib import metadata
 from pathlib import Path
 
-from whisperd.errors import Cancelled, Error, SourceError, StoreError
+from whisperd.errors import Cancelled, Error, IntegrityError, SourceError, StoreError
 from whisperd.reference import HubSource, PackageSource, PathSource
-from whisperd.store.cache import Inspector, Repo
-from whisperd.store.local import check
+from whisperd.store.cache import Repo, Staging
+from whisperd.store.export import read_manifest
 from whisperd.store.lockfile import Record
-from whisperd.store.plan import ModelState, Resolved, select_files
-from whisperd.store.sources import Wanted, locate
-from whisperd.store.staging import Staging
+from whisperd.store.plan import ModelState, RemoteFile, Resolved, select_files
+from whisperd.store.sources import Wanted, check_model_dir, locate
+from whisperd.store.verify import Inspector
 
 Resolve = Callable[[HubSource], Resolved]
 
@@ -118,3 +121,33 @@ class Observer:
         except StoreError as error:
             return Found(state=ModelState(name=wanted.name, source=source, problem=str(error)), error=error)
         return Found(state=ModelState(name=wanted.name, source=source), path=path)
+
+
+def check(source: PathSource | PackageSource, path: Path, inspector: Inspector) -> None:
+    """Raises SourceError or IntegrityError unless the directory holds a whole model with the bytes that it should have.
+
+    The hashes of a directory are in the manifest of an export, those of a package in its RECORD; a directory without
+    a manifest is only looked at for missing and empty files.
+    """
+    check_model_dir(path)
+    declared = list(_packaged(source, path) if isinstance(source, PackageSource) else _exported(path))
+    for file in declared:
+        found = inspector.content(path / file.path, file)
+        if found != "ok":
+            raise IntegrityError(f"{source}: {path / file.path} is not what was declared ({found.replace('_', ' ')})")
+
+
+def _exported(path: Path) -> Iterator[RemoteFile]:
+    manifest = read_manifest(path)
+    yield from manifest.files if manifest else ()
+
+
+def _packaged(source: PackageSource, path: Path) -> Iterator[RemoteFile]:
+    """The files that pip has written down with their hashes."""
+    top = source.module.partition(".")[0]
+    for name in metadata.packages_distributions().get(top, ())[:1]:
+        for file in metadata.files(name) or ():
+            place = Path(str(file.locate()))
+            if place.parent == path and file.hash is not None and file.hash.mode == hashlib.sha256().name:
+                digest = base64.urlsafe_b64decode(file.hash.value + "=" * (-len(file.hash.value) % 4)).hex()
+                yield RemoteFile(path=place.name, size_bytes=file.size or 0, hash=digest)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
-from whisperd.errors import HubUnreachable
+from whisperd.errors import HubUnreachable, RevisionNotFound, StoreError
 from whisperd.reference import HubSource
-from whisperd.store.hub import Connection, FetchJob, fetch, resolve
-from whisperd.store.hub.fetch import OnBytes
+from whisperd.store.export import MANIFEST, Manifest, read_manifest
+from whisperd.store.hub import Connection, FetchJob, disk_error, fetch, resolve
+from whisperd.store.hub.client import OnBytes
 from whisperd.store.plan import Resolved
 
 
@@ -55,3 +59,39 @@ class Nowhere:
     def fetch(self, job: FetchJob, on_bytes: OnBytes) -> None:
         """Nothing."""
         raise HubUnreachable(f"{job.repo}: {len(job.files)} files have to be fetched, and offline is set")
+
+
+class ExportedOrigin:
+    """A directory of exported models, asked in place of the Hub; what it gives is verified all the same."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._models: Sequence[tuple[Path, Manifest]] = tuple(_manifests(directory))
+        if not self._models:
+            raise StoreError(f"{directory}: no exported model here; expected directories with a {MANIFEST}")
+
+    def resolve(self, source: HubSource) -> Resolved:
+        """By repository and revision, or by commit."""
+        for _, manifest in self._models:
+            if manifest.repo == source.repo_id and source.revision in (manifest.revision, manifest.commit):
+                return Resolved(commit=manifest.commit, files=manifest.files)
+        have = ", ".join(f"{manifest.repo}@{manifest.revision}" for _, manifest in self._models)
+        raise RevisionNotFound(f"{source} is not in {self._directory}, which has: {have}")
+
+    def fetch(self, job: FetchJob, on_bytes: OnBytes) -> None:
+        """Copies."""
+        directory = next(
+            path for path, manifest in self._models if (manifest.repo, manifest.commit) == (job.repo, job.commit)
+        )
+        for file in job.files:
+            try:
+                shutil.copyfile(directory / file.path, job.directory / file.hash)
+            except OSError as error:
+                raise disk_error(error, directory / file.path) from error
+            on_bytes(job.size_bytes)
+
+
+def _manifests(directory: Path) -> Iterator[tuple[Path, Manifest]]:
+    for path in sorted(directory.glob(f"*/{MANIFEST}")):
+        if (manifest := read_manifest(path.parent)) is not None:
+            yield path.parent, manifest

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -17,7 +16,6 @@ FileState = Literal["ok", "unlinked", "missing", "wrong_size", "wrong_hash", "no
 
 NEEDS_NO_BYTES = frozenset({"ok", "unlinked"})
 DAMAGED = frozenset({"wrong_size", "wrong_hash", "not_a_link"})
-SIGNS: Mapping[Kind, str] = {"ok": "=", "download": "+", "update": "~", "repair": "!", "blocked": "x"}
 SHORT_COMMIT_CHARS = 7
 INODES_PER_FILE = 3  # a blob, the link to it, and now and then a directory
 FORCED = "forced"
@@ -179,23 +177,6 @@ class CachePlan:
         """Bytes to fetch for all models."""
         return sum(action.bytes for action in self.actions)
 
-    def lines(self) -> list[str]:
-        """The plan for people: a line for each model, and a summary."""
-        repos = [action.repo for action in self.actions] + [removal.repo for removal in self.removals]
-        repo_chars = max(map(len, repos), default=0)
-        gone = [_removal_line(removal, repo_chars, self.prune) for removal in self.removals]
-        return [*(_line(action, repo_chars) for action in self.actions), *gone, self._summary()]
-
-    def _summary(self) -> str:
-        if not self.pending:
-            return f"No changes. The cache matches the {count(len(self.actions), 'declared model')}."
-        kinds = Counter(action.kind for action in self.actions)
-        todo = ", ".join(f"{kinds[kind]} to {kind}" for kind in ("download", "update", "repair"))
-        removed = f", {len(self.removals)} to remove" if self.prune and self.removals else ""
-        blocked = f", {kinds['blocked']} blocked" if kinds["blocked"] else ""
-        free = "" if self.free_bytes is None else f", {size(self.free_bytes)} free"
-        return f"Plan: {todo}{removed}{blocked}; {size(self.bytes)} to fetch{free}."
-
 
 def select_files(files: Iterable[RemoteFile]) -> tuple[RemoteFile, ...]:
     """The files that an engine needs, of the top directory only; SourceError says what a model lacks."""
@@ -344,48 +325,3 @@ def _wanted(state: ModelState) -> Iterator[tuple[tuple[str, str], frozenset[str]
         yield (state.source.repo_id, state.target.commit), frozenset(file.hash for file in state.target.files)
     elif state.current_commit is not None:
         yield (state.source.repo_id, state.current_commit), frozenset()
-
-
-def _line(action: Action, repo_chars: int) -> str:
-    return f"  {SIGNS[action.kind]} {action.repo:<{repo_chars}}  {_where(action)}{_what(action)}".rstrip()
-
-
-def _removal_line(removal: Removal, repo_chars: int, prune: bool) -> str:
-    kept = "" if prune else " (kept; --prune removes it)"
-    return f"  - {removal.repo:<{repo_chars}}  {short(removal.commit)}  {removal.reason}, {size(removal.bytes)}{kept}"
-
-
-def _where(action: Action) -> str:
-    if action.revision is None:
-        return ""
-    if action.kind == "update":
-        return f"{_revision(action)} {short(action.from_commit)} -> {short(action.to_commit)}  "
-    commit = action.to_commit or action.from_commit
-    return f"{_revision(action)}@{short(commit)}  " if commit else f"{_revision(action)}  "
-
-
-def _revision(action: Action) -> str:
-    """The branch or tag; a commit is not said twice."""
-    return "commit" if action.revision in (action.to_commit, action.from_commit) else str(action.revision)
-
-
-def _what(action: Action) -> str:
-    match action.kind:
-        case "ok":
-            return action.reason
-        case "blocked":
-            return f"blocked: {action.reason}"
-        case "repair":
-            return f"repair: {action.reason}; {_amount(action)}"
-        case "download" | "update":
-            return f"{'forced: ' if action.reason == FORCED else ''}{_amount(action)}"
-
-
-def _amount(action: Action) -> str:
-    """How much is fetched: ``2 of 5 files, 484.1 MB``."""
-    if not action.files:
-        return "nothing to fetch"
-    total = count(action.file_count, "file")
-    some = len(action.files) < action.file_count
-    rest = f" ({size(action.part_bytes)} of it are here from before)" if action.part_bytes else ""
-    return f"{f'{len(action.files)} of {total}' if some else total}, {size(action.bytes)}{rest}"

@@ -1,4 +1,4 @@
-"""What came of a reconcile."""
+"""The plan and the outcome of a reconcile, as lines for people and as JSON."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from whisperd.errors import Error, HubError
-from whisperd.store.plan import CachePlan, Removal, size
+from whisperd.store.plan import FORCED, Action, CachePlan, Kind, Removal, count, short, size
 
 Outcome = Literal["ok", "downloaded", "updated", "repaired", "pending", "failed"]
 
 PENDING = 3
 UNCHECKED = 4
+SIGNS: Mapping[Kind, str] = {"ok": "=", "download": "+", "update": "~", "repair": "!", "blocked": "x"}
 WORDS: tuple[Outcome, ...] = ("downloaded", "updated", "repaired", "ok", "failed")
 
 
@@ -122,7 +123,71 @@ class Report:
         return {
             "exit_code": self.exit_code,
             "wall_s": round(self.wall_s, 3),
-            "plan": self.plan.lines(),
+            "plan": plan_lines(self.plan),
             "removed": [{"repo": removal.repo, "commit": removal.commit} for removal in self.removed],
             "models": [result.as_dict() for result in self.results],
         }
+
+
+def plan_lines(plan: CachePlan) -> list[str]:
+    """The plan for people: a line for each model, and a summary."""
+    repos = [action.repo for action in plan.actions] + [removal.repo for removal in plan.removals]
+    repo_chars = max(map(len, repos), default=0)
+    gone = [_removal_line(removal, repo_chars, plan.prune) for removal in plan.removals]
+    return [*(_line(action, repo_chars) for action in plan.actions), *gone, _summary(plan)]
+
+
+def _summary(plan: CachePlan) -> str:
+    if not plan.pending:
+        return f"No changes. The cache matches the {count(len(plan.actions), 'declared model')}."
+    kinds = Counter(action.kind for action in plan.actions)
+    todo = ", ".join(f"{kinds[kind]} to {kind}" for kind in ("download", "update", "repair"))
+    removed = f", {len(plan.removals)} to remove" if plan.prune and plan.removals else ""
+    blocked = f", {kinds['blocked']} blocked" if kinds["blocked"] else ""
+    free = "" if plan.free_bytes is None else f", {size(plan.free_bytes)} free"
+    return f"Plan: {todo}{removed}{blocked}; {size(plan.bytes)} to fetch{free}."
+
+
+def _line(action: Action, repo_chars: int) -> str:
+    return f"  {SIGNS[action.kind]} {action.repo:<{repo_chars}}  {_where(action)}{_what(action)}".rstrip()
+
+
+def _removal_line(removal: Removal, repo_chars: int, prune: bool) -> str:
+    kept = "" if prune else " (kept; --prune removes it)"
+    return f"  - {removal.repo:<{repo_chars}}  {short(removal.commit)}  {removal.reason}, {size(removal.bytes)}{kept}"
+
+
+def _where(action: Action) -> str:
+    if action.revision is None:
+        return ""
+    if action.kind == "update":
+        return f"{_revision(action)} {short(action.from_commit)} -> {short(action.to_commit)}  "
+    commit = action.to_commit or action.from_commit
+    return f"{_revision(action)}@{short(commit)}  " if commit else f"{_revision(action)}  "
+
+
+def _revision(action: Action) -> str:
+    """The branch or tag; a commit is not said twice."""
+    return "commit" if action.revision in (action.to_commit, action.from_commit) else str(action.revision)
+
+
+def _what(action: Action) -> str:
+    match action.kind:
+        case "ok":
+            return action.reason
+        case "blocked":
+            return f"blocked: {action.reason}"
+        case "repair":
+            return f"repair: {action.reason}; {_amount(action)}"
+        case "download" | "update":
+            return f"{'forced: ' if action.reason == FORCED else ''}{_amount(action)}"
+
+
+def _amount(action: Action) -> str:
+    """How much is fetched: ``2 of 5 files, 484.1 MB``."""
+    if not action.files:
+        return "nothing to fetch"
+    total = count(action.file_count, "file")
+    some = len(action.files) < action.file_count
+    rest = f" ({size(action.part_bytes)} of it are here from before)" if action.part_bytes else ""
+    return f"{f'{len(action.files)} of {total}' if some else total}, {size(action.bytes)}{rest}"

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+from whisperd.store.hub.client import FetchJob, fetch, resolve
 from whisperd.store.hub.failures import disk_error
-from whisperd.store.hub.fetch import FetchJob, fetch
 from whisperd.store.hub.process import Connection
-from whisperd.store.hub.resolve import resolve
 
 __all__ = ["Connection", "FetchJob", "disk_error", "fetch", "resolve"]

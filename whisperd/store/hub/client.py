@@ -1,4 +1,4 @@
-"""Files of one commit, fetched by a child process that can be killed; the next one goes on where it stopped."""
+"""Resolves a revision and fetches the files of a commit, each in a child process that can be killed at any time."""
 
 from __future__ import annotations
 
@@ -8,15 +8,18 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from whisperd.errors import HubUnreachable
+from whisperd.errors import HubError, HubUnreachable
+from whisperd.reference import HubSource
 from whisperd.store.hub.failures import CURES
 from whisperd.store.hub.process import Connection, Stalled, environment, run
-from whisperd.store.plan import RemoteFile
+from whisperd.store.plan import RemoteFile, Resolved, select_files
 
 log = logging.getLogger(__name__)
 
 OnBytes = Callable[[int], None]
 
+# a child may start slowly, and wait between its tries as long as a server asks for
+SLACK_S = 60.0
 TRIES = 2  # a connection that stands still is often only that one connection
 
 
@@ -77,3 +80,31 @@ def _fetch(job: FetchJob, connection: Connection, on_bytes: OnBytes, cancel: thr
 
     for _ in run(order, stall_timeout_s=connection.stall_timeout_s, cancel=cancel, size_bytes=size_bytes):
         pass  # only retries are told; errors are raised
+
+
+def resolve(source: HubSource, connection: Connection, cancel: threading.Event) -> Resolved:
+    """The files of a repository that an engine needs.
+
+    Raises:
+        HubError: one of its kinds, for everything that the Hub says or does not say.
+        SourceError: the repository holds no model that whisperd can read.
+        Cancelled: ``cancel`` was set.
+    """
+    job = {
+        "do": "resolve",
+        "repo": source.repo_id,
+        "revision": source.revision,
+        "endpoint": connection.endpoint,
+        "token": connection.token,
+        "retry_wait_s": connection.retry_wait_s,
+        "timeout_s": connection.metadata_timeout_s,
+        "environment": environment(connection),
+    }
+    try:
+        for message in run(job, stall_timeout_s=connection.metadata_timeout_s + SLACK_S, cancel=cancel):
+            if message["event"] == "done":
+                files = [RemoteFile(**file) for file in message["files"]]
+                return Resolved(commit=message["commit"], files=select_files(files))
+    except Stalled as error:
+        raise HubUnreachable(f"{source} on {connection.endpoint}: no answer in time; check the network") from error
+    raise HubError(f"{source} on {connection.endpoint}: the Hub was asked, but no answer came back")

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from whisperd.errors import RevisionNotFound, StoreError
+from whisperd.errors import StoreError
 from whisperd.reference import HubSource
 from whisperd.store.cache import write_atomically
-from whisperd.store.hub import FetchJob, disk_error
-from whisperd.store.hub.fetch import OnBytes
+from whisperd.store.hub import disk_error
 from whisperd.store.plan import RemoteFile, Resolved
 
 MANIFEST = "whisperd-manifest.json"
@@ -67,39 +65,3 @@ def export_model(source: HubSource, resolved: Resolved, snapshot: Path, director
     except OSError as error:
         raise disk_error(error, target) from error
     return target
-
-
-class ExportedOrigin:
-    """A directory of exported models, asked in place of the Hub; what it gives is verified all the same."""
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self._models: Sequence[tuple[Path, Manifest]] = tuple(_manifests(directory))
-        if not self._models:
-            raise StoreError(f"{directory}: no exported model here; expected directories with a {MANIFEST}")
-
-    def resolve(self, source: HubSource) -> Resolved:
-        """By repository and revision, or by commit."""
-        for _, manifest in self._models:
-            if manifest.repo == source.repo_id and source.revision in (manifest.revision, manifest.commit):
-                return Resolved(commit=manifest.commit, files=manifest.files)
-        have = ", ".join(f"{manifest.repo}@{manifest.revision}" for _, manifest in self._models)
-        raise RevisionNotFound(f"{source} is not in {self._directory}, which has: {have}")
-
-    def fetch(self, job: FetchJob, on_bytes: OnBytes) -> None:
-        """Copies."""
-        directory = next(
-            path for path, manifest in self._models if (manifest.repo, manifest.commit) == (job.repo, job.commit)
-        )
-        for file in job.files:
-            try:
-                shutil.copyfile(directory / file.path, job.directory / file.hash)
-            except OSError as error:
-                raise disk_error(error, directory / file.path) from error
-            on_bytes(job.size_bytes)
-
-
-def _manifests(directory: Path) -> Iterator[tuple[Path, Manifest]]:
-    for path in sorted(directory.glob(f"*/{MANIFEST}")):
-        if (manifest := read_manifest(path.parent)) is not None:
-            yield path.parent, manifest
