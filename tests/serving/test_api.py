@@ -25,10 +25,10 @@ from tests.support.service_fake import MODEL, PATIENCE_S, TEXT, TRANSCRIPT, Daem
 from whisperd.errors import ConfigError, Problem, RequestError, UnsupportedParameter
 from whisperd.serving.http import Chunking, Readiness, create_app
 from whisperd.serving.http.params import FIELDS, parse_fields
-from whisperd.serving.http.server import ServerSettings
-from whisperd.serving.http.upload import Pace, Upload, receive_upload
-from whisperd.serving.interface import ApiSettings
+from whisperd.serving.http.upload import Upload, receive_upload
+from whisperd.serving.interface import ApiSettings, ServerSettings
 from whisperd.serving.spool import Spool
+from whisperd.serving.tasks import Pace
 from whisperd.speech.fallback import TEMPERATURES, Options
 
 URL = "/v1/audio/transcriptions"

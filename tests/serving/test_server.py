@@ -21,7 +21,8 @@ import pytest
 from tests.support.service_fake import PATIENCE_S, serving
 from whisperd.errors import ConfigError, UsageError
 from whisperd.metrics import HttpMeter
-from whisperd.serving.http.server import Server, ServerSettings
+from whisperd.serving.http.server import Server
+from whisperd.serving.interface import ServerSettings
 from whisperd.serving.sockets import bind_unix, inherited_sockets
 
 REQUEST = b"GET / HTTP/1.1\r\nHost: whisperd\r\n\r\n"
@@ -295,7 +296,7 @@ class Counted(HttpMeter):
     def __init__(self) -> None:
         self.codes: list[str] = []
 
-    def count_rejection(self, code: str) -> None:
+    def rejected(self, code: str) -> None:
         self.codes.append(code)
 
 

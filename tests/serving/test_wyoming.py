@@ -26,9 +26,9 @@ from tests.support.service_fake import MODEL, PATIENCE_S, TEXT, FakeService
 from whisperd.config.options import ServerTable
 from whisperd.errors import ConfigError, QueueFull, RequestError
 from whisperd.metrics import WyomingMeter
-from whisperd.serving.http.upload import Pace
 from whisperd.serving.sockets import bind_unix
 from whisperd.serving.spool import Spool
+from whisperd.serving.tasks import Pace
 from whisperd.serving.wyoming import Listener, Settings, listener, require, session, wire
 from whisperd.serving.wyoming.request import Format, parse_format, parse_request, wav_header
 from whisperd.serving.wyoming.wire import ProtocolError, read_event
@@ -43,7 +43,7 @@ class Counter(WyomingMeter):
     def __init__(self) -> None:
         self.results: asyncio.Queue[str] = asyncio.Queue()
 
-    def observe_utterance(self, result: str, latency_s: float) -> None:
+    def spoken(self, result: str, latency_s: float) -> None:
         assert latency_s >= 0
         self.results.put_nowait(result)
 

@@ -20,7 +20,8 @@ from whisperd.errors import Error, ModelNotFound
 from whisperd.metrics import HttpMeter
 from whisperd.serving.http import ApiSettings, Job, ModelCard, Readiness, ReconcileOrder, Seat, Tell, create_app
 from whisperd.serving.http.app import refuse_unready
-from whisperd.serving.http.server import Server, ServerSettings
+from whisperd.serving.http.server import Server
+from whisperd.serving.interface import ServerSettings
 from whisperd.serving.sockets import bind_unix
 from whisperd.serving.spool import Spool
 from whisperd.speech.fallback import Options

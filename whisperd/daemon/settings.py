@@ -11,8 +11,7 @@ from whisperd.config import Config, ModelTable
 from whisperd.engine.factory import EngineSettings
 from whisperd.errors import ConfigError, Problem
 from whisperd.serving import wyoming
-from whisperd.serving.http import ApiSettings, Chunking
-from whisperd.serving.http.server import ServerSettings
+from whisperd.serving.interface import ApiSettings, Chunking, ServerSettings
 from whisperd.serving.spool import Spool
 from whisperd.speech.fallback import Options
 from whisperd.speech.segmentation import CutOptions

@@ -165,6 +165,15 @@ class Service(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ServerSettings:
+    """Limits in time of the HTTP server. ``drain_s``: how long requests in flight may take after ``stop``."""
+
+    header_timeout_s: float = 10.0
+    keep_alive_s: int = 75
+    drain_s: int = 60
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ApiSettings:
     """Limits of the HTTP interface.
 

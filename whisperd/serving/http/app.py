@@ -27,9 +27,10 @@ from whisperd.serving.http.params import Parameters, parse_fields
 from whisperd.serving.http.peers import refuse_stranger
 from whisperd.serving.http.reconcile import Reconcile
 from whisperd.serving.http.responses import envelope, transcript_response
-from whisperd.serving.http.upload import Pace, Upload, receive_upload
+from whisperd.serving.http.upload import Upload, receive_upload
 from whisperd.serving.interface import ApiSettings, Job, ModelCard, Seat, Service
 from whisperd.serving.spool import Spool
+from whisperd.serving.tasks import Pace
 from whisperd.speech.transcript import Task
 
 EVENTS_HEADER = "x-whisperd-events"  # a client that sends "1" knows whisperd's own events

@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 
 from starlette.types import Receive
 
-from whisperd.errors import Cancelled
 from whisperd.serving.http.middleware import Exchange
 from whisperd.serving.http.responses import scores, usage, verbose
 from whisperd.serving.interface import Job, Service
+from whisperd.serving.tasks import cancel_and_wait, run_unless_gone
 from whisperd.speech import formats
 from whisperd.speech.transcript import Segment, Transcript
 
@@ -128,25 +128,12 @@ async def send_events(
         await exchange.send({"type": "http.response.body", "body": last(result)})
         return result
     finally:
-        await ended(work)
+        await cancel_and_wait(work)
 
 
 async def while_connected(work: Coroutine[Any, Any, T], receive: Receive) -> T:
     """Does the work, or raises Cancelled when the client goes away first; then the work has ended."""
-    return await unless(work, _gone(receive))
-
-
-async def unless(work: Coroutine[Any, Any, T], gone: Coroutine[Any, Any, object]) -> T:
-    """Does the work, or raises Cancelled when ``gone`` returns first; then the work has ended."""
-    task, leaving = asyncio.create_task(work), asyncio.create_task(gone)
-    try:
-        await asyncio.wait({task, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise Cancelled("the client went away")
-        return task.result()
-    finally:
-        await ended(task)
-        await ended(leaving)
+    return await run_unless_gone(work, _gone(receive))
 
 
 def event(kind: str, **members: Any) -> bytes:
@@ -157,12 +144,3 @@ def event(kind: str, **members: Any) -> bytes:
 async def _gone(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-async def ended(task: asyncio.Task[Any]) -> None:
-    """Waits for the task's end without looking at its outcome."""
-    if not task.done():
-        task.cancel()
-        await asyncio.wait({task})
-    if not task.cancelled():
-        task.exception()  # asyncio would complain about one that nobody looked at

@@ -18,11 +18,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from whisperd.errors import Cancelled, Draining, Error
 from whisperd.metrics import HttpMeter
 from whisperd.serving.http.responses import error_body, error_response
+from whisperd.serving.tasks import CANCELLED_RETRY_AFTER_S
 
 log = logging.getLogger(__name__)
 
 REQUEST_ID_CHARACTERS_MAX = 128
-CANCELLED_RETRY_AFTER_S = 2.0
 PROBES = frozenset({"/livez", "/readyz", "/healthz", "/health", "/metrics"})  # asked every few seconds, for ever
 METHODS = frozenset({"GET", "POST"})  # others are counted as one: a client may invent them
 OTHER = "other"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
+from http import HTTPStatus
 from typing import Any, assert_never
 
 from starlette.responses import JSONResponse, PlainTextResponse, Response
@@ -52,6 +54,21 @@ def error_response(error: Error, *, headers: Mapping[str, str] | None = None) ->
     return JSONResponse(
         error_body(error), status_code=error.http_status, headers=retry_headers(error) | dict(headers or {})
     )
+
+
+def error_bytes(error: Error, *, status: HTTPStatus | None = None, retry_after_s: int | None = None) -> bytes:
+    """A whole answer of HTTP/1.1 for a client that never reaches the application."""
+    body = json.dumps(error_body(error)).encode()
+    status = status or HTTPStatus(error.http_status)
+    head = [
+        f"HTTP/1.1 {status} {status.phrase}",
+        "content-type: application/json",
+        f"content-length: {len(body)}",
+        "connection: close",
+    ]
+    if retry_after_s is not None:
+        head.append(f"retry-after: {retry_after_s}")
+    return "\r\n".join(head).encode() + b"\r\n\r\n" + body
 
 
 def error_body(error: Error) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from whisperd.errors import Cancelled, RequestError
 from whisperd.serving.spool import Spool, SpoolFile
+from whisperd.serving.tasks import Pace, UploadStalled
 
 FIELDS_MAX = 64
 FIELD_BYTES_MAX = 64 * 1024
@@ -154,28 +155,6 @@ class MissingParameter(RequestError):
     """A field that every request needs is not there."""
 
     code = "missing_required_parameter"
-
-
-class UploadStalled(RequestError):
-    """The client stopped sending in the middle of its upload."""
-
-    http_status = 408
-    code = "upload_stalled"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pace:
-    """How slow an upload may be: no pause longer than ``idle_s``, and no slower than ``bytes_per_s`` in the long run.
-
-    Without the second a client could hold a place for days with a byte a minute.
-    """
-
-    idle_s: float
-    bytes_per_s: float = 0.0
-
-    def allows(self, n_bytes: int, elapsed_s: float) -> bool:
-        """Whether so many bytes after so long are enough."""
-        return elapsed_s <= self.idle_s or n_bytes >= elapsed_s * self.bytes_per_s
 
 
 async def receive_upload(request: Request, spool: Spool, pace: Pace, resolve: Callable[[str], object]) -> Upload:

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 from whisperd.metrics import WyomingMeter
 from whisperd.serving.http import Service
-from whisperd.serving.http.server import CANCELLED_S, JUST_ACCEPTED_S, stop_accepting
 from whisperd.serving.spool import Spool
+from whisperd.serving.tasks import CANCELLED_S, JUST_ACCEPTED_S, stop_accepting
 from whisperd.serving.wyoming.session import Session, Settings
 from whisperd.serving.wyoming.wire import HEADER_BYTES
 

@@ -15,9 +15,8 @@ from urllib.parse import quote
 from whisperd.errors import Cancelled, Draining, Error
 from whisperd.metrics import WyomingMeter
 from whisperd.serving.http import Chunking, Job, Seat, Service
-from whisperd.serving.http.events import ended, unless
-from whisperd.serving.http.upload import Pace, UploadStalled
 from whisperd.serving.spool import Spool
+from whisperd.serving.tasks import CANCELLED_RETRY_AFTER_S, Pace, UploadStalled, cancel_and_wait, run_unless_gone
 from whisperd.serving.wyoming.info import info_event
 from whisperd.serving.wyoming.recording import Recording
 from whisperd.serving.wyoming.request import Request, parse_request
@@ -32,7 +31,6 @@ log = logging.getLogger(__name__)
 EVENTS_AHEAD = 2  # that were read and not looked at: behind them the client waits
 LINGER_S = 10.0  # for a client to reach the end of what it says, and to read why its connection is closed
 LINGER_BYTES = 65_536
-CANCELLED_RETRY_AFTER_S = 2.0
 OK = "ok"
 
 
@@ -117,12 +115,12 @@ class Session:
         try:
             await self._converse()
         except Error as error:
-            await ended(reading)
+            await cancel_and_wait(reading)
             await self._part(error)
         except Exception:
             log.exception("a Wyoming connection is closed: unexpected error")
         finally:
-            await ended(reading)
+            await cancel_and_wait(reading)
             self._writer.close()
             with suppress(OSError):
                 await self._writer.wait_closed()
@@ -179,7 +177,7 @@ class Session:
             self._meter.observe_utterance(error.code, 0.0)
             raise
         finally:
-            await ended(self._idle)
+            await cancel_and_wait(self._idle)
             self._idle = None
 
     async def _next(self, patience_s: float) -> Event | None:
@@ -199,7 +197,7 @@ class Session:
         """One utterance, with its line in the log."""
         turn = _Turn()
         try:
-            await self._send_last(await unless(self._served(turn, first), self._gone.wait()))
+            await self._send_last(await run_unless_gone(self._served(turn, first), self._gone.wait()))
         except Error as error:
             turn.result = error.code
             raise
@@ -271,7 +269,7 @@ class Session:
             await self._send_chunks(told, request.options.language)
             return work.result()
         finally:
-            await ended(work)
+            await cancel_and_wait(work)
 
     async def _send_chunks(self, told: asyncio.Queue[Segment | None], language: str | None) -> None:
         from wyoming.asr import TranscriptChunk, TranscriptStart

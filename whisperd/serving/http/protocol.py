@@ -1,0 +1,227 @@
+"""uvicorn's connection and server with what they lack; imported late, when the daemon serves. Home of uvicorn.
+
+Added on its public hooks: the kernel's word on who is at the other end, a deadline and a limit for the head of a
+request, errors in the envelope for what is no HTTP, and a drain that does not cut off connections which were just
+accepted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import struct
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from whisperd.errors import RequestError
+from whisperd.metrics import HttpMeter
+from whisperd.serving.http.responses import error_bytes
+from whisperd.serving.interface import ServerSettings
+from whisperd.serving.sockets import BACKLOG
+from whisperd.serving.tasks import CANCELLED_S, JUST_ACCEPTED_S, stop_accepting
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp
+    from uvicorn.server import ServerState
+
+HEAD_BYTES = 65536
+OTHER = "other"  # route and method of what is no request
+PEER_CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid
+
+
+class MalformedRequest(RequestError):
+    """What came is no HTTP."""
+
+    code = "malformed_request"
+
+    def __init__(self) -> None:
+        super().__init__("this is no HTTP/1.1 request; try: curl --unix-socket SOCKET http://whisperd/v1/models")
+
+
+class HeadTooLong(RequestError):
+    """The headers of a request are over the limit."""
+
+    http_status = 431
+    code = "headers_too_long"
+
+    def __init__(self) -> None:
+        super().__init__(f"the head of the request has more than {HEAD_BYTES} bytes")
+
+
+class ServerConfig(uvicorn.Config):
+    """uvicorn's configuration, all of it set here, and what ``Connection`` needs besides.
+
+    Args:
+        app: the application.
+        settings: limits in time.
+        meter: counts what never reaches the application.
+    """
+
+    def __init__(self, app: ASGIApp, settings: ServerSettings, meter: HttpMeter) -> None:
+        self.header_timeout_s = settings.header_timeout_s
+        self.meter = meter
+        super().__init__(
+            app,
+            http=Connection,
+            ws="none",
+            loop="asyncio",
+            lifespan="off",
+            interface="asgi3",
+            workers=1,  # else uvicorn reads the environment
+            proxy_headers=False,
+            server_header=False,
+            log_config=None,
+            log_level="warning",
+            access_log=False,
+            backlog=BACKLOG,
+            timeout_keep_alive=settings.keep_alive_s,
+            timeout_graceful_shutdown=settings.drain_s,
+        )
+
+
+class Connection(HttpToolsProtocol):
+    """One connection. Nothing may be slow before the head of a request is complete; after it, everything may."""
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        super().__init__(config, server_state, app_state, _loop)
+        self._header_timeout_s = config.header_timeout_s
+        self._meter = config.meter
+        self._deadline: asyncio.TimerHandle | None = None
+        self._draining = False
+        self._n_heads = 0  # that are complete
+        self._header_bytes = 0
+        self._unfinished_bytes = 0  # of a head, in which the parser may hold back a header of any length
+        self._in_head = True
+        self._refusal: RequestError | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        peer = _peer(transport.get_extra_info("socket"))
+        if peer is not None:
+            self.app_state = {**self.app_state, "peer": peer}
+        super().connection_made(transport)
+        self._arm()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._disarm()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._refusal is not None:
+            return
+        in_head, n_heads = self._in_head, self._n_heads
+        super().data_received(data)
+        in_head = in_head and self._in_head and n_heads == self._n_heads
+        self._unfinished_bytes = self._unfinished_bytes + len(data) if in_head else 0
+        if self._unfinished_bytes > HEAD_BYTES and self._refusal is None:
+            self._refuse(HeadTooLong())
+
+    def send_400_response(self, _msg: str) -> None:
+        """Called for what the parser does not understand, and for what the methods below raise."""
+        too_long = self._header_bytes > HEAD_BYTES
+        self._refuse(HeadTooLong() if too_long else MalformedRequest())
+
+    def on_message_begin(self) -> None:
+        self._arm()
+        self._header_bytes = 0
+        super().on_message_begin()
+
+    def on_url(self, url: bytes) -> None:
+        self._count(len(url))
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._count(len(name) + len(value))
+        super().on_header(name, value)
+
+    def on_message_complete(self) -> None:
+        self._in_head = True
+        super().on_message_complete()
+
+    def on_headers_complete(self) -> None:
+        self._disarm()
+        self._n_heads += 1
+        self._in_head = False
+        super().on_headers_complete()
+        if self._draining and self.cycle:
+            self.cycle.keep_alive = False
+
+    def on_body(self, body: bytes) -> None:
+        super().on_body(body)
+        if self.cycle.response_complete:  # answered early: the rest gets no more time than a head
+            self._arm()
+
+    def shutdown(self) -> None:
+        """Called for each connection when the server stops."""
+        self._draining = True
+        if self.cycle:
+            super().shutdown()
+        else:
+            self.loop.call_later(JUST_ACCEPTED_S, self._close_unused)
+
+    def _count(self, n_bytes: int) -> None:
+        self._header_bytes += n_bytes
+        if self._header_bytes > HEAD_BYTES:
+            raise HeadTooLong
+
+    def _refuse(self, error: RequestError) -> None:
+        """Answers and listens no more; the connection is closed by the client, or after the time for a head."""
+        self._refusal = error
+        self._meter.answered(OTHER, OTHER, error.http_status, 0.0)
+        self._meter.rejected(error.code)
+        if self.cycle and not self.cycle.response_complete:  # nothing can be said in the middle of another answer
+            self.transport.close()
+            return
+        self.transport.write(error_bytes(error))
+        self.transport.write_eof()
+        self._arm()
+
+    def _arm(self) -> None:
+        if self._deadline is None:
+            self._deadline = self.loop.call_later(self._header_timeout_s, self._expire)
+
+    def _disarm(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _expire(self) -> None:
+        self._deadline = None
+        if not self.cycle or self.cycle.response_complete:
+            self.transport.close()
+
+    def _close_unused(self) -> None:
+        if not self.cycle:
+            self.transport.close()
+
+
+class DrainingServer(uvicorn.Server):
+    """uvicorn's server without its signal handlers, and with an end for tasks that it cancelled."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await stop_accepting(sockets or [])
+        await super().shutdown(sockets)
+        if self.server_state.tasks:
+            await asyncio.wait(self.server_state.tasks, timeout=CANCELLED_S)
+
+
+def _peer(listener: socket.socket | None) -> tuple[int, int, int] | None:
+    """(pid, uid, gid) of the process that connected, None for anything but a Unix socket."""
+    if listener is None or listener.family != socket.AF_UNIX:
+        return None
+    data = listener.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, PEER_CREDENTIALS.size)
+    pid, uid, gid = PEER_CREDENTIALS.unpack(data)
+    return pid, uid, gid
