@@ -27,7 +27,7 @@ from whisperd.errors import (
     RequestError,
     SocketPermissionError,
 )
-from whisperd.serving.http import Readiness
+from whisperd.serving.interface import Readiness
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from whisperd.engine.factory import EngineSettings
 from whisperd.errors import EngineError, ModelLoading, SourceError
 from whisperd.metrics import ModelMeter
 from whisperd.metrics.prometheus import Metrics
-from whisperd.serving.http import ReconcileOrder, Tell
+from whisperd.serving.interface import Emit, ReconcileOrder
 from whisperd.serving.spool import Spool
 from whisperd.speech.tokenizer import Vocabulary
 from whisperd.speech.vad import SpeechDetector
@@ -96,7 +96,7 @@ class House:
     async def no_reload(self) -> dict[str, object]:
         return {}
 
-    async def no_order(self, _order: ReconcileOrder, _tell: Tell) -> dict[str, object]:
+    async def no_order(self, _order: ReconcileOrder, _tell: Emit) -> dict[str, object]:
         return {}
 
     @property

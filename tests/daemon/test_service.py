@@ -18,7 +18,7 @@ from whisperd.daemon.service import DaemonService, State
 from whisperd.engine.base import Hypothesis, Window
 from whisperd.errors import EngineError, QueueFull
 from whisperd.metrics.prometheus import Metrics
-from whisperd.serving.http import Chunking, Job, ReconcileOrder, Tell
+from whisperd.serving.interface import Chunking, Emit, Job, ReconcileOrder
 from whisperd.serving.spool import Spool
 from whisperd.speech.fallback import Options
 from whisperd.speech.tokenizer import Vocabulary
@@ -48,7 +48,7 @@ class House:
     async def nothing(self) -> dict[str, Any]:
         return {}
 
-    async def no_order(self, _order: ReconcileOrder, _tell: Tell) -> dict[str, Any]:
+    async def no_order(self, _order: ReconcileOrder, _tell: Emit) -> dict[str, Any]:
         return {}
 
     @contextmanager
@@ -82,8 +82,8 @@ def house(vocabulary: Vocabulary, detector: SpeechDetector) -> Builder:
 
 async def transcribed(service: DaemonService, clip: Clip) -> Transcript:
     """A request as the HTTP interface makes it."""
-    with await service.admitted() as seat:
-        return await service.transcribe(job(clip, seat=seat))
+    with await service.admit() as admission:
+        return await service.transcribe(job(clip, admission=admission))
 
 
 def job(clip: Clip, **changes: Any) -> Job:

@@ -11,7 +11,7 @@ import pytest
 from tests.support.daemon import EMBEDDED, DaemonProcess, running
 from tests.support.speech import Clip, plain
 from tests.test_house import ROOT, blocks
-from whisperd.serving.tcp import bind_tcp
+from whisperd.serving.sockets import bind_tcp
 
 RECIPES = [
     line

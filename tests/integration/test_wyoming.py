@@ -23,7 +23,7 @@ from tests.integration.test_daemon import metrics_of, until
 from tests.support.daemon import EMBEDDED, PATIENCE_S, DaemonProcess, clean_environ, running, write_config
 from tests.support.speech import Clip, plain
 from whisperd.client import Client
-from whisperd.serving.tcp import bind_tcp
+from whisperd.serving.sockets import bind_tcp
 from whisperd.speech.units import SAMPLE_RATE_HZ
 
 

@@ -23,10 +23,10 @@ from starlette.requests import Request
 
 from tests.support.service_fake import MODEL, PATIENCE_S, TEXT, TRANSCRIPT, Daemon, FakeService, daemon, serving
 from whisperd.errors import ConfigError, Problem, RequestError, UnsupportedParameter
-from whisperd.serving.http import Chunking, Readiness, create_app
+from whisperd.serving.http import create_app
 from whisperd.serving.http.params import FIELDS, parse_fields
 from whisperd.serving.http.upload import Upload, receive_upload
-from whisperd.serving.interface import ApiSettings, ServerSettings
+from whisperd.serving.interface import ApiSettings, Chunking, Readiness, ServerSettings
 from whisperd.serving.spool import Spool
 from whisperd.serving.tasks import Pace
 from whisperd.speech.fallback import TEMPERATURES, Options
@@ -614,6 +614,20 @@ def test_reload(client: httpx2.Client, whisperd: Daemon) -> None:
     response = client.post("/v1/whisperd/reload")
     assert (response.status_code, error_of(response)["code"]) == (500, "config_error")
     assert error_of(response)["message"] == "whisperd.toml: models: is empty"
+
+
+def test_an_order_without_end(client: httpx2.Client, whisperd: Daemon) -> None:
+    """The body of a reconcile order is bounded, with and without a length; what is too long is not kept."""
+
+    def endless() -> Iterator[bytes]:
+        while True:
+            yield b" " * 65_536
+
+    for content in (b" " * 65_537, endless()):
+        response = client.post("/v1/whisperd/reconcile", content=content)
+        assert (response.status_code, error_of(response)["code"]) == (413, "order_too_long")
+    assert not whisperd.service.orders
+    assert client.post("/v1/whisperd/reconcile", content=b'{"check": true}' + b" " * 65_000).status_code == 200
 
 
 def test_status(client: httpx2.Client) -> None:

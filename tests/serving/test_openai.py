@@ -13,7 +13,7 @@ from openai import DefaultHttpxClient, OpenAI
 
 from tests.support.service_fake import MODEL, PATIENCE_S, TEXT, Daemon, daemon
 from whisperd.errors import AudioError, EngineError, QueueFull
-from whisperd.serving.http import Readiness
+from whisperd.serving.interface import Readiness
 
 AUDIO = ("talk.flac", b"fLaC and so on")
 

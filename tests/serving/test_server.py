@@ -296,7 +296,7 @@ class Counted(HttpMeter):
     def __init__(self) -> None:
         self.codes: list[str] = []
 
-    def rejected(self, code: str) -> None:
+    def count_rejection(self, code: str) -> None:
         self.codes.append(code)
 
 

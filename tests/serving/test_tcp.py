@@ -16,10 +16,11 @@ from pydantic import ValidationError
 from tests.support.service_fake import PATIENCE_S, FakeService
 from whisperd.config.options import ServerTable
 from whisperd.errors import ConfigError
-from whisperd.serving.http import ApiSettings, create_app
+from whisperd.serving.http import create_app
 from whisperd.serving.http.server import Server
+from whisperd.serving.interface import ApiSettings
+from whisperd.serving.sockets import bind_tcp, split_address
 from whisperd.serving.spool import Spool
-from whisperd.serving.tcp import bind_tcp, split_address
 
 
 @contextmanager

@@ -29,9 +29,10 @@ from whisperd.metrics import WyomingMeter
 from whisperd.serving.sockets import bind_unix
 from whisperd.serving.spool import Spool
 from whisperd.serving.tasks import Pace
-from whisperd.serving.wyoming import Listener, Settings, listener, require, session, wire
-from whisperd.serving.wyoming.request import Format, parse_format, parse_request, wav_header
-from whisperd.serving.wyoming.wire import ProtocolError, read_event
+from whisperd.serving.wyoming import Listener, Settings, listener, messages, require, session
+from whisperd.serving.wyoming.messages import ProtocolError, read_event
+from whisperd.serving.wyoming.recording import Format, parse_format, wav_header
+from whisperd.serving.wyoming.request import parse_request
 from whisperd.speech.fallback import Options
 
 RATE_HZ = 16_000
@@ -43,7 +44,7 @@ class Counter(WyomingMeter):
     def __init__(self) -> None:
         self.results: asyncio.Queue[str] = asyncio.Queue()
 
-    def spoken(self, result: str, latency_s: float) -> None:
+    def observe_utterance(self, result: str, latency_s: float) -> None:
         assert latency_s >= 0
         self.results.put_nowait(result)
 
@@ -400,14 +401,14 @@ def test_any_bytes_are_events_or_a_protocol_error(data: bytes) -> None:
     """The reader ends with the stream or with an error of its own, and holds no more than its limits allow."""
 
     async def main() -> None:
-        reader = asyncio.StreamReader(limit=wire.HEADER_BYTES)
+        reader = asyncio.StreamReader(limit=messages.HEADER_BYTES)
         reader.feed_data(data)
         reader.feed_eof()
         with suppress(ProtocolError):
             while (event := await read_event(reader, PATIENCE_S)) is not None:
                 assert isinstance(event.type, str)
                 assert isinstance(event.data, dict)
-                assert len(event.payload or b"") <= wire.PAYLOAD_BYTES
+                assert len(event.payload or b"") <= messages.PAYLOAD_BYTES
 
     asyncio.run(main())
 
@@ -484,6 +485,6 @@ def test_addresses() -> None:
 def test_the_package_is_missed_before_anything_listens(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without it the option is a mistake in the configuration, which says what to install."""
     require()
-    monkeypatch.setattr("whisperd.serving.wyoming.presence.find_spec", lambda _: None)
+    monkeypatch.setattr("whisperd.serving.wyoming.find_spec", lambda _: None)
     with pytest.raises(ConfigError, match=r"pip install 'whisperd\[wyoming\]'"):
         require()

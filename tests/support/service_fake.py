@@ -18,10 +18,19 @@ from starlette.types import ASGIApp
 from whisperd.daemon.admission import Backlog
 from whisperd.errors import Error, ModelNotFound
 from whisperd.metrics import HttpMeter
-from whisperd.serving.http import ApiSettings, Job, ModelCard, Readiness, ReconcileOrder, Seat, Tell, create_app
+from whisperd.serving.http import create_app
 from whisperd.serving.http.app import refuse_unready
 from whisperd.serving.http.server import Server
-from whisperd.serving.interface import ServerSettings
+from whisperd.serving.interface import (
+    Admission,
+    ApiSettings,
+    Emit,
+    Job,
+    ModelCard,
+    Readiness,
+    ReconcileOrder,
+    ServerSettings,
+)
 from whisperd.serving.sockets import bind_unix
 from whisperd.serving.spool import Spool
 from whisperd.speech.fallback import Options
@@ -84,7 +93,7 @@ class FakeService:
     def readiness(self) -> Readiness:
         return self.now
 
-    async def admitted(self) -> Seat:
+    async def admit(self) -> Admission:
         refuse_unready(self)
         return self.backlog.enter(self.requests_max)
 
@@ -131,7 +140,7 @@ class FakeService:
             raise self.reload_error
         return {"changed": []}
 
-    async def reconcile(self, order: ReconcileOrder, tell: Tell) -> dict[str, Any]:
+    async def reconcile(self, order: ReconcileOrder, tell: Emit) -> dict[str, Any]:
         self.orders.append(order)
         if self.reload_error is not None:
             raise self.reload_error

@@ -104,7 +104,7 @@ def _tcp_sockets(config: Config) -> Sequence[socket.socket]:
     """Where it is asked for."""
     if not config.server.tcp:
         return ()
-    from whisperd.serving.tcp import bind_tcp
+    from whisperd.serving.sockets import bind_tcp
 
     listener = bind_tcp(config.server.tcp)
     log.info("listening at http://%s", config.server.tcp)
@@ -117,7 +117,7 @@ def _wyoming_sockets(config: Config, passed: Sequence[socket.socket]) -> Sequenc
     if not (passed or address):
         return ()
     from whisperd.serving import wyoming
-    from whisperd.serving.tcp import bind_tcp
+    from whisperd.serving.sockets import bind_tcp
 
     wyoming.require()
     if passed or address is None:

@@ -27,8 +27,9 @@ from whisperd.logs import set_level
 from whisperd.metrics.prometheus import Metrics
 from whisperd.notify import Notifier
 from whisperd.serving import wyoming
-from whisperd.serving.http import ReconcileOrder, Tell, create_app
+from whisperd.serving.http import create_app
 from whisperd.serving.http.server import Server
+from whisperd.serving.interface import Emit, ReconcileOrder
 from whisperd.store.reconcile import Progress, Report, hold, reconcile, snapshots_without_network
 from whisperd.store.reconcile import Settings as StoreSettings
 from whisperd.store.report import plan_lines
@@ -176,7 +177,7 @@ class Daemon:
             if handle is not None:
                 os.close(handle)
 
-    async def _reconcile(self, order: ReconcileOrder, tell: Tell) -> dict[str, object]:
+    async def _reconcile(self, order: ReconcileOrder, tell: Emit) -> dict[str, object]:
         """Does what a client asks of the cache; models that have moved are switched to."""
         if self._stop.is_set():
             raise Draining("the daemon is stopping")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from whisperd.metrics.prometheus import Metrics
-from whisperd.serving.http import Job
+from whisperd.serving.interface import Job
 from whisperd.speech.transcript import Segment
 from whisperd.transcription.request import Listener
 
@@ -34,7 +34,7 @@ class Hearer:
         return Listener(on_length=self._length, on_segment=self._segment, on_progress=self._progress)
 
     def _length(self, total_s: float) -> None:
-        self._job.seat.announce(total_s, self._queue_audio_s)
+        self._job.admission.announce(total_s, self._queue_audio_s)
 
     def _segment(self, segment: Segment) -> None:
         if self.silent:
@@ -43,5 +43,5 @@ class Hearer:
         self._job.on_segment(segment)
 
     def _progress(self, done_s: float, total_s: float | None) -> None:
-        self._job.seat.progress(done_s)
+        self._job.admission.progress(done_s)
         self._job.on_progress(done_s, total_s)

@@ -16,7 +16,7 @@ from whisperd.daemon import settings
 from whisperd.errors import Cancelled, Error, RequestError, SourceError
 from whisperd.metrics.prometheus import Metrics
 from whisperd.reference import parse
-from whisperd.serving.http import ReconcileOrder, Tell
+from whisperd.serving.interface import Emit, ReconcileOrder
 from whisperd.store.plan import CachePlan
 from whisperd.store.reconcile import Progress, Report, reconcile
 from whisperd.store.report import plan_lines
@@ -27,7 +27,7 @@ async def carry_out(
     order: ReconcileOrder,
     config: Config,
     environ: Mapping[str, str],
-    tell: Tell,
+    tell: Emit,
     on_progress: Callable[[Progress], None],
 ) -> Report:
     """Does it in a thread; a cancelled task waits until the cache is left alone.

@@ -19,7 +19,7 @@ from whisperd.daemon.registry import Registry
 from whisperd.daemon.settings import cut_options, decode_options
 from whisperd.errors import Draining, EngineError, ModelLoading, ModelNotFound
 from whisperd.metrics.prometheus import Figures, Metrics, ModelFigures
-from whisperd.serving.http import Job, ModelCard, Readiness, ReconcileOrder, Seat, Tell
+from whisperd.serving.interface import Admission, Emit, Job, ModelCard, Readiness, ReconcileOrder
 from whisperd.serving.spool import Spool
 from whisperd.speech.fallback import Options
 from whisperd.speech.transcript import Transcript
@@ -105,7 +105,7 @@ class DaemonService:
         *,
         load_one: Callable[[str], Awaitable[None]],
         reload: Callable[[], Awaitable[Mapping[str, object]]],
-        reconcile: Callable[[ReconcileOrder, Tell], Awaitable[dict[str, Any]]],
+        reconcile: Callable[[ReconcileOrder, Emit], Awaitable[dict[str, Any]]],
     ) -> None:
         self._state = state
         self._registry = registry
@@ -125,7 +125,7 @@ class DaemonService:
             return Readiness(ready=False, reason=state.doing, retry_after_s=RETRY_AFTER_S)
         return Readiness(ready=True)
 
-    async def admitted(self) -> Seat:
+    async def admit(self) -> Admission:
         """Returns when a request may go on; raises QueueFull at once when too many are there.
 
         A request that comes while the models load waits for them, as it would have waited in the socket. One that
@@ -220,13 +220,13 @@ class DaemonService:
         """Reads the configuration again; raises Error when anything stays as it was."""
         return await self._reload()
 
-    async def reconcile(self, order: ReconcileOrder, tell: Tell) -> dict[str, Any]:
+    async def reconcile(self, order: ReconcileOrder, tell: Emit) -> dict[str, Any]:
         """Works on the cache; raises Error when it could not even begin."""
         return await self._reconcile(order, tell)
 
     async def transcribe(self, job: Job) -> Transcript:
         """Does the job; cancelling the task cancels the work, and ends when the audio is no longer read."""
-        job.seat.begin()
+        job.admission.begin()
         try:
             transcript = await self._transcribe(job)
         except BaseException:

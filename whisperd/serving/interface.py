@@ -9,7 +9,7 @@ from typing import Any, BinaryIO, NamedTuple, Protocol, Self
 from whisperd.speech.fallback import Options
 from whisperd.speech.transcript import Segment, Transcript
 
-Tell = Callable[[str, Mapping[str, Any]], None]
+Emit = Callable[[str, Mapping[str, Any]], None]
 
 
 class Peer(NamedTuple):
@@ -55,12 +55,12 @@ class Chunking:
     silence_ms: int | None = None
 
 
-class Seat(Protocol):
+class Admission(Protocol):
     """A place among the requests that are served at the same time, from the headers to the answer; given back at the
     end of a ``with`` block."""
 
     def __enter__(self) -> Self:
-        """The seat itself."""
+        """Returns itself."""
         ...
 
     def __exit__(self, *_: object) -> None:
@@ -84,12 +84,12 @@ class Seat(Protocol):
 class Job:
     """One request for a transcription.
 
-    ``seat`` is what ``admitted`` gave for it. ``audio`` stands at its beginning and stays open until ``transcribe`` has
-    ended. A ``model`` of None is the default one; a ``bulk`` of None goes by the length of the audio. The callbacks may
-    be called from any thread.
+    ``admission`` is what ``admit`` returned for it. ``audio`` stands at its beginning and stays open until
+    ``transcribe`` has ended. A ``model`` of None is the default one; a ``bulk`` of None goes by the length of the
+    audio. The callbacks may be called from any thread.
     """
 
-    seat: Seat
+    admission: Admission
     audio: BinaryIO
     filename: str
     model: str | None
@@ -120,7 +120,7 @@ class Service(Protocol):
         """Whether requests are served now."""
         ...
 
-    async def admitted(self) -> Seat:
+    async def admit(self) -> Admission:
         """Returns when a request for a transcription may go on; raises Unavailable when that is not soon."""
         ...
 
@@ -156,8 +156,8 @@ class Service(Protocol):
         """Reads the configuration again; raises Error when anything stays as it was."""
         ...
 
-    async def reconcile(self, order: ReconcileOrder, tell: Tell) -> dict[str, Any]:
-        """Works on the cache and returns the report, JSON-able; ``tell`` may be called from any thread.
+    async def reconcile(self, order: ReconcileOrder, emit: Emit) -> dict[str, Any]:
+        """Works on the cache and returns the report, JSON-able; ``emit`` may be called from any thread.
 
         Cancelling the task ends the work at once, and nothing is half done.
         """

@@ -1,4 +1,4 @@
-"""Listening Unix sockets: our own, and those that systemd passes."""
+"""Listening sockets: Unix, TCP, and those that systemd passes."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from whisperd.errors import ConfigError, Problem, UsageError
 FIRST_INHERITED_FD = 3  # sd_listen_fds(3)
 PATH_BYTES_MAX = 107  # sun_path has 108 with its closing zero
 BACKLOG = 2048
+MAX_PORT = 65_535
 PROBE_S = 1.0
 LOCK_S = 10.0  # for another daemon to find out whether it may listen; takes milliseconds
 LOCK_POLL_S = 0.01
@@ -57,6 +58,34 @@ def bind_unix(path: Path, *, mode: int, group: str | None) -> socket.socket:
             return _bound(path, mode, gid)
     except OSError as error:
         raise _problem("socket", f"cannot listen at {path}: {error.strerror}") from error
+
+
+def bind_tcp(address: str, *, option: str = "server.tcp") -> socket.socket:
+    """A listening socket at ``host:port`` or ``[v6]:port``; raises ConfigError, which names the option."""
+    host, port = split_address(address, option=option)
+    try:
+        family, kind, protocol, _, where = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST | socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise _address_problem(option, f"cannot listen at {address}: {error.strerror}") from error
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(where)
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise _address_problem(option, f"cannot listen at {address}: {error.strerror}") from error
+    return listener
+
+
+def split_address(address: str, *, option: str = "server.tcp") -> tuple[str, int]:
+    """Host and port; raises ConfigError."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > MAX_PORT:
+        raise _address_problem(option, f'expects "127.0.0.1:9000" or "[::1]:9000", got {address!r}')
+    return host.removeprefix("[").removesuffix("]"), int(port)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,6 +210,10 @@ def _inherited(fd: int) -> socket.socket:
 
 def _inherited_problem(fd: int, cause: str) -> ConfigError:
     return ConfigError(Problem(where="LISTEN_FDS", key="", message=f"file descriptor {fd} {cause}"))
+
+
+def _address_problem(option: str, message: str) -> ConfigError:
+    return ConfigError(Problem(where="", key=option, message=message))
 
 
 def _problem(key: str, message: str) -> ConfigError:

@@ -3,29 +3,5 @@
 from __future__ import annotations
 
 from whisperd.serving.http.app import create_app
-from whisperd.serving.interface import (
-    ApiSettings,
-    Chunking,
-    Job,
-    ModelCard,
-    Peer,
-    Readiness,
-    ReconcileOrder,
-    Seat,
-    Service,
-    Tell,
-)
 
-__all__ = [
-    "ApiSettings",
-    "Chunking",
-    "Job",
-    "ModelCard",
-    "Peer",
-    "Readiness",
-    "ReconcileOrder",
-    "Seat",
-    "Service",
-    "Tell",
-    "create_app",
-]
+__all__ = ["create_app"]

@@ -7,13 +7,16 @@ be names of this listener, and a key, where there is one, must come with each re
 from __future__ import annotations
 
 import hmac
+import os
 from collections.abc import Collection
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
+from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from whisperd.errors import HostNotAllowed, InvalidApiKey
+from whisperd.errors import HostNotAllowed, InvalidApiKey, PeerNotAllowed
+from whisperd.serving.interface import Peer
 
 LOOPBACK_NAMES = frozenset({"127.0.0.1", "::1", "localhost"})
 SCHEME = "bearer"
@@ -62,6 +65,17 @@ class Guard:
         scheme, _, given = headers.get("authorization", "").partition(" ")
         if scheme.lower() != SCHEME or not hmac.compare_digest(given.strip().encode(), self._key.encode()):
             raise InvalidApiKey("send the daemon's key as a bearer token (server.tcp_key_file)")
+
+
+def refuse_stranger(request: Request) -> None:
+    """Raises PeerNotAllowed unless the peer is root or the daemon's user. Who cannot be known is a stranger."""
+    found = request.scope["state"].get("peer")
+    if found is None:
+        raise PeerNotAllowed("this needs a connection over the Unix socket, where the kernel names the peer")
+    peer = Peer(*found)
+    allowed = (0, os.geteuid())
+    if peer.uid not in allowed:
+        raise PeerNotAllowed(f"uid {peer.uid} (process {peer.pid}) may not do this; try it as root or uid {allowed[1]}")
 
 
 def _host_of(address: str) -> str | None:

@@ -18,17 +18,16 @@ from starlette.types import Receive, Scope, Send
 
 from whisperd.errors import DeadlineExceeded, Draining, ModelLoading
 from whisperd.metrics import HttpMeter
-from whisperd.serving.http.access import Guard
+from whisperd.serving.http.access import Guard, refuse_stranger
 from whisperd.serving.http.deadline import deadline, silence_s
 from whisperd.serving.http.events import stream, while_connected
-from whisperd.serving.http.middleware import Exchange, ExchangeMiddleware
+from whisperd.serving.http.middleware import ContextMiddleware, RequestContext
 from whisperd.serving.http.openapi import description
 from whisperd.serving.http.params import Parameters, parse_fields
-from whisperd.serving.http.peers import refuse_stranger
 from whisperd.serving.http.reconcile import Reconcile
 from whisperd.serving.http.responses import envelope, transcript_response
 from whisperd.serving.http.upload import Upload, receive_upload
-from whisperd.serving.interface import ApiSettings, Job, ModelCard, Seat, Service
+from whisperd.serving.interface import Admission, ApiSettings, Job, ModelCard, Service
 from whisperd.serving.spool import Spool
 from whisperd.serving.tasks import Pace
 from whisperd.speech.transcript import Task
@@ -56,7 +55,7 @@ def create_app(service: Service, settings: ApiSettings, spool: Spool, meter: Htt
     app = Starlette(
         routes=table,
         middleware=[
-            Middleware(ExchangeMiddleware, meter=meter or HttpMeter(), routes=paths, send_idle_s=settings.send_idle_s),
+            Middleware(ContextMiddleware, meter=meter or HttpMeter(), routes=paths, send_idle_s=settings.send_idle_s),
             Middleware(Guard, hosts=settings.tcp_hosts, key=settings.tcp_key),
         ],
         exception_handlers={HTTPException: _router_error},
@@ -78,28 +77,28 @@ class Audio:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI; the file is closed when the answer is out."""
         # before the body: nobody uploads an hour of audio to hear "later", and uploads count as requests
-        with await self._service.admitted() as seat:
+        with await self._service.admit() as admission:
             request = Request(scope, receive)
             upload = await receive_upload(request, self._spool, self._pace, self._service.resolve)
             with upload.file:
-                await self._answer(request, upload, seat, send)
+                await self._answer(request, upload, admission, send)
 
-    async def _answer(self, request: Request, upload: Upload, seat: Seat, send: Send) -> None:
+    async def _answer(self, request: Request, upload: Upload, admission: Admission, send: Send) -> None:
         parameters = parse_fields(upload.fields, self._task, self._service.default_options())
-        exchange = Exchange.of(request)
-        exchange.model = parameters.model or next((card.id for card in self._service.models()), None)
-        exchange.device = partial(self._service.device, parameters.model)
+        context = RequestContext.of(request)
+        context.model = parameters.model or next((card.id for card in self._service.models()), None)
+        context.device = partial(self._service.device, parameters.model)
         job = Job(
-            seat=seat,
+            admission=admission,
             audio=upload.file.rewound(),
             filename=upload.filename,
             model=parameters.model,
             options=parameters.options,
             chunking=parameters.chunking,
-            request_id=exchange.request_id,
+            request_id=context.request_id,
             bulk=parameters.bulk,
         )
-        last = deadline(parameters.timeout_s, request.headers, elapsed_s=exchange.wall_s, stream=parameters.stream)
+        last = deadline(parameters.timeout_s, request.headers, elapsed_s=context.wall_s, stream=parameters.stream)
         try:
             async with asyncio.timeout(last.left_s if last else None):
                 await self._work(request, job, parameters, send)
@@ -109,25 +108,25 @@ class Audio:
             raise DeadlineExceeded(last.message) from error
 
     async def _work(self, request: Request, job: Job, parameters: Parameters, send: Send) -> None:
-        exchange = Exchange.of(request)
+        context = RequestContext.of(request)
         if parameters.stream:
             await self._stream(request, job)
             return
         transcript = await while_connected(self._service.transcribe(job), request.receive)
-        exchange.audio_s = transcript.duration_s
-        response = transcript_response(transcript, parameters.response_format, exchange.wall_s, parameters.layout)
+        context.audio_s = transcript.duration_s
+        response = transcript_response(transcript, parameters.response_format, context.wall_s, parameters.layout)
         await response(request.scope, request.receive, send)
 
     async def _stream(self, request: Request, job: Job) -> None:
-        exchange = Exchange.of(request)
+        context = RequestContext.of(request)
         told = stream(
             self._service,
             job,
-            exchange,
+            context,
             extended=request.headers.get(EVENTS_HEADER) == "1",
             keep_alive_s=silence_s(request.headers, self._settings.keep_alive_s),
         )
-        exchange.audio_s = (await while_connected(told, request.receive)).duration_s
+        context.audio_s = (await while_connected(told, request.receive)).duration_s
 
 
 class Routes:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from starlette.types import Receive
 
-from whisperd.serving.http.middleware import Exchange
+from whisperd.serving.http.middleware import RequestContext
 from whisperd.serving.http.responses import scores, usage, verbose
 from whisperd.serving.interface import Job, Service
 from whisperd.serving.tasks import cancel_and_wait, run_unless_gone
@@ -28,7 +28,7 @@ HEADERS = [
 ]
 
 
-class Feed:
+class EventQueue:
     """Frames from the thread of a job to the event loop, in order."""
 
     def __init__(self) -> None:
@@ -52,7 +52,7 @@ class Feed:
             return KEEP_ALIVE
 
 
-class Teller:
+class EventWriter:
     """Turns what a job tells into frames.
 
     Args:
@@ -60,7 +60,7 @@ class Teller:
         extended: whether the client asked for events that OpenAI does not have; its own client breaks on them.
     """
 
-    def __init__(self, feed: Feed, *, extended: bool) -> None:
+    def __init__(self, feed: EventQueue, *, extended: bool) -> None:
         self._feed = feed
         self._extended = extended
         self._n_segments = 0
@@ -88,26 +88,28 @@ class Teller:
         return whole + event("transcript.text.done", text=transcript.text, usage=usage(transcript), **told) + DONE
 
 
-async def stream(service: Service, job: Job, exchange: Exchange, *, extended: bool, keep_alive_s: float) -> Transcript:
+async def stream(
+    service: Service, job: Job, context: RequestContext, *, extended: bool, keep_alive_s: float
+) -> Transcript:
     """Does the job and sends what it tells.
 
     Nothing is sent before the first news or ``keep_alive_s``, so that a job that fails at once still has a status.
     """
-    feed = Feed()
-    teller = Teller(feed, extended=extended)
+    feed = EventQueue()
+    teller = EventWriter(feed, extended=extended)
     return await send_events(
         feed,
         service.transcribe(teller.hooked(job)),
-        exchange,
+        context,
         keep_alive_s=keep_alive_s,
-        last=lambda transcript: teller.last(transcript, exchange.wall_s),
+        last=lambda transcript: teller.last(transcript, context.wall_s),
     )
 
 
 async def send_events(
-    feed: Feed,
+    feed: EventQueue,
     doing: Coroutine[Any, Any, T],
-    exchange: Exchange,
+    context: RequestContext,
     *,
     keep_alive_s: float,
     last: Callable[[T], bytes],
@@ -119,13 +121,13 @@ async def send_events(
         frame = await feed.next(keep_alive_s)
         if frame is None:
             work.result()
-        exchange.streaming = True
-        await exchange.send({"type": "http.response.start", "status": 200, "headers": HEADERS})
+        context.streaming = True
+        await context.send({"type": "http.response.start", "status": 200, "headers": HEADERS})
         while frame is not None:
-            await exchange.send({"type": "http.response.body", "body": frame, "more_body": True})
+            await context.send({"type": "http.response.body", "body": frame, "more_body": True})
             frame = await feed.next(keep_alive_s)
         result = work.result()
-        await exchange.send({"type": "http.response.body", "body": last(result)})
+        await context.send({"type": "http.response.body", "body": last(result)})
         return result
     finally:
         await cancel_and_wait(work)

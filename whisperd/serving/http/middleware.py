@@ -28,7 +28,7 @@ METHODS = frozenset({"GET", "POST"})  # others are counted as one: a client may 
 OTHER = "other"
 
 
-class Exchange:
+class RequestContext:
     """One request and its answer. Handlers fill in ``audio_s`` and ``model`` for the log, ``device`` for a header."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, send_idle_s: float) -> None:
@@ -47,12 +47,12 @@ class Exchange:
         self._error_code: str | None = None
         self._send_idle_s = send_idle_s
         self._stuck = False
-        scope.setdefault("state", {})["exchange"] = self
+        scope.setdefault("state", {})["context"] = self
 
     @classmethod
     def of(cls, connection: HTTPConnection) -> Self:
-        """The exchange that a handler's request belongs to."""
-        found: Self = connection.scope["state"]["exchange"]
+        """The context that a handler's request belongs to."""
+        found: Self = connection.scope["state"]["context"]
         return found
 
     @property
@@ -132,7 +132,7 @@ class Exchange:
             meter.count_rejection(self._error_code)
 
 
-class ExchangeMiddleware:
+class ContextMiddleware:
     """The outermost layer of the application."""
 
     def __init__(self, app: ASGIApp, meter: HttpMeter, routes: Collection[str], send_idle_s: float) -> None:
@@ -146,23 +146,23 @@ class ExchangeMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        exchange = Exchange(scope, receive, send, self._send_idle_s)
+        context = RequestContext(scope, receive, send, self._send_idle_s)
         try:
-            await self._answer(exchange, scope)
+            await self._answer(context, scope)
         finally:
-            exchange.report()
-            exchange.count(self._meter, self._routes)
+            context.report()
+            context.count(self._meter, self._routes)
 
-    async def _answer(self, exchange: Exchange, scope: Scope) -> None:
+    async def _answer(self, context: RequestContext, scope: Scope) -> None:
         try:
-            await self._app(scope, exchange.receive, exchange.send)
+            await self._app(scope, context.receive, context.send)
         except Error as error:
-            await exchange.fail(error)
+            await context.fail(error)
         except asyncio.CancelledError:  # the server does this to what outlives its drain, and to nothing else
-            await exchange.fail(Draining("the daemon stopped first", retry_after_s=CANCELLED_RETRY_AFTER_S))
+            await context.fail(Draining("the daemon stopped first", retry_after_s=CANCELLED_RETRY_AFTER_S))
         except Exception:
-            log.exception("%s: unexpected error", exchange.request_id)
-            await exchange.fail(Error(f"internal error; the log of the daemon has more under {exchange.request_id}"))
+            log.exception("%s: unexpected error", context.request_id)
+            await context.fail(Error(f"internal error; the log of the daemon has more under {context.request_id}"))
 
 
 def _request_id(given: str) -> str:

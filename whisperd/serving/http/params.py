@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from dataclasses import fields as dataclass_fields
 from typing import Any, Literal, get_args
 
 from whisperd.errors import RequestError, UnsupportedParameter
-from whisperd.serving.http.chunking import chunking_members
 from whisperd.serving.interface import Chunking
 from whisperd.speech.fallback import Options
 from whisperd.speech.subtitles import Layout
@@ -24,6 +25,15 @@ PRIORITIES = {"auto": None, "interactive": False, "bulk": True}
 CANDIDATES_MAX = 10  # beams or samples of one window: each costs its own decoder cache
 TIMEOUT_MAX_S = 86_400
 SHOWN_CHARACTERS = 80  # of a client's own words in a message
+CHUNKING = "chunking_strategy"
+CHUNKING_MEMBER = re.compile(rf"{CHUNKING}\[(\w+)\]")
+CHUNKING_TYPE = "server_vad"
+# OpenAI's name -> ours, the largest value, whether it is a whole number
+CHUNKING_MEMBERS: Mapping[str, tuple[str, float, bool]] = {
+    "threshold": ("threshold", 1.0, False),
+    "prefix_padding_ms": ("padding_ms", 15_000, True),
+    "silence_duration_ms": ("silence_ms", 60_000, True),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +75,7 @@ def parse_fields(form: Iterable[tuple[str, str]], task: Task, defaults: Options)
         if not text.strip():
             continue
         if base in OBJECTS:
-            given[base] = given.get(base, {}) | chunking_members(_cut(name), text)
+            given[base] = given.get(base, {}) | _chunking_members(_cut(name), text)
         elif known.array:
             given[base] = (*given.get(base, ()), _value(name, known, text))
         elif base in given:
@@ -130,6 +140,51 @@ def _chunking(given: Mapping[str, Any]) -> Chunking:
     members = given.get("chunking_strategy")
     asked = Chunking(vad_filter=given.get("vad_filter"))
     return asked if members is None else replace(asked, vad_filter=given.get("vad_filter", True), **members)
+
+
+def _chunking_members(name: str, text: str) -> dict[str, Any]:
+    """One field of the form as members of ``Chunking``; raises RequestError."""
+    member = CHUNKING_MEMBER.fullmatch(name)
+    if member:
+        return _chunking_member(name, member[1], text)
+    if text.strip() == "auto":
+        return {}
+    try:
+        whole = json.loads(text)
+    except (ValueError, RecursionError):
+        whole = None
+    if not isinstance(whole, dict):
+        raise RequestError(
+            f"{CHUNKING} must be 'auto' or an object of type {CHUNKING_TYPE}, got {text[:80]!r}", param=name
+        )
+    found: dict[str, Any] = {}
+    for key, value in whole.items():
+        found |= _chunking_member(f"{CHUNKING}[{key[:40]}]", key, value)
+    return found
+
+
+def _chunking_member(name: str, key: str, value: object) -> dict[str, Any]:
+    if key == "type":
+        if value != CHUNKING_TYPE:
+            raise RequestError(f"{name} must be {CHUNKING_TYPE!r}, got {str(value)[:80]!r}", param=name)
+        return {}
+    if key not in CHUNKING_MEMBERS:
+        raise RequestError(f"unknown field {name!r}; there are: type, {', '.join(CHUNKING_MEMBERS)}", param=name)
+    ours, most, whole = CHUNKING_MEMBERS[key]
+    number = _number(value)
+    if number is None or not 0 <= number <= most or (whole and number != int(number)):
+        kind = "a whole number" if whole else "a number"
+        raise RequestError(f"{name} must be {kind} from 0 to {most:g}, got {str(value)[:80]!r}", param=name)
+    return {ours: int(number) if whole else number}
+
+
+def _number(value: object) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        return None
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        return None
 
 
 def _base_name(name: str) -> str:
@@ -230,7 +285,7 @@ def _threshold(low: float, high: float) -> Callable[[str], float | None]:
 
 OPTION_NAMES = frozenset(one.name for one in dataclass_fields(Options))
 LAYOUT = {"max_line_width": "line_chars", "max_line_count": "lines"}
-OBJECTS = frozenset({"chunking_strategy"})
+OBJECTS = frozenset({CHUNKING})
 FIELDS: Mapping[str, Field] = {
     "model": Field(expects="the name of a model", read=str.strip),
     "language": Field(expects="a language code, an English name or 'auto'", read=_language),

@@ -176,8 +176,8 @@ class Connection(HttpToolsProtocol):
     def _refuse(self, error: RequestError) -> None:
         """Answers and listens no more; the connection is closed by the client, or after the time for a head."""
         self._refusal = error
-        self._meter.answered(OTHER, OTHER, error.http_status, 0.0)
-        self._meter.rejected(error.code)
+        self._meter.observe_request(OTHER, OTHER, error.http_status, 0.0)
+        self._meter.count_rejection(error.code)
         if self.cycle and not self.cycle.response_complete:  # nothing can be said in the middle of another answer
             self.transport.close()
             return

@@ -5,16 +5,26 @@ from __future__ import annotations
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive, Scope, Send
 
-from whisperd.errors import RequestError
-from whisperd.serving.http.events import DONE, Feed, event, send_events, while_connected
-from whisperd.serving.http.middleware import Exchange
-from whisperd.serving.http.peers import refuse_stranger
+from whisperd.errors import Cancelled, RequestError
+from whisperd.serving.http.access import refuse_stranger
+from whisperd.serving.http.events import DONE, EventQueue, event, send_events, while_connected
+from whisperd.serving.http.middleware import RequestContext
 from whisperd.serving.interface import ReconcileOrder, Service
 
-ORDER_BYTES = 64 * 1024
+ORDER_BYTES = 64 * 1024  # the longest body; a list of a thousand models fits
+
+
+class OrderTooLong(RequestError):
+    """The body of an order is over the limit; the rest was not read."""
+
+    http_status = 413
+    code = "order_too_long"
+
+    def __init__(self) -> None:
+        super().__init__(f"the body of an order has at most {ORDER_BYTES} bytes")
 
 
 class OrderBody(BaseModel):
@@ -41,16 +51,29 @@ class Reconcile:
         """ASGI; a client that goes away ends the work, and nothing is left half done."""
         request = Request(scope, receive)
         refuse_stranger(request)
-        order = _order(await request.body())
-        feed = Feed()
+        order = _order(await _body(request))
+        feed = EventQueue()
         told = send_events(
             feed,
             self._service.reconcile(order, lambda kind, members: feed.put(event(kind, **members))),
-            Exchange.of(request),
+            RequestContext.of(request),
             keep_alive_s=self._keep_alive_s,
             last=_report,
         )
         await while_connected(told, receive)
+
+
+async def _body(request: Request) -> bytes:
+    """The whole body; raises OrderTooLong, or Cancelled when the client went away."""
+    body = b""
+    try:
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > ORDER_BYTES:
+                raise OrderTooLong
+    except ClientDisconnect as error:
+        raise Cancelled("the client went away in the middle of its order") from error
+    return body
 
 
 def _order(body: bytes) -> ReconcileOrder:

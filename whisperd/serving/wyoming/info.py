@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from whisperd.serving.http import ModelCard
+from whisperd.serving.interface import ModelCard
 from whisperd.speech.tokenizer import LANGUAGES
 from whisperd.version import VERSION
 

@@ -8,11 +8,11 @@ import socket
 from collections.abc import Sequence
 
 from whisperd.metrics import WyomingMeter
-from whisperd.serving.http import Service
+from whisperd.serving.interface import Service
 from whisperd.serving.spool import Spool
 from whisperd.serving.tasks import CANCELLED_S, JUST_ACCEPTED_S, stop_accepting
+from whisperd.serving.wyoming.messages import HEADER_BYTES
 from whisperd.serving.wyoming.session import Session, Settings
-from whisperd.serving.wyoming.wire import HEADER_BYTES
 
 log = logging.getLogger(__name__)
 

@@ -2,14 +2,42 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, BinaryIO
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from whisperd.errors import AudioTooLong, FileTooLarge, RequestError
 from whisperd.serving.spool import SpoolFile
-from whisperd.serving.wyoming.request import WAV_BYTES_MAX, WAV_HEADER, Format, parse_format, wav_header
 
 if TYPE_CHECKING:
     from wyoming.event import Event
+
+
+RATE_MIN_HZ, RATE_MAX_HZ = 1000, 384_000
+WIDTHS_BYTES = (1, 2, 3, 4)
+CHANNELS_MAX = 8
+WAV_HEADER = struct.Struct("<4sI4s4sIHHIIHH4sI")
+WAV_BYTES_MAX = 0xFFFF_FFFF - WAV_HEADER.size  # its lengths have 32 bits
+PCM = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Format:
+    """How samples come: ``width_bytes`` each (of one byte: unsigned, as in a wav file), channels interleaved."""
+
+    rate_hz: int
+    width_bytes: int
+    channels: int
+
+    @property
+    def frame_bytes(self) -> int:
+        """All channels of one moment."""
+        return self.width_bytes * self.channels
+
+    def duration_s(self, n_bytes: int) -> float:
+        """How long so many bytes sound."""
+        return n_bytes / self.frame_bytes / self.rate_hz
 
 
 class Recording:
@@ -60,3 +88,38 @@ class Recording:
         file = self._file.rewound()
         file.write(wav_header(self._format, self.n_bytes))
         return self._file.rewound()
+
+
+def parse_format(data: Mapping[str, Any]) -> Format:
+    """The format of an ``audio-start`` or ``audio-chunk``; raises RequestError."""
+    return Format(
+        rate_hz=_whole(data, "rate", range(RATE_MIN_HZ, RATE_MAX_HZ + 1), f"{RATE_MIN_HZ} to {RATE_MAX_HZ} Hz"),
+        width_bytes=_whole(data, "width", WIDTHS_BYTES, "1, 2, 3 or 4 bytes"),
+        channels=_whole(data, "channels", range(1, CHANNELS_MAX + 1), f"1 to {CHANNELS_MAX}"),
+    )
+
+
+def wav_header(found: Format, n_bytes: int) -> bytes:
+    """What makes a wav file of ``n_bytes`` of samples that follow."""
+    return WAV_HEADER.pack(
+        b"RIFF",
+        WAV_HEADER.size - 8 + n_bytes,
+        b"WAVE",
+        b"fmt ",
+        16,
+        PCM,
+        found.channels,
+        found.rate_hz,
+        found.rate_hz * found.frame_bytes,
+        found.frame_bytes,
+        found.width_bytes * 8,
+        b"data",
+        n_bytes,
+    )
+
+
+def _whole(data: Mapping[str, Any], name: str, allowed: Sequence[int], expected: str) -> int:
+    found = data.get(name)
+    if not isinstance(found, int) or isinstance(found, bool) or found not in allowed:
+        raise RequestError(f"{name} must be {expected}, got {str(found)[:80]!r}", param=name)
+    return found

@@ -14,13 +14,13 @@ from urllib.parse import quote
 
 from whisperd.errors import Cancelled, Draining, Error
 from whisperd.metrics import WyomingMeter
-from whisperd.serving.http import Chunking, Job, Seat, Service
+from whisperd.serving.interface import Admission, Chunking, Job, Service
 from whisperd.serving.spool import Spool
 from whisperd.serving.tasks import CANCELLED_RETRY_AFTER_S, Pace, UploadStalled, cancel_and_wait, run_unless_gone
 from whisperd.serving.wyoming.info import info_event
+from whisperd.serving.wyoming.messages import read_event
 from whisperd.serving.wyoming.recording import Recording
 from whisperd.serving.wyoming.request import Request, parse_request
-from whisperd.serving.wyoming.wire import read_event
 from whisperd.speech.transcript import Segment, Transcript
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class Session:
     """Talks with one client; ``run`` returns when it is gone, when it made a mistake, or after ``stop``.
 
     Args:
-        reader: made with a limit of wire.HEADER_BYTES.
+        reader: made with a limit of messages.HEADER_BYTES.
         writer: closed at the end.
         service: the daemon.
         spool: where the audio waits.
@@ -214,11 +214,11 @@ class Session:
             self._meter.observe_utterance(turn.result, time.monotonic() - heard_s)
 
     async def _served(self, turn: _Turn, first: Event) -> Transcript:
-        with await self._service.admitted() as seat, self._spool.create() as file:
+        with await self._service.admit() as admission, self._spool.create() as file:
             turn.recording = Recording(file, self._settings.audio_s())
             request = await self._recorded(turn.recording, first)
             turn.heard_s = time.monotonic()
-            return await self._transcribed(turn, seat, turn.recording, request)
+            return await self._transcribed(turn, admission, turn.recording, request)
 
     async def _recorded(self, recording: Recording, first: Event) -> Request:
         """Takes what comes until ``audio-stop``; returns what was asked for."""
@@ -244,7 +244,9 @@ class Session:
             raise Cancelled("the client went away")
         return event
 
-    async def _transcribed(self, turn: _Turn, seat: Seat, recording: Recording, request: Request) -> Transcript:
+    async def _transcribed(
+        self, turn: _Turn, admission: Admission, recording: Recording, request: Request
+    ) -> Transcript:
         """Sends each segment as soon as it is known; clients that want the whole wait for ``transcript``."""
         turn.model = request.model or next((card.id for card in self._service.models()), "-")
         loop = asyncio.get_running_loop()
@@ -254,7 +256,7 @@ class Session:
             loop.call_soon_threadsafe(told.put_nowait, segment)
 
         job = Job(
-            seat=seat,
+            admission=admission,
             audio=recording.finished(),
             filename="the utterance",
             model=request.model,
