@@ -20,7 +20,6 @@ from tests.engine.test_contract import drain
 from tests.support import openers
 from whisperd.engine.base import DecodeRequest, Hypothesis, Window
 from whisperd.engine.process import ChildEngine
-from whisperd.engine.process.process import ending
 from whisperd.errors import EngineError, OutOfMemory, SourceError
 from whisperd.metrics import ModelMeter
 from whisperd.speech.units import Samples
@@ -255,16 +254,3 @@ def until_computing(pid: int) -> None:
 def ticks(pid: int) -> int:
     """CPU time of a process, in hundredths of a second."""
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()[11])
-
-
-@pytest.mark.parametrize(
-    ("code", "words"),
-    [
-        (3, "ended with exit code 3"),
-        (-9, "was killed (SIGKILL): out of memory?"),
-        (-11, "was killed (SIGSEGV)"),
-    ],
-)
-def test_ending(code: int, words: str) -> None:
-    """A signal by its name; the kernel kills for memory without a word."""
-    assert ending(code) == words

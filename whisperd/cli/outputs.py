@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from whisperd.files import write_atomically
 
 if TYPE_CHECKING:
     from whisperd.speech.subtitles import Layout
@@ -46,11 +47,10 @@ class Output:
         return bool(targets) and all(target.is_file() for target in targets)
 
     def write(self, path: Path, transcript: Transcript) -> list[Path]:
-        """Writes them; raises OSError."""
+        """Writes the files of a recording; raises OSError. A file that exists is whole: batches are resumed by it."""
         targets = self.targets(path)
         for target, kind in zip(targets, self.formats, strict=True):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            _write(target, written(transcript, kind, self.layout))
+            write_atomically(target, written(transcript, kind, self.layout))
         return targets
 
 
@@ -66,22 +66,3 @@ def written(transcript: Transcript, kind: str, layout: Layout | None = None) -> 
         "json": formats.json,
     }
     return writers[kind](transcript)
-
-
-def _write(target: Path, text: str) -> None:
-    """Under another name first: a batch that is resumed takes a file that is there for done."""
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(name).chmod(0o666 & ~_umask())
-        Path(name).replace(target)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from whisperd.errors import Error
+from whisperd.subprocesses import command, describe_end, environment, stop
 
 STOP_TIMEOUT_S = 60.0
 POLL_S = 0.2
 MESSAGE_BYTES = 8192
-NOT_INHERITED = ("LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "WATCHDOG_USEC", "WATCHDOG_PID")
 
 
 @contextmanager
@@ -40,22 +38,20 @@ def private_daemon(directory: Path, arguments: Sequence[str], on_status: Callabl
         "-o",
         'log_level="warning"',
     ]
-    environ = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
         notify.bind(str(notify_path))
         process = subprocess.Popen(
-            [sys.executable, "-m", "whisperd", "serve", *arguments, *own],
-            env={**environ, "NOTIFY_SOCKET": str(notify_path)},
+            command("whisperd.cli", "serve", *arguments, *own),
+            env={**environment(os.environ), "NOTIFY_SOCKET": str(notify_path)},
         )
         try:
             _wait_until_ready(notify, process, on_status)
             threading.Thread(target=_ignore, args=(notify,), daemon=True).start()
             yield socket_path
         finally:
-            process.send_signal(signal.SIGTERM)
-            code = process.wait(STOP_TIMEOUT_S)
+            code = stop(process, STOP_TIMEOUT_S)
     if code:
-        raise Error(f"the daemon ended with exit code {code}")
+        raise Error(f"the daemon {describe_end(code)}")
 
 
 def _wait_until_ready(

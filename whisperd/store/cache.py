@@ -14,12 +14,12 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
 
 from whisperd.errors import SourceError
+from whisperd.files import write_atomically
 from whisperd.reference import COMMIT, HubSource
 from whisperd.store.hub.failures import disk_error
 from whisperd.store.plan import RemoteFile, Removal, RepoContents, select_files
@@ -174,32 +174,6 @@ def _links(snapshot: Path) -> Iterator[str]:
     for path in snapshot.rglob("*"):
         if path.is_symlink():
             yield path.readlink().name
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """The old file or the new one, never half, also after a power cut."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    scratch = Path(name)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.chmod(0o666 & ~_umask())
-        scratch.replace(path)
-    except BaseException:
-        scratch.unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    """Read without changing it: this is no single-threaded program."""
-    with suppress(OSError), Path("/proc/self/status").open(encoding="ascii") as status:
-        for line in status:
-            if line.startswith("Umask:"):
-                return int(line.split()[1], 8)
-    return 0o022
 
 
 def install(part: Path, repo: Repo, file: RemoteFile) -> None:

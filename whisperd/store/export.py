@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from whisperd.errors import StoreError
+from whisperd.files import write_atomically
 from whisperd.reference import HubSource
-from whisperd.store.cache import write_atomically
 from whisperd.store.hub import disk_error
 from whisperd.store.plan import RemoteFile, Resolved
 

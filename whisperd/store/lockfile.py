@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from whisperd.files import write_atomically
 from whisperd.reference import HubSource
-from whisperd.store.cache import write_atomically
 from whisperd.store.plan import RemoteFile, Resolved
 
 log = logging.getLogger(__name__)

@@ -9,7 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from whisperd.store.cache import OWN_DIR, Repo, write_atomically
+from whisperd.files import write_atomically
+from whisperd.store.cache import OWN_DIR, Repo
 from whisperd.store.plan import FileState, RemoteFile
 
 SHA256_DIGITS = 64

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +15,7 @@ from typing import Any
 
 from whisperd.engine.base import STEP_S, Engine, EngineHealth, EngineInfo, Outcome, Window
 from whisperd.engine.process.messages import Kind, MessageSocket
-from whisperd.engine.process.process import Process, environment
+from whisperd.engine.process.process import Process
 from whisperd.errors import EngineError, Error
 from whisperd.metrics import ModelMeter
 from whisperd.speech.units import Floats
@@ -59,7 +60,7 @@ class ChildEngine:
         self._call_ids = itertools.count()
         self._lock = threading.Lock()
         self._closed = False
-        self._process = Process(environment())
+        self._process = Process(os.environ)
         self._connection = MessageSocket(self._process.end, send_timeout_s=stall_timeout_s)
         self._reader = threading.Thread(target=self._receive_all, name=f"engine-{self._process.pid}", daemon=True)
         self._reader.start()

@@ -11,34 +11,23 @@ import json
 import logging
 import os
 import queue
-import signal
 import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from whisperd import subprocesses
 from whisperd.errors import Cancelled, HubError, StoreError
 from whisperd.store.hub.failures import KINDS
+from whisperd.subprocesses import SECRETS, LastLine, command, describe_end, kill_group
 
 log = logging.getLogger(__name__)
 
 POLL_S = 0.05
-LAST_WORDS_CHARS = 300
-
-# -P keeps the current directory out of the child's path; a checkout that is not installed still has to be found.
-COMMAND = (
-    sys.executable,
-    "-P",
-    "-c",
-    "import runpy, sys; sys.path.append(sys.argv[1]); "
-    "runpy.run_module('whisperd.store.hub.worker', run_name='__main__')",
-    str(Path(__file__).parents[3]),
-)
 
 Message = Mapping[str, Any]
 
@@ -124,50 +113,41 @@ class _Patience:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Child:
-    """A running child and what it writes: ``lines`` of its own, None behind them, and the last line of its errors."""
+    """A running child and its output: ``lines`` of stdout, None behind them, and the last line of stderr."""
 
     process: subprocess.Popen[str]
     lines: queue.SimpleQueue[str | None]
-    last_words: list[str]
-    readers: Sequence[threading.Thread]
+    reader: threading.Thread
+    last_line: LastLine
 
 
 @contextmanager
 def _child(job: Message) -> Iterator[_Child]:
     process = subprocess.Popen(
-        COMMAND,
+        command("whisperd.store.hub.worker"),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        env=subprocesses.environment(os.environ, without=SECRETS),
         text=True,
         encoding="utf-8",
         errors="replace",
         start_new_session=True,
     )
     with process:
-        child = _heard(process)
+        lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        reader = threading.Thread(target=_read, args=(_pipe(process.stdout), lines), daemon=True)
+        reader.start()
+        child = _Child(process=process, lines=lines, reader=reader, last_line=LastLine(_pipe(process.stderr)))
         try:
             _send(process, job)
             yield child
         finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            for reader in child.readers:  # before the pipes are closed under them
-                reader.join()
+            kill_group(process)
+            reader.join()  # before the pipes are closed under the readers
+            child.last_line.join()
             with suppress(BrokenPipeError):
                 process.stdin.close() if process.stdin else None
-
-
-def _heard(process: subprocess.Popen[str]) -> _Child:
-    lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-    last_words: list[str] = []
-    readers = [
-        threading.Thread(target=_read, args=(_pipe(process.stdout), lines), daemon=True),
-        threading.Thread(target=_keep_last, args=(_pipe(process.stderr), last_words), daemon=True),
-    ]
-    for reader in readers:
-        reader.start()
-    return _Child(process=process, lines=lines, last_words=last_words, readers=readers)
 
 
 def _send(process: subprocess.Popen[str], job: Message) -> None:
@@ -185,16 +165,8 @@ def _listen(child: _Child, patience: _Patience) -> Iterator[Message]:
         yield message
         if message["event"] == "done":
             return
-    for reader in child.readers:
-        reader.join()
-    raise HubError(f"the process that talks to the Hub {_end(child.process.wait(), child.last_words)}")
-
-
-def _end(code: int, last_words: Sequence[str]) -> str:
-    """How a child has ended that did not say so itself; for lack of memory, often."""
-    if code < 0:
-        return f"was killed ({signal.Signals(-code).name}); run it again"
-    return f"died: {''.join(last_words) or 'it left no message'}"
+    ending = describe_end(child.process.wait(), child.last_line.join())
+    raise HubError(f"the process that talks to the Hub {ending}; run it again")
 
 
 def _pipe(stream: IO[str] | None) -> IO[str]:
@@ -213,8 +185,3 @@ def _read(stream: IO[str], lines: queue.SimpleQueue[str | None]) -> None:
     for line in stream:
         lines.put(line)
     lines.put(None)
-
-
-def _keep_last(stream: IO[str], last_words: list[str]) -> None:
-    for line in stream:
-        last_words[:] = [line.strip()[:LAST_WORDS_CHARS]]

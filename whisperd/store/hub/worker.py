@@ -157,7 +157,3 @@ JOBS: Mapping[str, Callable[[Job, Reporter], dict[str, object]]] = {"resolve": _
 def _die_with_parent() -> None:
     sys.stdin.read()
     os._exit(1)
-
-
-if __name__ == "__main__":
-    main()
