@@ -1,14 +1,20 @@
-"""What the files beside the code say is true."""
+"""How the repository is laid out, and that the files beside the code agree."""
 
 from __future__ import annotations
 
+import ast
 import re
 import tomllib
 from pathlib import Path
 
+from tests.__main__ import CHECKS
 from whisperd import __version__
 
 ROOT = Path(__file__).parent.parent
+NAMES_MAX = 20
+LINES_MAX = 500
+VAGUE = {"common", "helpers", "misc", "tools", "utils"}
+DESCRIBED = ("style", "layout", "types", "imports", "unit", "coverage", "integration", "oldest", "newest", "systemd")
 
 
 def blocks(text: str) -> list[str]:
@@ -22,15 +28,6 @@ def test_ci_runs_the_line_of_the_readme() -> None:
     assert (ROOT / ".ci/run").read_text().rstrip().endswith("\n" + command)
 
 
-def test_readme_names_real_commands() -> None:
-    """Every whisperd command that the README shows exists."""
-    from whisperd.cli import cli
-
-    text = "".join(blocks((ROOT / "README.md").read_text()))
-    shown = set(re.findall(r"whisperd ([a-z]+)\b", text)) - {"http"}
-    assert shown == set(cli.commands)
-
-
 def test_version() -> None:
     """The package, its metadata and the changelog agree on the version."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -38,11 +35,49 @@ def test_version() -> None:
     assert f"\n## {__version__} " in (ROOT / "CHANGELOG.md").read_text()
 
 
-def test_readme_names_the_members_of_the_report() -> None:
-    """The contract of ``whisperd reconcile --json`` is written down, whole."""
-    from whisperd.store.plan import CachePlan
-    from whisperd.store.reconcile import Report, Result
+def test_the_package_holds_wings() -> None:
+    """A newcomer sees at most 20 names, and a wing is a directory with a docstring that says what it is for."""
+    wings = [path for path in (ROOT / "whisperd").iterdir() if (path / "__init__.py").exists()]
+    modules = list((ROOT / "whisperd").glob("[!_]*.py"))
+    assert len(wings) + len(modules) <= NAMES_MAX
+    for package in (ROOT / "whisperd").rglob("__init__.py"):
+        assert ast.get_docstring(ast.parse(package.read_text(encoding="utf-8"))), f"{package} says nothing"
 
-    report = Report(plan=CachePlan(actions=()), results=(Result(name="m", outcome="ok"),)).as_dict()
-    documented = set(re.findall(r"`(\w+)`", (ROOT / "README.md").read_text()))
-    assert set(report) | set(report["models"][0]) <= documented
+
+def test_modules_have_one_noun() -> None:
+    """No module has a name that could be any module's, and none is longer than a reader can hold."""
+    for path in (ROOT / "whisperd").rglob("*.py"):
+        assert path.stem not in VAGUE, f"{path}: {path.stem} could be anything"
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= LINES_MAX, f"{path} is too long"
+
+
+def test_tests_follow_the_wings() -> None:
+    """Each directory of tests is that of a wing, or one of the groups that CONTRIBUTING.md names."""
+    wings = {path.name for path in (ROOT / "whisperd").iterdir() if path.is_dir()}
+    found = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and (path / "__init__.py").exists()}
+    assert found - wings == {"integration", "support", "systemd"}
+
+
+def test_hooks_are_the_linters_of_the_tests() -> None:
+    """What runs before a commit is what the checks run."""
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
+    for check in ("style", "layout", "types", "imports"):
+        assert f"- id: {check}\n" in hooks
+        program, *arguments = map(str, CHECKS[check].command)
+        assert (
+            f"entry: .venv/bin/{Path(program).name}{f' {arguments[0]}'.replace(' .', '') if arguments else ''}" in hooks
+        )
+
+
+def test_checks_are_described() -> None:
+    """CONTRIBUTING.md has a row for each check."""
+    rows = re.findall(r"^\| (`.*?`) \|", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert [name for row in rows for name in re.findall(r"`(\w+)`", row)] == list(DESCRIBED)
+
+
+def test_metadata() -> None:
+    """Every classifier of a Python version is one that the project allows, and no address is made up."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    versions = re.findall(r"Python :: (3\.\d+)", "\n".join(project["classifiers"]))
+    assert f">={versions[0]}" == project["requires-python"]
+    assert "urls" not in project  # the project has no public address; say it here when it has one

@@ -14,11 +14,11 @@ import pytest
 
 from tests.support.daemon import EMBEDDED, PATIENCE_S, DaemonProcess, running
 from tests.support.speech import Clip, plain
-from tests.test_house import ROOT
+from tests.test_docs import DOCS, ROOT, blocks
 
 NODE_MIN = 20
 HERE = ROOT / "tests/node"
-README_SOCKET = "/run/whisperd.sock"
+DOCS_SOCKET = "/run/whisperd.sock"
 
 
 def missing() -> str | None:
@@ -107,10 +107,19 @@ def test_errors(found: dict[str, Any]) -> None:
     assert all(error["requestID"].startswith("req_") for error in errors)
 
 
-def test_the_snippet_of_the_readme(project: Path, daemon: DaemonProcess, clips: dict[str, Clip]) -> None:
+def test_the_snippet_of_the_docs(project: Path, daemon: DaemonProcess, clips: dict[str, Clip]) -> None:
     """It prints the text."""
-    (snippet,) = re.findall(r"```js\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    assert README_SOCKET in snippet
+    (snippet,) = blocks(DOCS / "serving.md", "js")
+    assert DOCS_SOCKET in snippet
     shutil.copy(clips["monkeys"].path, project / "talk.mp3")
-    (project / "snippet.mjs").write_text(snippet.replace(README_SOCKET, str(daemon.socket_path)), encoding="utf-8")
+    (project / "snippet.mjs").write_text(snippet.replace(DOCS_SOCKET, str(daemon.socket_path)), encoding="utf-8")
     assert plain(run(project, "snippet.mjs")) == plain(clips["monkeys"].text)
+
+
+def test_the_example(
+    project: Path, daemon: DaemonProcess, clips: dict[str, Clip], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It prints the text."""
+    shutil.copy(ROOT / "examples/node/openai.mjs", project / "openai.mjs")
+    monkeypatch.setenv("WHISPERD_SOCKET", str(daemon.socket_path))
+    assert plain(run(project, "openai.mjs", str(clips["monkeys"].path))) == plain(clips["monkeys"].text)

@@ -1,25 +1,31 @@
-"""The recipes of the README, run as they stand there."""
+"""The recipes of the README and the docs, run as they stand there."""
 
 from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.support.daemon import EMBEDDED, DaemonProcess, running
 from tests.support.speech import Clip, plain
-from tests.test_house import ROOT, blocks
+from tests.test_docs import PAGES, blocks
 from whisperd.serving.sockets import bind_tcp
 
-RECIPES = [
-    line
-    for block in blocks((ROOT / "README.md").read_text().replace("\\\n", ""))
-    for line in block.splitlines()
-    if line.startswith("curl ")
-]
-ADDRESS = "127.0.0.1:9000"  # as the README has it
+RECIPES = sorted(
+    {
+        line
+        for page in PAGES
+        for block in blocks(page, "sh")
+        for line in block.replace("\\\n", "").splitlines()
+        if line.startswith("curl ")
+    }
+)
+SNIPPETS = {page: blocks(page, "python") for page in PAGES if blocks(page, "python")}
+ADDRESS = "127.0.0.1:9000"  # as the pages have it
 EXPECTED = {  # what an answer to a recipe holds, by a word of the recipe
     "response_format=srt": "1\n00:00:00,000 --> ",
     "max_line_width": "WEBVTT",
@@ -32,7 +38,6 @@ EXPECTED = {  # what an answer to a recipe holds, by a word of the recipe
     "openapi.json": '"openapi":"3.1.0"',
     "Bearer": "monkeys",
     "reload": '"ok":true',
-    "translations": "monkeys",
 }
 
 
@@ -75,4 +80,21 @@ def test_recipe(daemon: DaemonProcess, request: pytest.FixtureRequest, recipe: s
 
 def test_there_are_recipes() -> None:
     """Each word of the table stands for a recipe."""
-    assert all(any(word in recipe for recipe in RECIPES) for word in EXPECTED if word != "translations")
+    assert all(any(word in recipe for recipe in RECIPES) for word in EXPECTED)
+
+
+@pytest.mark.parametrize("page", SNIPPETS, ids=lambda page: page.name)
+def test_python(daemon: DaemonProcess, page: Path) -> None:
+    """Python of a page runs, and prints a transcript or a directory."""
+    for snippet in SNIPPETS[page]:
+        program = snippet.replace("/run/whisperd.sock", str(daemon.socket_path))
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            cwd=daemon.directory,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+        assert done.returncode == 0, done.stderr
+        assert "monkeys" in done.stdout or Path(done.stdout.strip()).is_dir()
