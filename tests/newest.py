@@ -52,8 +52,8 @@ def install(python: str, directory: Path, *options: str) -> Path:
     """Makes the environment; returns its Python."""
     subprocess.run([python, "-m", "venv", directory], check=True)
     inside = directory / "bin/python"
-    pip = [inside, "-m", "pip", "install", "--quiet", "--no-compile", "--upgrade", *options]
-    subprocess.run([*pip, *requirements()], check=True)
+    pip = [str(inside), "-m", "pip", "install", "--quiet", "--no-compile", "--upgrade"]
+    subprocess.run([*pip, *options, *requirements()], check=True)
     return inside
 
 
@@ -67,7 +67,7 @@ def main() -> int:
         sys.stdout.write(f"--- Python {major}.{minor} with {', '.join(listed.split())}\n")
         sys.stdout.flush()
         options = ["-q", "-p", "no:cacheprovider", *(f"--ignore={path}" for path in LEFT_OUT)]
-        command = [inside, "-m", "pytest", *options, "tests"]
+        command = [str(inside), "-m", "pytest", *options, "tests"]
         return subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False).returncode
 
 
