@@ -69,7 +69,7 @@ def test_links_resolve(page: Path) -> None:
 def test_commands_are_understood(page: Path) -> None:
     """Every command that is shown exists, with its options and arguments."""
     for arguments in commands(page):
-        context = click.Context(cli, info_name="whisperd")
+        context = click.Context(cli, info_name="whisperd", **cli.context_settings)
         name, command, rest = cli.resolve_command(context, arguments)
         assert command is not None, f"{page.name}: no command {name}"
         try:
