@@ -14,11 +14,11 @@ import pytest
 
 from tests.support.loopback_hub import HubRepo, LoopbackHub, serving, whisper_files
 from tests.support.speech import Clip
-from tests.support.store import FOLDER, NAME, copy_cache, plain, run
+from tests.support.store import FOLDER, NAME, copy_cache, plain, run, store_settings
 from whisperd.engine.cpu.engine import Ct2Engine
 from whisperd.speech.tokenizer import Vocabulary
 from whisperd.speech.vad import SpeechDetector
-from whisperd.store.reconcile import Settings
+from whisperd.store.settings import Settings
 from whisperd.transcription.batcher import Batcher
 from whisperd.transcription.model import LoadedModel
 
@@ -94,7 +94,7 @@ def repo(hub: LoopbackHub) -> HubRepo:
 @pytest.fixture
 def settings(hub: LoopbackHub, tmp_path: Path) -> Settings:
     """A cache that does not exist yet, and little patience between two tries."""
-    return Settings(
+    return store_settings(
         cache_dir=tmp_path / "cache", endpoint=hub.endpoint, metadata_timeout_s=5.0, retry_wait_s=QUICK_RETRY_S
     )
 
@@ -105,7 +105,7 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("caches")
     with serving() as hub:
         hub.add(NAME, whisper_files(1))
-        assert run(Settings(cache_dir=root / "whisperd", endpoint=hub.endpoint)).exit_code == 0
+        assert run(store_settings(cache_dir=root / "whisperd", endpoint=hub.endpoint)).exit_code == 0
         assert plain(root / "plain", hub.endpoint).error is None
     return root
 

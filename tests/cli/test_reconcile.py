@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,10 @@ from whisperd.cli import cli
 from whisperd.errors import ConfigError, UsageError
 
 REFUSED = ["a/b--c", "a--b/c", "-a/b", "a/b.", "large-v3", "path:/", "path:models", "a/b@../x"]
+LOADED = "import atexit, sys; from whisperd.cli import main; atexit.register(lambda: print(*sys.modules)); main()"
+NOT_LOADED = frozenset(
+    {"asyncio", "av", "ctranslate2", "huggingface_hub", "numpy", "onnxruntime", "starlette", "tokenizers", "uvicorn"}
+)
 
 
 @pytest.mark.parametrize("reference", REFUSED)
@@ -23,3 +29,22 @@ def test_option_and_file_refuse_the_same_references(reference: str, tmp_path: Pa
     assert isinstance(by_file, ConfigError)
     assert str(by_option).partition("expects ")[2] == str(by_file).partition("expects ")[2] != ""
     assert not (tmp_path / "cache").exists()
+
+
+def modules_of(*arguments: str) -> set[str]:
+    """All modules that a command has loaded by its end."""
+    done = subprocess.run(
+        [sys.executable, "-c", LOADED, *arguments], capture_output=True, text=True, check=True, timeout=60
+    )
+    return set(done.stdout.splitlines()[-1].split())
+
+
+def test_the_store_loads_neither_server_nor_engine(snapshot: Path, tmp_path: Path) -> None:
+    """A whole check of the cache, loads no front end, no engine and no numpy."""
+    loaded = modules_of(
+        "reconcile", "-c", "/dev/null", "--check", "--cache-dir", str(tmp_path), "-m", f"path:{snapshot}"
+    )
+    wings = {name.split(".")[1] for name in loaded if name.startswith("whisperd.")}
+    assert {"cli", "store"} <= wings
+    assert wings <= {"cli", "client", "config", "errors", "files", "reference", "store", "subprocesses", "version"}
+    assert loaded.isdisjoint(NOT_LOADED)

@@ -20,12 +20,14 @@ from tests.support.store import (
     offline,
     plain,
     run,
+    store_settings,
     tree,
     wanted,
 )
 from whisperd import errors
-from whisperd.store.reconcile import Result, Settings, reconcile
+from whisperd.store.reconcile import Result, reconcile
 from whisperd.store.report import plan_lines
+from whisperd.store.settings import Settings
 
 MIB = 1 << 20
 ODD_BYTES = 3 * MIB + 5
@@ -116,7 +118,7 @@ def slow(tmp_path_factory: pytest.TempPathFactory) -> Slow:
     """The faults that the library itself tries to outwait for long: a model for each, all at once; and without them."""
     names = {f"org/m{number}": row for number, row in enumerate(SLOW)}
     with serving() as hub:
-        settings = Settings(
+        settings = store_settings(
             cache_dir=tmp_path_factory.mktemp("slow") / "cache", endpoint=hub.endpoint, retry_wait_s=0.02, parallel=3
         )
         for seed, (name, row) in enumerate(names.items()):

@@ -33,22 +33,24 @@ from tests.support.store import (
 from whisperd import errors
 from whisperd.store.hub.failures import CURES
 from whisperd.store.plan import CachePlan
-from whisperd.store.reconcile import Report, Settings, reconcile
+from whisperd.store.reconcile import Report, reconcile
 from whisperd.store.report import plan_lines
+from whisperd.store.settings import Settings
 
 OTHER_UID = 65534
 LOOK_AND_RUN = """
 import codecs, os, sys
 from pathlib import Path
 from whisperd import errors
-from whisperd.store.reconcile import Settings, reconcile, snapshots_without_network
+from tests.support.store import store_settings
+from whisperd.store.reconcile import reconcile, snapshots_without_network
 from whisperd.reference import parse
 from whisperd.store.sources import Wanted
 uid = int(sys.argv[3])
 codecs.lookup("ascii")
 if uid != os.geteuid():  # after the imports: another user need not be able to read this checkout
     os.setgroups([]), os.setgid(uid), os.setuid(uid)
-settings = Settings(cache_dir=Path(sys.argv[1]), endpoint=sys.argv[2])
+settings = store_settings(cache_dir=Path(sys.argv[1]), endpoint=sys.argv[2])
 wanted = [Wanted(name="org/model", source=parse("org/model"))]
 print(len(snapshots_without_network(wanted, settings)))
 try:

@@ -31,8 +31,8 @@ from tests.support.store import (
     until,
 )
 from whisperd import errors
-from whisperd.store.reconcile import Settings
 from whisperd.store.report import plan_lines
+from whisperd.store.settings import Settings
 
 MIB = 1 << 20
 LARGE_BYTES = 64 * MIB

@@ -28,11 +28,13 @@ from tests.support.store import (
     plain,
     ref,
     run,
+    store_settings,
     tree,
     wanted,
 )  # fmt: skip
 from whisperd import errors
-from whisperd.store.reconcile import Settings, reconcile
+from whisperd.store.reconcile import reconcile
+from whisperd.store.settings import Settings
 
 API = "/revision/"
 BODY = "GET /cdn/"
@@ -224,7 +226,7 @@ def test_boot_without_a_network(hub: LoopbackHub, tmp_path: Path, snapshot: Path
     if os.geteuid() or not shutil.which("unshare"):
         pytest.skip("a network namespace needs root and unshare")
     hub.add(NAME, {path.name: path.read_bytes() for path in snapshot.iterdir() if path.is_file()})
-    settings = Settings(cache_dir=tmp_path / "cache", endpoint=hub.endpoint)
+    settings = store_settings(cache_dir=tmp_path / "cache", endpoint=hub.endpoint)
     assert reconcile(wanted(NAME), settings).exit_code == 0
     assert ref(settings) == hub.repos[NAME].refs["main"]
     text = f'models = ["{NAME}"]\n[reconcile]\nendpoint = "{hub.endpoint}"'

@@ -10,7 +10,7 @@ import pytest
 
 from tests.support.loopback_hub import HubRepo, LoopbackHub, whisper_files
 from tests.support.store import assert_well, plain, run
-from whisperd.store.reconcile import Settings
+from whisperd.store.settings import Settings
 
 DEAD_PORT = 9
 # the library waits four minutes for a dead store without these

@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 
 from tests.support.fake_origin import FakeOrigin
+from tests.support.store import store_settings
 from whisperd import errors
 from whisperd.reference import parse
-from whisperd.store.reconcile import Report, Settings, export, reconcile, snapshots_without_network
+from whisperd.store.reconcile import Report, export, reconcile, snapshots_without_network
+from whisperd.store.settings import Settings
 from whisperd.store.sources import Wanted
 
 
@@ -25,12 +27,12 @@ def origin() -> FakeOrigin:
 
 @pytest.fixture
 def here(tmp_path: Path) -> Settings:
-    return Settings(cache_dir=tmp_path / "here", endpoint="")
+    return store_settings(cache_dir=tmp_path / "here", endpoint="")
 
 
 @pytest.fixture
 def there(tmp_path: Path) -> Settings:
-    return Settings(cache_dir=tmp_path / "there", endpoint="", import_dir=tmp_path / "usb")
+    return store_settings(cache_dir=tmp_path / "there", endpoint="", import_dir=tmp_path / "usb")
 
 
 @pytest.fixture

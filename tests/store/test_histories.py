@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from tests.support.fake_origin import REPOS, FakeOrigin
+from tests.support.store import store_settings
 from whisperd.reference import HubSource, parse
 from whisperd.store.cache import Repo
-from whisperd.store.reconcile import Report, Settings, reconcile, snapshots_without_network
+from whisperd.store.reconcile import Report, reconcile, snapshots_without_network
 from whisperd.store.sources import Wanted
 from whisperd.store.verify import hash_of
 
@@ -33,7 +34,7 @@ class Histories(RuleBasedStateMachine):
         super().__init__()
         self.directory = Path(tempfile.mkdtemp(prefix="whisperd-test-"))
         self.origin = FakeOrigin()
-        self.settings = Settings(cache_dir=self.directory / "cache", endpoint="")
+        self.settings = store_settings(cache_dir=self.directory / "cache", endpoint="")
         self.wanted: list[Wanted] = []
         self.seed = 0
 

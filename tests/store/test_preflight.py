@@ -12,12 +12,14 @@ from pathlib import Path
 import pytest
 
 from tests.support.fake_origin import FakeOrigin
+from tests.support.store import store_settings
 from whisperd import errors
 from whisperd.reference import HubSource, parse
 from whisperd.store.plan import ModelState, RemoteFile, Resolved, Room, plan
 from whisperd.store.preflight import one_writer, preflight
-from whisperd.store.reconcile import Report, Settings, reconcile
+from whisperd.store.reconcile import Report, reconcile
 from whisperd.store.report import plan_lines
+from whisperd.store.settings import Settings
 from whisperd.store.sources import Wanted
 
 NOBODY = 65534
@@ -36,7 +38,7 @@ def origin() -> FakeOrigin:
 
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
-    return Settings(cache_dir=tmp_path / "cache", endpoint="")
+    return store_settings(cache_dir=tmp_path / "cache", endpoint="")
 
 
 def run(origin: FakeOrigin, settings: Settings, *references: str) -> Report:

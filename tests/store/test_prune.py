@@ -13,10 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.fake_origin import REPOS, FakeOrigin
+from tests.support.store import store_settings
 from whisperd.reference import parse
 from whisperd.store.plan import RepoContents, removed_from
-from whisperd.store.reconcile import Report, Settings, hold, reconcile
+from whisperd.store.reconcile import Report, hold, reconcile
 from whisperd.store.report import plan_lines
+from whisperd.store.settings import Settings
 from whisperd.store.sources import Wanted
 
 COMMITS = [letter * 40 for letter in "abcd"]
@@ -33,7 +35,7 @@ def origin() -> FakeOrigin:
 
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
-    return Settings(cache_dir=tmp_path / "cache", endpoint="")
+    return store_settings(cache_dir=tmp_path / "cache", endpoint="")
 
 
 def run(origin: FakeOrigin, settings: Settings, references: Sequence[str], **changes: Any) -> Report:

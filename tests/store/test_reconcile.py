@@ -20,8 +20,9 @@ from tests.support.store import NAME, error, ref, run, tree, wanted
 from whisperd import errors
 from whisperd.store.plan import CachePlan
 from whisperd.store.preflight import one_writer, preflight
-from whisperd.store.reconcile import Progress, Report, Settings, reconcile, snapshots_without_network
+from whisperd.store.reconcile import Progress, Report, reconcile, snapshots_without_network
 from whisperd.store.report import plan_lines
+from whisperd.store.settings import Settings
 
 
 def test_cold(hub: LoopbackHub, repo: HubRepo, settings: Settings) -> None:

@@ -9,15 +9,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tests.support.loopback_hub import git_sha1
 from whisperd import errors
+from whisperd.config import Config
 from whisperd.reference import parse
 from whisperd.store.hub.failures import CURES
-from whisperd.store.reconcile import Report, Settings, reconcile, snapshots_without_network
+from whisperd.store.reconcile import Report, reconcile, snapshots_without_network
+from whisperd.store.settings import Settings
 from whisperd.store.sources import Wanted
 
 NAME = "org/model"
@@ -31,6 +33,11 @@ try:
 except Exception as error:
     print(json.dumps({"error": type(error).__name__, "errno": getattr(error, "errno", None)}))
 """
+
+
+def store_settings(**changes: Any) -> Settings:
+    """Every option at its default, but for ``changes``."""
+    return replace(Settings.from_config(Config(), {}), **changes)
 
 
 def wanted(*references: str) -> list[Wanted]:

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from whisperd.client import Client
     from whisperd.config import Config
     from whisperd.store.plan import CachePlan
-    from whisperd.store.reconcile import Progress, Report, Settings
+    from whisperd.store.reconcile import Progress, Report
+    from whisperd.store.settings import Settings
     from whisperd.store.sources import Wanted
 
 ANSWER_TIMEOUT_S = 5.0
@@ -67,13 +68,13 @@ def reconcile(
     The plan is printed, then done: fetch, verify, switch. Other tools see the old files or the new ones, never half.
     A daemon that works on the same cache is asked to do it, and switches to what is new.
     """
-    from whisperd.daemon.settings import store_settings, wanted
+    from whisperd.store.settings import Settings, declared_models
 
     if flags["prune"] and names:
         raise UsageError("--prune looks at everything that is declared; leave out -m")
     loaded = read_config(config_file, overrides)
-    store = store_settings(loaded.config, os.environ)
-    models = _chosen(loaded.config, wanted(loaded.config), names)
+    store = Settings.from_config(loaded.config, os.environ)
+    models = _chosen(loaded.config, declared_models(loaded.config), names)
     alone = bool(overrides or cache_dir or export_dir or import_dir)
     if not alone and (daemon := _daemon_of(store.cache_dir, config_file)) is not None:
         _ask(daemon, {**flags, "models": [_reference_of(model) for model in models] if names else None}, as_json)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from whisperd.config import Config, Loaded, diff
+from whisperd.config import Config, Loaded, cache_dir, diff
 from whisperd.daemon import settings
 from whisperd.daemon.loader import Loader
 from whisperd.daemon.memory import Leftovers, trim
@@ -31,8 +31,9 @@ from whisperd.serving.http import create_app
 from whisperd.serving.http.server import Server
 from whisperd.serving.interface import Emit, ReconcileOrder
 from whisperd.store.reconcile import Progress, Report, hold, reconcile, snapshots_without_network
-from whisperd.store.reconcile import Settings as StoreSettings
 from whisperd.store.report import plan_lines
+from whisperd.store.settings import Settings as StoreSettings
+from whisperd.store.settings import declared_models
 from whisperd.store.sources import Wanted
 
 log = logging.getLogger(__name__)
@@ -72,7 +73,7 @@ class Daemon:
         self._sockets = sockets
         self._wyoming_sockets = wyoming_sockets
         config = loaded.config
-        self._state = State(loaded=loaded, cache_dir=str(settings.store_settings(config, environ).cache_dir))
+        self._state = State(loaded=loaded, cache_dir=str(cache_dir(config, environ)))
         self._seen = config
         self._registry = Registry()
         self._supervision = Supervision(
@@ -200,8 +201,8 @@ class Daemon:
 
     async def _snapshots(self, config: Config, *, all_or_nothing: bool) -> Mapping[str, Path]:
         """Where the declared models are; asks the network only for what is not there."""
-        wanted = settings.wanted(config)
-        store = settings.store_settings(config, self._environ)
+        wanted = declared_models(config)
+        store = StoreSettings.from_config(config, self._environ)
         self._supervision.note("checking the cache")
         if not store.force:
             started_s = time.monotonic()

@@ -12,7 +12,6 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 
 from whisperd.config import Config
-from whisperd.daemon import settings
 from whisperd.errors import Cancelled, Error, RequestError, SourceError
 from whisperd.metrics.prometheus import Metrics
 from whisperd.reference import parse
@@ -20,6 +19,7 @@ from whisperd.serving.interface import Emit, ReconcileOrder
 from whisperd.store.plan import CachePlan
 from whisperd.store.reconcile import Progress, Report, reconcile
 from whisperd.store.report import plan_lines
+from whisperd.store.settings import Settings, declared_models
 from whisperd.store.sources import Wanted
 
 
@@ -36,7 +36,7 @@ async def carry_out(
         RequestError: a model that is asked for is no reference.
         StoreError: the cache cannot be worked on.
     """
-    store = settings.store_settings(config, environ)
+    store = Settings.from_config(config, environ)
     chosen = replace(
         store,
         check=order.check,
@@ -95,7 +95,7 @@ def report_members(report: Report) -> dict[str, object]:
 
 
 def _wanted(order: ReconcileOrder, config: Config) -> Sequence[Wanted]:
-    declared = settings.wanted(config)
+    declared = declared_models(config)
     if order.models is None:
         return declared
     known = {name: one for one in declared for name in (one.name, str(one.source))}

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from whisperd import config as declared
-from whisperd.config import Config, ModelTable
+from whisperd.config import Config
 from whisperd.engine.factory import EngineSettings
 from whisperd.errors import ConfigError, Problem
 from whisperd.serving import wyoming
@@ -15,42 +15,13 @@ from whisperd.serving.interface import ApiSettings, Chunking, ServerSettings
 from whisperd.serving.spool import Spool
 from whisperd.speech.fallback import Options
 from whisperd.speech.segmentation import CutOptions
-from whisperd.store.reconcile import Settings as StoreSettings
-from whisperd.store.sources import Wanted
 
 CONVERSIONS = ".whisperd/converted"  # beside the models of the cache, where no other tool looks
-
-
-def wanted(config: Config) -> tuple[Wanted, ...]:
-    """The declared models for the store, the default one first."""
-    return tuple(_wanted(model) for model in config.models)
-
-
-def _wanted(model: ModelTable) -> Wanted:
-    return Wanted(name=model.served_name, source=model.source)
 
 
 def aliases(config: Config) -> Mapping[str, str]:
     """Every further name of a model."""
     return MappingProxyType({alias: model.served_name for model in config.models for alias in model.aliases})
-
-
-def store_settings(config: Config, environ: Mapping[str, str]) -> StoreSettings:
-    """How the cache is reconciled."""
-    token = declared.token(environ)
-    return StoreSettings(
-        cache_dir=declared.cache_dir(config, environ),
-        endpoint=declared.endpoint(config, environ),
-        token=token.value if token else None,
-        offline=declared.offline(config, environ),
-        force=config.force,
-        verify=config.reconcile.verify,
-        metadata_timeout_s=config.reconcile.metadata_timeout_s,
-        stall_timeout_s=config.reconcile.stall_timeout_s,
-        parallel=config.reconcile.parallel,
-        prune=config.reconcile.prune,
-        max_cache_bytes=config.reconcile.max_cache_bytes or None,
-    )
 
 
 def conversions_dir(config: Config, environ: Mapping[str, str]) -> Path:

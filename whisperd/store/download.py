@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 
-from whisperd import config as declared
+from whisperd.config import DEFAULT_MODEL, Config
 from whisperd.errors import StoreError
 from whisperd.reference import parse
 from whisperd.store.plan import CachePlan
 from whisperd.store.reconcile import reconcile
-from whisperd.store.report import Settings, plan_lines
+from whisperd.store.report import plan_lines
+from whisperd.store.settings import Settings
 from whisperd.store.sources import Wanted
 
 
@@ -37,16 +39,12 @@ def download_model_if_needed(
         StoreError: one of its kinds, with what to try.
     """
     log = logger or logging.getLogger(__name__)
-    defaults = declared.Config()
-    found = declared.token(os.environ)
-    name = model_name or os.environ.get("WHISPER_MODEL") or declared.DEFAULT_MODEL
-    settings = Settings(
-        cache_dir=Path(cache_dir).absolute() if cache_dir else declared.cache_dir(defaults, os.environ),
-        endpoint=declared.endpoint(defaults, os.environ),
-        token=token or (found.value if found else None),
-        offline=declared.offline(defaults, os.environ),
-        force=force,
-    )
+    settings = Settings.from_config(Config(force=force), os.environ)
+    if cache_dir:
+        settings = replace(settings, cache_dir=Path(cache_dir).absolute())
+    if token:
+        settings = replace(settings, token=token)
+    name = model_name or os.environ.get("WHISPER_MODEL") or DEFAULT_MODEL
 
     def on_plan(plan: CachePlan) -> None:
         for line in plan_lines(plan):

@@ -24,7 +24,7 @@ HOLDER_BYTES = 4096
 NO_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ELOOP})  # ELOOP: mounted with nosymfollow
 
 
-def room(cache_dir: Path, max_cache_bytes: int | None) -> Room:
+def room(cache_dir: Path, max_cache_bytes: int) -> Room:
     """What the disk of the cache, which may not exist yet, can take."""
     existing = next((path for path in (cache_dir, *cache_dir.parents) if path.is_dir()), None)
     if existing is None:
@@ -33,7 +33,7 @@ def room(cache_dir: Path, max_cache_bytes: int | None) -> Room:
     return Room(
         free_bytes=found.f_bavail * found.f_frsize - MARGIN_BYTES,
         free_inodes=found.f_favail - MARGIN_INODES if found.f_files else None,
-        quota_bytes=None if max_cache_bytes is None else max_cache_bytes - used_bytes(cache_dir),
+        quota_bytes=max_cache_bytes - used_bytes(cache_dir) if max_cache_bytes else None,
     )
 
 

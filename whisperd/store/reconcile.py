@@ -24,7 +24,8 @@ from whisperd.store.origins import ExportedOrigin, HubOrigin, Nowhere, Origin
 from whisperd.store.plan import Action, CachePlan, Removal, Resolved, plan
 from whisperd.store.preflight import become_owner, one_writer, preflight, room
 from whisperd.store.progress import Progress, Tracker
-from whisperd.store.report import Outcome, Report, Result, Settings
+from whisperd.store.report import Outcome, Report, Result
+from whisperd.store.settings import Settings
 from whisperd.store.sources import Wanted
 from whisperd.store.verify import Inspector, read_stamps, stamp_of, write_stamps
 
@@ -32,7 +33,6 @@ __all__ = [
     "Progress",
     "Report",
     "Result",
-    "Settings",
     "become_owner",
     "export",
     "hold",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,32 +17,6 @@ PENDING = 3
 UNCHECKED = 4
 SIGNS: Mapping[Kind, str] = {"ok": "=", "download": "+", "update": "~", "repair": "!", "blocked": "x"}
 WORDS: tuple[Outcome, ...] = ("downloaded", "updated", "repaired", "ok", "failed")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """How to reconcile.
-
-    ``check`` only plans. ``force`` fetches every file anew, ``verify`` hashes every file, ``update`` moves branches,
-    ``prune`` removes what whisperd has fetched and nobody declares any more. ``import_dir`` is asked in place of the
-    Hub. All blobs of the cache together stay below ``max_cache_bytes``.
-    """
-
-    cache_dir: Path
-    endpoint: str
-    token: str | None = field(default=None, repr=False)
-    offline: bool = False
-    force: bool = False
-    verify: bool = False
-    update: bool = False
-    check: bool = False
-    prune: bool = False
-    import_dir: Path | None = None
-    max_cache_bytes: int | None = None
-    metadata_timeout_s: float = 10.0
-    stall_timeout_s: float = 60.0
-    retry_wait_s: float = 1.0
-    parallel: int = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
