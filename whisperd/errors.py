@@ -28,19 +28,40 @@
     └── Cancelled                the caller went away or pressed Ctrl-C
         └── DeadlineExceeded
 
-Exit codes follow sysexits.h where it has a fitting one. Only ``cli.main`` and the HTTP handler catch ``Error``.
+Only ``cli.main`` and the HTTP handler catch ``Error``.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import ClassVar
+
+
+class ExitCode(IntEnum):
+    """The code that a command ends with; from 65 to 78 those of sysexits.h, 130 is the shell's for SIGINT."""
+
+    DONE = 0
+    FAILED = 1
+    WRONG_USAGE = 2
+    PENDING = 3
+    UNCHECKED = 4
+    BAD_DATA = 65
+    NO_INPUT = 66
+    UNAVAILABLE = 69
+    SOFTWARE = 70
+    CANNOT_CREATE = 73
+    IO_ERROR = 74
+    TRY_AGAIN = 75
+    NO_PERMISSION = 77
+    BAD_CONFIG = 78
+    INTERRUPTED = 130
 
 
 class Error(Exception):
     """Base of everything whisperd raises on purpose."""
 
-    exit_code: ClassVar[int] = 1
+    exit_code: ClassVar[int] = ExitCode.FAILED
     http_status: ClassVar[int] = 500
     type: ClassVar[str] = "server_error"
     code: ClassVar[str] = "internal_error"
@@ -61,7 +82,7 @@ class Problem:
 class UsageError(Error):
     """The command line asks for something that does not exist."""
 
-    exit_code = 2
+    exit_code = ExitCode.WRONG_USAGE
     http_status = 400
     type = "invalid_request_error"
     code = "usage"
@@ -70,7 +91,7 @@ class UsageError(Error):
 class ConfigError(Error):
     """The configuration is wrong; all problems at once, one per line."""
 
-    exit_code = 78
+    exit_code = ExitCode.BAD_CONFIG
     code = "config_error"
 
     def __init__(self, *problems: Problem) -> None:
@@ -86,7 +107,7 @@ class RequestError(Error):
         param: name of the field as the client sent it.
     """
 
-    exit_code = 2
+    exit_code = ExitCode.WRONG_USAGE
     http_status = 400
     type = "invalid_request_error"
     code = "invalid_value"
@@ -119,7 +140,7 @@ class FileTooLarge(RequestError):
 class PeerNotAllowed(RequestError):
     """The process at the other end of the socket may not do this."""
 
-    exit_code = 77
+    exit_code = ExitCode.NO_PERMISSION
     http_status = 403
     type = "permission_error"
     code = "peer_not_allowed"
@@ -136,7 +157,7 @@ class HostNotAllowed(RequestError):
 class InvalidApiKey(RequestError):
     """A request over TCP came without the key."""
 
-    exit_code = 77
+    exit_code = ExitCode.NO_PERMISSION
     http_status = 401
     code = "invalid_api_key"
 
@@ -144,7 +165,7 @@ class InvalidApiKey(RequestError):
 class AudioError(Error):
     """The input holds no audio that can be decoded."""
 
-    exit_code = 65
+    exit_code = ExitCode.BAD_DATA
     http_status = 400
     type = "invalid_request_error"
     code = "audio_decode_error"
@@ -227,7 +248,7 @@ class DiskFull(StoreError):
 class CachePermissionError(StoreError):
     """The cache directory cannot be read or written by this user."""
 
-    exit_code = 77
+    exit_code = ExitCode.NO_PERMISSION
     code = "cache_permission"
 
 
@@ -240,7 +261,7 @@ class IntegrityError(StoreError):
 class CacheBusy(StoreError):
     """Another reconcile holds the lock on the cache."""
 
-    exit_code = 75
+    exit_code = ExitCode.TRY_AGAIN
     http_status = 409
     code = "cache_busy"
 
@@ -248,7 +269,7 @@ class CacheBusy(StoreError):
 class EngineError(Error):
     """Inference failed."""
 
-    exit_code = 70
+    exit_code = ExitCode.SOFTWARE
     code = "engine_error"
 
 
@@ -261,7 +282,7 @@ class OutOfMemory(EngineError):
 class Unavailable(Error):
     """Not now; ``retry_after_s`` says when it is worth asking again."""
 
-    exit_code = 75
+    exit_code = ExitCode.TRY_AGAIN
     http_status = 503
     code = "unavailable"
 
@@ -299,14 +320,14 @@ class SpoolFull(Unavailable):
 class DaemonUnreachable(Error):
     """No daemon answers on the socket."""
 
-    exit_code = 69
+    exit_code = ExitCode.UNAVAILABLE
     code = "daemon_unreachable"
 
 
 class SocketPermissionError(DaemonUnreachable):
     """The socket is there, but this user may not use it."""
 
-    exit_code = 77
+    exit_code = ExitCode.NO_PERMISSION
     code = "socket_permission"
 
 
@@ -322,7 +343,13 @@ class RemoteError(Error):
     """
 
     def __init__(
-        self, message: str, *, status: int, code: str, exit_code: int = 1, retry_after_s: float | None = None
+        self,
+        message: str,
+        *,
+        status: int,
+        code: str,
+        exit_code: int = ExitCode.FAILED,
+        retry_after_s: float | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -334,7 +361,7 @@ class RemoteError(Error):
 class Cancelled(Error):
     """The caller went away or pressed Ctrl-C."""
 
-    exit_code = 130
+    exit_code = ExitCode.INTERRUPTED
     http_status = 499
     code = "cancelled"
 
@@ -342,6 +369,6 @@ class Cancelled(Error):
 class DeadlineExceeded(Cancelled):
     """It was not done in the time that its caller gave it."""
 
-    exit_code = 75
+    exit_code = ExitCode.TRY_AGAIN
     http_status = 504
     code = "deadline_exceeded"

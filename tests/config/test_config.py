@@ -33,9 +33,9 @@ from whisperd.config import (
     spool_dir,
     token,
 )
+from whisperd.config.catalog import toml_text
 from whisperd.config.load import RENAMED, parse_override
 from whisperd.config.options import EngineTable
-from whisperd.config.toml import toml_text
 from whisperd.errors import ConfigError
 
 NOTHING = Path("/dev/null")

@@ -9,9 +9,9 @@ import click
 
 from whisperd.cli.config import config
 from whisperd.cli.demo import demo
+from whisperd.cli.options import complain, exit_code
 from whisperd.cli.reconcile import reconcile
 from whisperd.cli.serve import serve
-from whisperd.cli.shared import complain, exit_code
 from whisperd.cli.status import models, reload, status
 from whisperd.cli.transcribe import transcribe
 from whisperd.errors import Cancelled, Error

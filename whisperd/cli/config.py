@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from whisperd.cli.shared import client, config_options, read_config, socket_option
+from whisperd.cli.options import client, config_options, read_config, socket_option
+from whisperd.errors import ExitCode
 
 if TYPE_CHECKING:
     from whisperd.config import Loaded
-
-PENDING = 3  # as `reconcile --check` has it
 
 
 @click.command()
@@ -53,7 +52,7 @@ def config(
         running = client(socket_file, config_file, overrides, timeout_s=10.0).status()["config"]["values"]
         changes = list(_differences(loaded, running))
         click.echo("\n".join(changes) or "no difference: the daemon runs this configuration")
-        context.exit(PENDING if changes else 0)
+        context.exit(ExitCode.PENDING if changes else ExitCode.DONE)
     else:
         click.echo(_as_json(loaded) if as_json else "\n".join(_lines(loaded)))
 

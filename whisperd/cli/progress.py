@@ -1,7 +1,8 @@
-"""What is shown while a batch runs: lines of text as they come, and a bar in seconds of audio."""
+"""Progress on the terminal: bars of downloads, and of a batch of files with its lines of text."""
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 OnEvent = Callable[[str, dict[str, Any]], None]
 
+ALL = "all models"
 BAR = "{desc}: {percentage:3.0f}% {bar} {n:.0f}/{total:.0f} s, {remaining} left"
 
 
@@ -70,3 +72,59 @@ def progress(description: str, *, shown: bool, live: bool) -> Iterator[Progress]
 
     with tqdm(desc=description, unit="s", total=1, leave=False, bar_format=BAR) as bar:
         yield Progress(bar, live=live)
+
+
+class Bars:
+    """One bar for each model that is fetched, and one for all of them; used from several threads."""
+
+    def __init__(self) -> None:
+        self._bars: dict[str, tqdm[Any]] = {}
+        self._lock = threading.Lock()
+
+    def show(self, name: str, model: tuple[int, int], run: tuple[int, int], n_models: int) -> None:
+        """How far a model is, and all; each as bytes that are there and bytes that are wanted."""
+        with self._lock:
+            self._set(name, *model)
+            if n_models > 1 and sys.stderr.isatty():
+                self._set(ALL, *run)
+
+    def close(self) -> None:
+        """Leaves them as they are."""
+        for bar in self._bars.values():
+            bar.close()
+
+    def _set(self, name: str, done_bytes: int, total_bytes: int) -> None:
+        if name not in self._bars:
+            self._bars[name] = _bar(name, done_bytes, total_bytes, len(self._bars))
+        bar = self._bars[name]
+        bar.total = total_bytes
+        bar.update(done_bytes - bar.n)
+
+
+@contextmanager
+def bars() -> Iterator[Bars]:
+    """Bars that are closed at the end."""
+    shown = Bars()
+    try:
+        yield shown
+    finally:
+        shown.close()
+
+
+def _bar(name: str, done_bytes: int, total_bytes: int, position: int) -> tqdm[Any]:
+    from tqdm import tqdm
+
+    from whisperd.store.wording import size
+
+    shown = sys.stderr.isatty()
+    if not shown:
+        click.echo(f"fetching {name}: {size(total_bytes)}", err=True)
+    return tqdm(
+        desc=name,
+        total=total_bytes,
+        initial=done_bytes,
+        unit="B",
+        unit_scale=True,
+        position=position,
+        disable=not shown,
+    )

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from whisperd.cli.bars import bars
-from whisperd.cli.shared import config_options, daemon_socket, read_config
+from whisperd.cli.options import config_options, daemon_socket, read_config
+from whisperd.cli.progress import bars
 from whisperd.errors import DaemonUnreachable, UsageError
 
 if TYPE_CHECKING:

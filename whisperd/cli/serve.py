@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from whisperd.cli.shared import config_options, read_config
+from whisperd.cli.options import config_options, read_config
 from whisperd.errors import ConfigError, Error
 
 if TYPE_CHECKING:

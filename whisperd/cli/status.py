@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from whisperd.cli.shared import client, config_options, socket_option
+from whisperd.cli.options import client, config_options, socket_option
 
 ANSWER_TIMEOUT_S = 10.0
 RELOAD_TIMEOUT_S = 24 * 3600.0  # a reload may have to fetch a large model first

@@ -15,19 +15,25 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import click
 
 from whisperd.cli.inputs import STDIN, count_stdin, expand
+from whisperd.cli.options import client, exit_code, long_config_options, socket_option
 from whisperd.cli.outputs import FORMATS, Output, written
 from whisperd.cli.progress import Progress, progress
-from whisperd.cli.shared import client, exit_code, long_config_options, socket_option
 from whisperd.cli.temporary_daemon import private_daemon
-from whisperd.errors import Cancelled, DaemonUnreachable, Error, RemoteError, SocketPermissionError, UsageError
+from whisperd.errors import (
+    Cancelled,
+    DaemonUnreachable,
+    Error,
+    ExitCode,
+    RemoteError,
+    SocketPermissionError,
+    UsageError,
+)
 
 if TYPE_CHECKING:
     from whisperd.client import Client
     from whisperd.speech.subtitles import Layout
     from whisperd.speech.transcript import Transcript
 
-NO_INPUT = 66
-CANNOT_CREATE = 73
 SILENCE_S = 120.0  # the daemon sends a sign of life every few seconds
 ATTEMPTS = 20  # for a daemon that is busy and says when to come back
 PASSING = (429, 503)
@@ -83,7 +89,7 @@ def transcribe(  # click passes each option as an argument
         output.prepare()
     except OSError as error:
         click.echo(f"whisperd: cannot write {output.directory}: {error.strerror}", err=True)
-        sys.exit(CANNOT_CREATE)
+        sys.exit(ExitCode.CANNOT_CREATE)
     with (
         _daemon(standalone, socket_file, config_file, overrides, quiet=given["quiet"]) as daemon,
         progress("transcribing", shown=_shows_progress(given["quiet"]), live=given["live"]) as shown,
@@ -239,9 +245,9 @@ def _tell(path: Path, error: OSError, output: Output) -> int:
     """Says which file could not be read or written."""
     if error.filename is None or Path(error.filename) == path:
         click.echo(f"whisperd: {path}: {error.strerror}", err=True)
-        return NO_INPUT
+        return ExitCode.NO_INPUT
     click.echo(f"whisperd: cannot write {output.targets(path)[0].parent}: {error.strerror}", err=True)
-    return CANNOT_CREATE
+    return ExitCode.CANNOT_CREATE
 
 
 def _patiently(ask: Callable[[], dict[str, Any]], file: BinaryIO, stop: threading.Event) -> dict[str, Any]:

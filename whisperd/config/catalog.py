@@ -1,7 +1,9 @@
-"""The declared options as a list, for help texts, the shipped file and did-you-mean."""
+"""The declared options as a list, and values as TOML text: for messages, help texts and the shipped file."""
 
 from __future__ import annotations
 
+import json
+import re
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,9 +13,12 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from whisperd.config.options import Config, Reload
-from whisperd.config.toml import toml_text
 
 TYPE_NAMES = {str: "string", int: "integer", float: "number", bool: "boolean"}
+SHOWN_CHARS = 60
+
+SECRET = re.compile(r"token|secret|passw|credential|api_?key", re.IGNORECASE)
+SECRET_VALUE = re.compile(r"\b(hf|api_org)_\w{4,}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,3 +85,32 @@ def _type_name(annotation: object) -> str:
     if origin is tuple:
         return f"array of {_type_name(arguments[0])}s"
     return TYPE_NAMES.get(typing.cast("type", annotation), "model")
+
+
+def toml_text(value: object) -> str:
+    """One line of TOML that reads back as the same value; an option that is not set reads ``""``."""
+    if value is None:
+        return '""'
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007F")
+    if isinstance(value, (tuple, list)):
+        return f"[{', '.join(map(toml_text, value))}]"
+    if isinstance(value, dict):
+        return _inline_table(value)
+    return str(value)
+
+
+def _inline_table(table: dict[str, object]) -> str:
+    if not table:
+        return "{}"
+    return f"{{ {', '.join(f'{key} = {toml_text(value)}' for key, value in table.items())} }}"
+
+
+def shown(key: str, value: object) -> str:
+    """The value for a message: short, and hidden where it may be a secret."""
+    text = toml_text(value)
+    if SECRET.search(key) or SECRET_VALUE.search(text):
+        return "a value that is not shown"
+    return text if len(text) <= SHOWN_CHARS else f"{text[: SHOWN_CHARS - 3]}..."

@@ -13,11 +13,10 @@ from typing import Any
 import tomli
 from pydantic import ValidationError
 
-from whisperd.config.catalog import options
+from whisperd.config.catalog import options, shown
 from whisperd.config.environment import expand, home
 from whisperd.config.options import DEFAULT_MODEL, Config
 from whisperd.config.problems import Keys, explain, key_text, lines_of
-from whisperd.config.toml import shown
 from whisperd.errors import ConfigError, Problem
 from whisperd.version import VERSION
 

@@ -7,10 +7,9 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from whisperd.config.catalog import options, table_of
+from whisperd.config.catalog import SECRET, SECRET_VALUE, options, shown, table_of
 from whisperd.config.models import ModelTable
 from whisperd.config.options import Config
-from whisperd.config.toml import SECRET, SECRET_VALUE, shown
 from whisperd.errors import Problem
 
 if TYPE_CHECKING:

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from functools import reduce
 from types import MappingProxyType
 
-from whisperd.config.catalog import Option, options, table_of, type_text
+from whisperd.config.catalog import Option, options, table_of, toml_text, type_text
 from whisperd.config.load import Loaded
 from whisperd.config.models import ModelTable
 from whisperd.config.options import DEFAULT_MODEL, Config, Reload
-from whisperd.config.toml import toml_text
 
 WIDTH_CHARS = 112
 

@@ -14,8 +14,9 @@ from whisperd.store.cache import Repo, Staging, install
 from whisperd.store.hub import FetchJob, disk_error
 from whisperd.store.hub.failures import CURES
 from whisperd.store.origins import Origin
-from whisperd.store.plan import Action, RemoteFile, Resolved, short
+from whisperd.store.plan import Action, RemoteFile, Resolved
 from whisperd.store.verify import hash_of
+from whisperd.store.wording import short
 
 log = logging.getLogger(__name__)
 

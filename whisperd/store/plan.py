@@ -8,6 +8,7 @@ from typing import Literal
 
 from whisperd.reference import HubSource, Source
 from whisperd.store.sources import needed_files
+from whisperd.store.wording import MAKE_ROOM, count, short, size
 
 Kind = Literal["ok", "download", "update", "repair", "blocked"]
 
@@ -16,10 +17,8 @@ FileState = Literal["ok", "unlinked", "missing", "wrong_size", "wrong_hash", "no
 
 NEEDS_NO_BYTES = frozenset({"ok", "unlinked"})
 DAMAGED = frozenset({"wrong_size", "wrong_hash", "not_a_link"})
-SHORT_COMMIT_CHARS = 7
 INODES_PER_FILE = 3  # a blob, the link to it, and now and then a directory
 FORCED = "forced"
-MAKE_ROOM = "free some space, or choose another cache_dir"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -245,26 +244,6 @@ def removed_from(contents: RepoContents, wanted: Mapping[tuple[str, str], frozen
             )
         )
     return tuple(removals)
-
-
-def size(size_bytes: int) -> str:
-    """A number of bytes for people, in powers of ten as disks and the Hub count."""
-    amount = float(size_bytes)
-    for unit in ("B", "kB", "MB", "GB"):
-        if amount < 1000:
-            return f"{size_bytes} B" if unit == "B" else f"{amount:.1f} {unit}"
-        amount /= 1000
-    return f"{amount:.1f} TB"
-
-
-def count(number: int, noun: str) -> str:
-    """``1 file``, ``2 files``."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def short(commit: str | None) -> str:
-    """A commit as people write it."""
-    return (commit or "")[:SHORT_COMMIT_CHARS]
 
 
 def _action(state: ModelState, force: bool) -> Action:

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from whisperd.store.plan import size
+from whisperd.store.wording import size
 
 RATE_OVER_S = 10.0  # long enough to be steady, short enough to notice a link that has become slow
 EVERY_S = 0.2

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from whisperd.errors import Error, HubError
-from whisperd.store.plan import FORCED, Action, CachePlan, Kind, Removal, count, short, size
+from whisperd.errors import Error, ExitCode, HubError
+from whisperd.store.plan import FORCED, Action, CachePlan, Kind, Removal
+from whisperd.store.wording import count, short, size
 
 Outcome = Literal["ok", "downloaded", "updated", "repaired", "pending", "failed"]
 
-PENDING = 3
-UNCHECKED = 4
 SIGNS: Mapping[Kind, str] = {"ok": "=", "download": "+", "update": "~", "repair": "!", "blocked": "x"}
 WORDS: tuple[Outcome, ...] = ("downloaded", "updated", "repaired", "ok", "failed")
 
@@ -59,11 +58,11 @@ class Report:
         errors = [result.error for result in self.results if result.error is not None]
         pending = any(result.outcome == "pending" for result in self.results) or self._prune_pending
         if not errors:
-            return PENDING if pending else 0
+            return ExitCode.PENDING if pending else 0
         if any(result.outcome == "failed" for result in self.results):
             codes = {error.exit_code for error in errors}
             return codes.pop() if len(codes) == 1 else 1
-        return UNCHECKED if any(isinstance(error, HubError) for error in errors) else 1
+        return ExitCode.UNCHECKED if any(isinstance(error, HubError) for error in errors) else 1
 
     @property
     def _prune_pending(self) -> bool:
@@ -81,7 +80,7 @@ class Report:
         told = [f"  x {result.name}: {result.error}" for result in failed if result.name not in said]
         told += [f"  warning: {result.name}: {result.warning}" for result in self.results if result.warning]
         counts = Counter(result.outcome for result in self.results)
-        if counts["pending"] or self._prune_pending or self.exit_code == UNCHECKED:
+        if counts["pending"] or self._prune_pending or self.exit_code == ExitCode.UNCHECKED:
             return told
         if not self.plan.pending and not told:
             return []  # the plan has said that as well

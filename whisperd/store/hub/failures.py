@@ -27,7 +27,7 @@ from whisperd.errors import (
     SourceError,
     StoreError,
 )
-from whisperd.store.plan import MAKE_ROOM
+from whisperd.store.wording import MAKE_ROOM
 
 CAUSE_CHARS = 300
 RETRIED = (HubUnreachable, HubRateLimited, HubServerError)

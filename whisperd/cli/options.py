@@ -82,12 +82,3 @@ def complain(text: str) -> None:
 def exit_code(error: Error) -> int:
     """What a command exits with; an error of the daemon brings its own."""
     return int(getattr(error, "remote_exit_code", error.exit_code))
-
-
-def size_text(size_bytes: float) -> str:
-    """Bytes for people, in powers of ten."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if size_bytes < 1000:
-            return f"{size_bytes:.0f} {unit}" if unit == "B" else f"{size_bytes:.1f} {unit}"
-        size_bytes /= 1000
-    return f"{size_bytes:.1f} TB"
