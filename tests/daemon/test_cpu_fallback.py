@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import os
-import time
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
 
-from tests.daemon.test_service import transcribed
 from tests.support.fakes import FakeEngine
+from tests.support.models import House, ready_state, transcribed
 from tests.support.speech import Clip, silence
-from whisperd.config import load as load_config
-from whisperd.daemon.open_model import load, on_cpu
-from whisperd.daemon.registry import Registry, Served
+from tests.support.wait import until
+from whisperd.daemon.open_model import ModelOpener, load, on_cpu
 from whisperd.daemon.service import DaemonService, State
 from whisperd.daemon.systemd import status_line
 from whisperd.engine.base import DecodeRequest, Engine, EngineHealth, EngineInfo, Hypothesis, Outcome
@@ -24,13 +22,9 @@ from whisperd.engine.factory import EngineSettings
 from whisperd.errors import EngineError, ModelLoading, SourceError
 from whisperd.metrics import ModelMeter
 from whisperd.metrics.prometheus import Metrics
-from whisperd.serving.interface import Emit, ReconcileOrder
-from whisperd.serving.spool import Spool
 from whisperd.speech.tokenizer import Vocabulary
 from whisperd.speech.vad import SpeechDetector
 from whisperd.transcription.model import LoadedModel
-
-PATIENCE_S = 60.0
 
 
 class Device(FakeEngine):
@@ -69,39 +63,24 @@ class Machine:
         return Device(vocabulary, "cuda", lambda: not self.gpu_works)
 
 
-class House:
-    """A served model on that machine, and the daemon's service around it."""
+class Served:
+    """A model on that machine, and the daemon's service around it."""
 
-    def __init__(self, machine: Machine, model: LoadedModel, metrics: Metrics) -> None:
-        self.machine = machine
-        self.model = model
-        self.registry = Registry()
-        self.registry.swap(Served(names=("x",), models={"x": model}))
-        loaded = load_config(Path("/dev/null"), ('models = ["path:/x"]',), environ={}, cwd=Path("/"))
-        self.state = State(loaded=loaded, cache_dir="/nowhere")
-        self.state.become("ready")
-        self.service = DaemonService(
-            self.state,
-            self.registry,
-            metrics,
-            Spool(Path("/nowhere"), upload_bytes=1, budget_bytes=1),
-            load_one=self.nothing,
-            reload=self.no_reload,
-            reconcile=self.no_order,
-        )
+    def __init__(self, house: House, service: DaemonService, state: State) -> None:
+        self.house = house
+        self.service = service
+        self.state = state
 
-    async def nothing(self, _name: str) -> None:
-        raise AssertionError("a model that lasts is not loaded again")
-
-    async def no_reload(self) -> dict[str, object]:
-        return {}
-
-    async def no_order(self, _order: ReconcileOrder, _tell: Emit) -> dict[str, object]:
-        return {}
+    @property
+    def model(self) -> LoadedModel:
+        return self.house.model("a")
 
     @property
     def status(self) -> str:
-        return status_line(self.state, self.registry.served)
+        return status_line(self.state, self.house.leases.served)
+
+    def transcribe(self, clip: Clip) -> str:
+        return self.house.run(transcribed(self.service, clip)).text
 
     def decode(self) -> Outcome | None:
         ticket = self.model.batcher.ticket()
@@ -112,68 +91,58 @@ class House:
 
     def figure(self, name: str) -> float:
         lines = self.service.metrics("")[0].decode().splitlines()
-        return float(next(line for line in lines if line.startswith(f'{name}{{model="x"')).rpartition(" ")[2])
-
-    def close(self) -> None:
-        self.service.close()
-        self.registry.close()
+        return float(next(line for line in lines if line.startswith(f'{name}{{model="a"')).rpartition(" ")[2])
 
 
-Builder = Callable[..., House]
+Builder = Callable[..., Served]
 
 
 @pytest.fixture
-def house(snapshot: Path, tmp_path: Path, detector: SpeechDetector) -> Iterator[Builder]:
-    houses: list[House] = []
+def served(snapshot: Path, tmp_path: Path) -> Iterator[Builder]:
+    with ExitStack() as stack:
 
-    def build(machine: Machine, **changes: object) -> House:
-        settings = EngineSettings(device="auto", compute_type="float16", **changes)  # type: ignore[arg-type]
-        metrics = Metrics()
-        model = load("x", snapshot, settings, tmp_path, detector, metrics.model("x"), machine.open)
-        houses.append(House(machine, model, metrics))
-        return houses[-1]
+        def build(machine: Machine, **changes: object) -> Served:
+            settings = EngineSettings(device="auto", compute_type="float16", **changes)  # type: ignore[arg-type]
+            metrics = Metrics()
+            opener = ModelOpener(settings, tmp_path, metrics, opener=machine.open)
+            directory = Path(tempfile.mkdtemp(dir=tmp_path))
+            house = stack.enter_context(closing(House(directory, snapshot, opener)))
+            house.switch("a")
+            state = ready_state('models = [{ repo = "path:/a", name = "a" }]')
+            return Served(house, stack.enter_context(house.service(state, metrics)), state)
 
-    yield build
-    for one in houses:
-        one.close()
-
-
-def until(condition: Callable[[], object]) -> None:
-    deadline_s = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < deadline_s, "it did not become true"
-        os.sched_yield()
+        yield build
 
 
-def test_without_the_option(house: Builder, clips: dict[str, Clip]) -> None:
+def test_without_the_option(served: Builder, clips: dict[str, Clip]) -> None:
     """Clients get 503 with the reason and a time; the CPU is never asked; when the GPU is back, so is the model."""
     machine = Machine()
-    one = house(machine)
+    one = served(machine)
     machine.gpu_works = False
     with pytest.raises(ModelLoading, match="no GPU is there any more") as caught:
-        asyncio.run(transcribed(one.service, clips["monkeys"]))
+        one.transcribe(clips["monkeys"])
     assert caught.value.http_status == 503
     assert caught.value.retry_after_s >= 1
-    assert "x DOWN (no GPU is there any more)" in one.status
+    assert "a DOWN (no GPU is there any more)" in one.status
     assert one.service.device(None) is None
     machine.gpu_works = True
     until(lambda: not one.model.batcher.health.outage)
-    assert asyncio.run(transcribed(one.service, clips["monkeys"])).text == "hello"
+    assert one.transcribe(clips["monkeys"]) == "hello"
     # a GPU that was there is asked for by name, or "auto" would have taken the CPU without a word
     assert set(machine.asked[1:]) == {"cuda"}
 
 
-def test_with_the_option(house: Builder, clips: dict[str, Clip], caplog: pytest.LogCaptureFixture) -> None:
+def test_with_the_option(served: Builder, clips: dict[str, Clip], caplog: pytest.LogCaptureFixture) -> None:
     """The CPU serves, and says so in log, status, STATUS, metrics and header; then the GPU again. No request fails."""
     machine = Machine()
-    one = house(machine, cpu_fallback=True)
+    one = served(machine, cpu_fallback=True)
     assert one.service.device(None) == "cuda"
     machine.gpu_works = False
     with caplog.at_level(logging.WARNING):
-        assert asyncio.run(transcribed(one.service, clips["monkeys"])).text == "hello"
-    assert "served by a fallback on the cpu: no GPU is there any more" in caplog.text
+        assert one.transcribe(clips["monkeys"]) == "hello"
+    assert "served by a stand-in on the cpu: no GPU is there any more" in caplog.text
     assert one.service.device(None) == "cpu (fallback)"
-    assert "x (cpu, float32, fallback: no GPU is there any more)" in one.status
+    assert "a (cpu, float32, fallback: no GPU is there any more)" in one.status
     assert one.figure("whisperd_model_fallback") == 1
     models = one.service.status()["models"]
     assert isinstance(models, list)
@@ -187,14 +156,14 @@ def test_with_the_option(house: Builder, clips: dict[str, Clip], caplog: pytest.
     assert one.model.batcher.failure is None
 
 
-def test_lost_before_the_boot(house: Builder, caplog: pytest.LogCaptureFixture) -> None:
+def test_lost_before_the_boot(served: Builder, caplog: pytest.LogCaptureFixture) -> None:
     """The daemon boots on the CPU where it may, and does not where it may not."""
     machine = Machine()
     machine.gpu_works = False
     with pytest.raises(EngineError, match="no GPU is there"):
-        house(machine)
+        served(machine)
     with caplog.at_level(logging.WARNING):
-        one = house(machine, cpu_fallback=True)
+        one = served(machine, cpu_fallback=True)
     assert "instead of the GPU: no GPU is there any more" in caplog.text
     assert one.service.device(None) == "cpu (fallback)"
     assert isinstance(one.decode(), Hypothesis)

@@ -1,4 +1,4 @@
-"""Several models under one roof: loaded when wanted, unloaded when not, revived when their engine dies."""
+"""Several models: loaded when requested, unloaded when idle, loaded again when their engine failed."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ from pathlib import Path
 import pytest
 
 from tests.support import openers
-from tests.support.fakes import FakeEngine
+from tests.support.fakes import FakeEngine, written
+from tests.support.models import NAMES, House, ScriptedOpener
 from tests.support.speech import silence
-from whisperd.config import Config, ModelTable
-from whisperd.config.options import LimitsTable
-from whisperd.daemon.loader import Loader
+from whisperd.config import ModelTable
 from whisperd.daemon.memory import Leftovers, trim, weights_bytes
-from whisperd.daemon.open_model import load, smaller
-from whisperd.daemon.registry import Registry, Served
-from whisperd.engine.base import DecodeRequest, Engine
+from whisperd.daemon.models import ServedModel, ServedModels
+from whisperd.daemon.open_model import ModelOpener, load, smaller
+from whisperd.engine.base import DecodeRequest, Engine, Hypothesis, Window
 from whisperd.engine.factory import EngineSettings
 from whisperd.engine.process import ChildEngine
 from whisperd.errors import EngineError, ModelLoading, ModelNotFound, OutOfMemory, SourceError
@@ -29,46 +28,12 @@ from whisperd.speech.tokenizer import Vocabulary
 from whisperd.speech.vad import SpeechDetector
 
 
-def linked(snapshot: Path, target: Path) -> Path:
-    """A directory of links to the files of a model."""
-    target.mkdir()
-    for path in snapshot.iterdir():
-        (target / path.name).symlink_to(path)
-    return target
-
-
-class House:
-    """A loader with three copies of the embedded model, and a clock that only the test moves."""
-
-    def __init__(self, directory: Path, snapshot: Path) -> None:
-        self.now_s = 0.0
-        self.registry = Registry(lambda: self.now_s)
-        self.loader = Loader(self.registry, EngineSettings(workers=1, threads_per_worker=2), directory, Metrics())
-        self.snapshots = {name: linked(snapshot, directory / name) for name in ("a", "b", "c")}
-
-    @property
-    def loaded(self) -> set[str]:
-        return set(self.registry.served.models)
-
-    def switch(self, *, memory_bytes: int = 0, keep: str = "", preload: bool = False) -> None:
-        models = tuple(
-            ModelTable(repo=f"path:{path}", name=name, preload=preload, keep_loaded=name == keep)
-            for name, path in self.snapshots.items()
-        )
-        self.loader.switch(Config(models=models, limits=LimitsTable(model_bytes=memory_bytes)), self.snapshots)
-
-    def use(self, name: str) -> None:
-        self.now_s += 1
-        self.loader.load_one(name)
-        with self.registry.lease(name):
-            pass
-
-
 @pytest.fixture
 def house(tmp_path: Path, snapshot: Path) -> Iterator[House]:
-    found = House(tmp_path, snapshot)
+    opener = ModelOpener(EngineSettings(workers=1, threads_per_worker=2), tmp_path, Metrics())
+    found = House(tmp_path, snapshot, opener)
     yield found
-    found.registry.close()
+    found.close()
 
 
 def room_for(house: House, n_models: float) -> int:
@@ -77,7 +42,7 @@ def room_for(house: House, n_models: float) -> int:
 
 def test_the_least_recently_used_one_makes_room(house: House) -> None:
     """With room for two of three, the one that was used longest ago goes; a small budget still serves the first."""
-    house.switch(memory_bytes=room_for(house, 2.6))
+    house.switch(*NAMES, preload=False, memory_bytes=room_for(house, 2.6))
     assert house.loaded == {"a"}
     house.use("b")
     house.use("a")
@@ -90,80 +55,78 @@ def test_the_least_recently_used_one_makes_room(house: House) -> None:
 
 def test_a_kept_model_stays(house: House) -> None:
     """keep_loaded protects from eviction and from idleness."""
-    house.switch(memory_bytes=room_for(house, 2.6), keep="a")
+    house.switch(*NAMES, preload=False, memory_bytes=room_for(house, 2.6), keep="a")
     house.use("b")
     house.use("c")
     assert house.loaded == {"a", "c"}
     house.now_s += 100
-    assert house.loader.unload_idle(60) == ("c",)
+    assert house.unload_idle(60) == ("c",)
     assert house.loaded == {"a"}
 
 
 def test_a_model_in_use_is_not_evicted(house: House) -> None:
     """While all room is in use, a request for another model hears when to come back, and why."""
-    house.switch(memory_bytes=room_for(house, 1.2))
-    with house.registry.lease("a"):
+    house.switch(*NAMES, preload=False, memory_bytes=room_for(house, 1.2))
+    with house.leases.lease("a"):
         with pytest.raises(ModelLoading, match=r"in use hold .* MB \(limits\.model_bytes\)") as caught:
-            house.loader.load_one("b")
+            house.load_one("b")
         assert caught.value.retry_after_s > 0
         house.now_s += 100
-        assert house.loader.unload_idle(60) == ()
+        assert house.unload_idle(60) == ()
     house.use("b")
     assert house.loaded == {"b"}
 
 
 def test_preload_within_the_budget(house: House) -> None:
     """What does not fit at boot waits for its first request."""
-    house.switch(memory_bytes=room_for(house, 2.2), preload=True)
+    house.switch(*NAMES, memory_bytes=room_for(house, 2.2))
     assert house.loaded == {"a", "b"}
 
 
 def test_idle_models_leave_and_come_back(house: House) -> None:
     """Only what nobody used for long enough goes, and the next request brings it back."""
-    house.switch(preload=True)
+    house.switch(*NAMES)
     house.now_s += 50
     house.use("b")
     house.now_s += 30
-    assert set(house.loader.unload_idle(60)) == {"a", "c"}
+    assert set(house.unload_idle(60)) == {"a", "c"}
     assert house.loaded == {"b"}
     house.use("a")
-    assert house.loader.unload_idle(60) == ()
+    assert house.unload_idle(60) == ()
 
 
-def kill(house: House, name: str) -> None:
-    """Breaks the engine of a model from within, as a lost device would."""
+def test_a_failed_engine_is_replaced(
+    tmp_path: Path, snapshot: Path, vocabulary: Vocabulary, detector: SpeechDetector
+) -> None:
+    """The next request finds the model loaded again."""
 
-    def step() -> None:
+    def fails(_: Window) -> Hypothesis:
         raise EngineError("the device fell off the bus")
 
-    batcher = house.registry.served.models[name].batcher
-    batcher._engine.step = step  # type: ignore[method-assign, assignment]
-    ticket = batcher.ticket()
+    opener = ScriptedOpener(vocabulary, detector, [fails, lambda window: written(vocabulary, window, " hello")])
+    house = House(tmp_path, snapshot, opener)
+    house.switch("a")
+    failed = house.model("a").batcher
+    ticket = failed.ticket()
     ticket.submit(silence(1.0), DecodeRequest())
     ticket.collect()
-
-
-def test_a_dead_engine_is_replaced(house: House) -> None:
-    """The next request finds the model loaded again."""
-    house.switch()
-    kill(house, "a")
-    dead = house.registry.served.models["a"].batcher
-    assert "fell off the bus" in str(dead.failure)
+    assert "fell off the bus" in str(failed.failure)
     house.use("a")
-    alive = house.registry.served.models["a"].batcher
-    assert alive is not dead
-    assert alive.failure is None
+    replaced = house.model("a").batcher
+    assert replaced is not failed
+    assert replaced.failure is None
+    house.close()
 
 
 def test_a_model_that_cannot_be_loaded(house: House) -> None:
     """The first request hears the reason, the next ones wait a while before it is tried again."""
-    house.switch()
+    house.switch(*NAMES, preload=False)
     (house.snapshots["b"] / "model.bin").unlink()
     (house.snapshots["b"] / "model.bin").write_bytes(b"damaged")
     with pytest.raises(SourceError, match=str(house.snapshots["b"])) as first:
-        house.loader.load_one("b")
+        house.load_one("b")
     with pytest.raises(ModelLoading, match=re.escape(f"a moment ago: {first.value}")) as caught:
-        house.loader.load_one("b")
+        house.load_one("b")
     assert 0 < caught.value.retry_after_s <= 10
     assert house.loaded == {"a"}
 
@@ -201,7 +164,11 @@ def test_no_room_for_the_batch(snapshot: Path, tmp_path: Path, detector: SpeechD
 
 def test_openais_names_mean_the_default_model() -> None:
     """Unless somebody declares one of them; others are told what there is."""
-    served = Served(names=("mine", "other"), aliases={"gpt-4o-transcribe": "other"})
+    tables = (
+        ModelTable(repo="path:/mine", name="mine"),
+        ModelTable(repo="path:/other", name="other", aliases=("gpt-4o-transcribe",)),
+    )
+    served = ServedModels(tuple(ServedModel(table=table) for table in tables))
     for name in ("whisper-1", "gpt-transcribe", "gpt-4o-mini-transcribe", "gpt-4o-mini-transcribe-2025-12-15", None):
         assert served.resolve(name) == "mine"
     assert served.resolve("gpt-4o-transcribe") == "other"

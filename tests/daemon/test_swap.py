@@ -3,31 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from tests.daemon.test_models import linked
 from tests.support.fakes import FakeEngine
+from tests.support.models import House
 from tests.support.speech import Clip, plain, silence
+from tests.support.wait import PATIENCE_S, until
 from whisperd.config import Config, ModelTable
+from whisperd.daemon.leases import Leases
 from whisperd.daemon.loader import Loader
-from whisperd.daemon.open_model import Opener
-from whisperd.daemon.queueing import LoaderQueue
-from whisperd.daemon.registry import Registry
+from whisperd.daemon.models import ModelInstance
+from whisperd.daemon.open_model import ModelOpener
 from whisperd.engine.base import DecodeRequest, Engine, EngineInfo, Hypothesis
 from whisperd.engine.factory import EngineSettings, open_engine
 from whisperd.errors import ModelLoading, OutOfMemory
 from whisperd.metrics import ModelMeter
 from whisperd.metrics.prometheus import Metrics
 from whisperd.speech.tokenizer import Vocabulary
-
-PATIENCE_S = 60.0
 
 
 class Memory:
@@ -67,24 +64,6 @@ class Memory:
         return engine
 
 
-class House:
-    """A loader on a memory, with links to the embedded model under three names."""
-
-    def __init__(self, directory: Path, snapshot: Path, opener: Opener, *, drain_s: float, own: bool) -> None:
-        settings = EngineSettings(workers=1, batch_size=2, threads_per_worker=2, own_process=own)
-        self.registry = Registry()
-        self.loader = Loader(self.registry, settings, directory, Metrics(), opener=opener, drain_s=drain_s)
-        self.snapshots = {name: linked(snapshot, directory / name) for name in ("a", "b", "c")}
-
-    def switch(self, *names: str) -> None:
-        models = tuple(ModelTable(repo=f"path:{self.snapshots[name]}", name=name) for name in names)
-        self.loader.switch(Config(models=models), {name: self.snapshots[name] for name in names})
-
-    @property
-    def loaded(self) -> set[str]:
-        return set(self.registry.served.models)
-
-
 Builder = Callable[..., House]
 
 
@@ -93,19 +72,14 @@ def house(tmp_path: Path, snapshot: Path) -> Iterator[Builder]:
     houses: list[House] = []
 
     def build(memory: Memory, *, drain_s: float = PATIENCE_S, own: bool = False) -> House:
-        houses.append(House(tmp_path, snapshot, memory.open, drain_s=drain_s, own=own))
+        settings = EngineSettings(workers=1, batch_size=2, threads_per_worker=2, own_process=own)
+        opener = ModelOpener(settings, tmp_path, Metrics(), opener=memory.open)
+        houses.append(House(tmp_path, snapshot, opener, drain_s=drain_s))
         return houses[-1]
 
     yield build
     for one in houses:
-        one.registry.close()
-
-
-def until(condition: Callable[[], object]) -> None:
-    deadline_s = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < deadline_s, "it did not become true"
-        os.sched_yield()
+        one.close()
 
 
 def test_beside_where_there_is_room(house: Builder) -> None:
@@ -113,7 +87,7 @@ def test_beside_where_there_is_room(house: Builder) -> None:
     memory = Memory(2, {"a": 1, "b": 1})
     one = house(memory)
     one.switch("a")
-    with one.registry.lease("a") as held:
+    with one.leases.lease("a") as held:
         one.switch("b")
         assert one.loaded == {"b"}
         assert held.batcher.failure is None
@@ -126,10 +100,10 @@ def test_the_old_one_goes_first(house: Builder) -> None:
     one = house(memory)
     one.switch("a")
     with ThreadPoolExecutor(2) as pool:
-        with one.registry.lease("a") as held:
+        with one.leases.lease("a") as held:
             switching = pool.submit(one.switch, "b")
             until(lambda: not one.loaded)
-            waiting = pool.submit(one.loader.load_one, "a")
+            waiting = pool.submit(one.load_one, "a")
             assert not switching.done()
             assert not waiting.done()
             assert held.batcher.failure is None
@@ -144,15 +118,15 @@ def test_a_new_model_that_never_fits(house: Builder) -> None:
     memory = Memory(2, {"a": 2, "b": 9})
     one = house(memory)
     one.switch("a")
-    before = one.registry.served.models["a"]
+    before = one.model("a")
     with pytest.raises(OutOfMemory, match="b needs"):
         one.switch("b")
-    after = one.registry.served.models["a"]
+    after = one.model("a")
     assert after is not before
     assert after.batcher.failure is None
-    assert one.registry.served.names == ("a",)
+    assert [entry.name for entry in one.leases.served] == ["a"]
     one.switch("a")
-    assert one.registry.served.models["a"] is after
+    assert one.model("a") is after
 
 
 def test_old_requests_that_do_not_end(house: Builder) -> None:
@@ -160,12 +134,14 @@ def test_old_requests_that_do_not_end(house: Builder) -> None:
     memory = Memory(2, {"a": 2, "b": 2})
     one = house(memory, drain_s=0.05)
     one.switch("a")
-    with one.registry.lease("a") as held:
+    instance = one.leases.served.models[0].instance
+    assert instance is not None
+    with one.leases.lease("a") as held:
         with pytest.raises(OutOfMemory, match=r"requests still hold these after 0\.05 s"):
             one.switch("b")
-        assert one.registry.served.models["a"] is held
-    assert one.registry.left([held], PATIENCE_S), "it is not on its way out any more"
-    assert one.registry.served.models["a"] is held
+        assert one.model("a") is held
+    assert one.leases.wait_closed([instance], PATIENCE_S), "it is not on its way out any more"
+    assert one.model("a") is held
     ticket = held.batcher.ticket()
     ticket.submit(silence(1.0), DecodeRequest())
     assert isinstance(ticket.collect(), Hypothesis)
@@ -177,9 +153,9 @@ def test_what_stays_is_not_touched(house: Builder) -> None:
     memory = Memory(3, {"a": 1, "b": 2, "c": 2})
     one = house(memory)
     one.switch("a", "b")
-    stays = one.registry.served.models["a"]
+    stays = one.model("a")
     one.switch("a", "c")
-    assert one.registry.served.models["a"] is stays
+    assert one.model("a") is stays
     assert one.loaded == {"a", "c"}
 
 
@@ -189,7 +165,7 @@ def test_a_gpu_is_not_shared_by_accident(house: Builder) -> None:
     one = house(memory)
     one.switch("a")
     with ThreadPoolExecutor(1) as pool:
-        with one.registry.lease("a"):
+        with one.leases.lease("a"):
             switching = pool.submit(one.switch, "b")
             until(lambda: not one.loaded)
             assert memory.opened == ["a"]
@@ -198,7 +174,7 @@ def test_a_gpu_is_not_shared_by_accident(house: Builder) -> None:
 
 
 def decoded(one: House, name: str, clip: Clip) -> str:
-    with one.registry.lease(name) as model:
+    with one.leases.lease(name) as model:
         ticket = model.batcher.ticket()
         ticket.submit(clip.samples(), DecodeRequest())
         outcome = ticket.collect()
@@ -213,43 +189,67 @@ def test_with_real_weights(house: Builder, clips: dict[str, Clip]) -> None:
     one = house(memory, own=True)
     one.switch("a")
     first = decoded(one, "a", clips["monkeys"])
-    pid = one.registry.served.models["a"].batcher.health.pid
+    pid = one.model("a").batcher.health.pid
     one.switch("b")
     assert not Path(f"/proc/{pid}").exists()
     assert decoded(one, "b", clips["monkeys"]) == first
     assert plain(first) == plain(clips["monkeys"].text)
 
 
-class SlowLoader:
-    """A loader that switches until it is told to end."""
+class SlowOpener(ModelOpener):
+    """Opens nothing until it may; then raises OutOfMemory."""
 
     def __init__(self) -> None:
+        super().__init__(EngineSettings(), Path("/nowhere"), Metrics())
         self.may_end = threading.Event()
         self.threads: set[int] = set()
 
-    def switch(self, *_: object) -> None:
-        assert self.may_end.wait(PATIENCE_S)
-
-    def load_one(self, _: str) -> None:
+    def open(self, name: str, snapshot: Path, *, again: bool = False, beside: bool = False) -> ModelInstance:
+        del snapshot, again, beside
         self.threads.add(threading.get_ident())
+        assert self.may_end.wait(PATIENCE_S)
+        raise OutOfMemory(f"{name} does not fit")
 
 
-def test_requests_wait_for_a_switch_without_threads() -> None:
-    """Any number of them, up to a limit of time; then they hear when to come back."""
-    loader = SlowLoader()
+def config(names: Sequence[str]) -> Config:
+    return Config(models=tuple(ModelTable(repo=f"path:/{name}", name=name) for name in names))
+
+
+def test_requests_wait_for_a_switch_without_threads(tmp_path: Path) -> None:
+    """Any number of them, up to a limit of time; then they get an error with the time to come back."""
+    opener = SlowOpener()
 
     async def run() -> Sequence[object]:
-        queue = LoaderQueue(loader, patience_s=0.05)  # type: ignore[arg-type]
-        switching = asyncio.create_task(queue.switch(Config(), {}))
+        loader = Loader(Leases(), opener, patience_s=0.05)
+        switching = asyncio.create_task(loader.switch(config(["a"]), {"a": tmp_path}))
         await asyncio.sleep(0)
-        impatient = await asyncio.gather(*(queue.load_one("a") for _ in range(50)), return_exceptions=True)
-        patient_queue = LoaderQueue(loader)  # type: ignore[arg-type]
-        loader.may_end.set()
-        await switching
-        await patient_queue.load_one("a")
-        await queue.load_one("a")
+        impatient = await asyncio.gather(*(loader.load_one("a") for _ in range(50)), return_exceptions=True)
+        opener.may_end.set()
+        with pytest.raises(OutOfMemory):
+            await switching
+        await loader.load_one("a")  # which is not declared, since the switch has failed
         return impatient
 
     answers = asyncio.run(run())
     assert all(isinstance(answer, ModelLoading) and answer.retry_after_s > 0 for answer in answers)
-    assert len(loader.threads) <= 2
+    assert len(opener.threads) == 1
+
+
+def test_a_client_that_leaves_does_not_end_the_turn(tmp_path: Path) -> None:
+    """A cancelled change goes on in its thread, and the next one waits for it: models are changed one at a time."""
+    opener = SlowOpener()
+
+    async def run() -> None:
+        loader = Loader(Leases(), opener, patience_s=0.05)
+        switching = asyncio.create_task(loader.switch(config(["a"]), {"a": tmp_path}))
+        await asyncio.to_thread(until, lambda: opener.threads)
+        switching.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await switching
+        with pytest.raises(ModelLoading, match="waits for other models"):
+            await loader.load_one("a")
+        opener.may_end.set()
+        await loader.load_one("a")
+
+    asyncio.run(run())
+    assert len(opener.threads) == 1

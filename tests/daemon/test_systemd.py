@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from tests.support.fakes import FakeEngine
-from whisperd.config import load
-from whisperd.daemon.registry import Registry, Served
+from whisperd.config import ModelTable, load
+from whisperd.daemon.leases import Leases
+from whisperd.daemon.models import ModelInstance, ServedModel, ServedModels
 from whisperd.daemon.service import State
 from whisperd.daemon.systemd import Supervision, status_line
 from whisperd.engine.base import DecodeRequest, EngineHealth, Hypothesis, Window
@@ -36,6 +37,12 @@ def systemd(tmp_path: Path) -> Iterator[socket.socket]:
 @pytest.fixture
 def state(tmp_path: Path) -> State:
     return State(loaded=load(Path("/dev/null"), environ={}, cwd=tmp_path), cache_dir=str(tmp_path))
+
+
+def served(model: LoadedModel) -> ServedModels:
+    table = ModelTable(repo="path:/nowhere", name=model.name)
+    instance = ModelInstance(model=model, snapshot=Path("/nowhere"))
+    return ServedModels((ServedModel(table=table, snapshot=instance.snapshot, instance=instance),))
 
 
 def received(listener: socket.socket) -> list[str]:
@@ -70,7 +77,7 @@ def test_more_time_only_while_bytes_arrive(
 ) -> None:
     """A download that moves extends the time to start by two stalls and a margin; one that does not is silent."""
     with closing(Notifier({"NOTIFY_SOCKET": systemd.getsockname()})) as notifier:
-        supervision = Supervision(notifier, state, Registry(), engine_stall_s=300)
+        supervision = Supervision(notifier, state, Leases(), engine_stall_s=300)
         supervision.tell()
         for done_bytes in told:
             supervision.fetched(fetched(done_bytes))
@@ -80,7 +87,7 @@ def test_more_time_only_while_bytes_arrive(
 def test_every_download_is_on_the_line(systemd: socket.socket, state: State) -> None:
     """Downloads that go on beside each other are told together, and forgotten together."""
     with closing(Notifier({"NOTIFY_SOCKET": systemd.getsockname()})) as notifier:
-        supervision = Supervision(notifier, state, Registry(), engine_stall_s=300)
+        supervision = Supervision(notifier, state, Leases(), engine_stall_s=300)
         supervision.fetched(fetched(0, "org/b"))
         supervision.fetched(fetched(0))
         supervision.fetched(fetched(500_000))
@@ -104,33 +111,33 @@ def test_who_is_restarted(
 
     engine = FakeEngine(tiny.vocabulary, stands_still)
     engine.health = EngineHealth(pid=pid)
-    batcher, registry = Batcher(engine, name="x"), Registry()
-    registry.swap(Served(names=("x",), models={"x": replace(tiny, name="x", batcher=batcher)}))
+    batcher, leases = Batcher(engine, name="x"), Leases()
+    leases.swap(served(replace(tiny, name="x", batcher=batcher)))
     with closing(Notifier({"NOTIFY_SOCKET": systemd.getsockname()})) as notifier:
-        supervision = Supervision(notifier, state, registry, engine_stall_s=0.0)
+        supervision = Supervision(notifier, state, leases, engine_stall_s=0.0)
         batcher.ticket().submit(np.zeros(16, np.float32), DecodeRequest())
         assert begun.wait(60)
         assert supervision._alive() is alive
     gate.set()
-    registry.close()
+    leases.close()
 
 
 def test_the_line(state: State, tiny: LoadedModel) -> None:
     """What goes on, the model with its device, the queue."""
-    served = Served(names=("tiny",), models={"tiny": tiny})
+    models = served(replace(tiny, name="tiny"))
     state.become("ready")
-    assert status_line(state, served) == "serving tiny (cpu, int8_float32); idle, 0 done"
+    assert status_line(state, models) == "serving tiny (cpu, int8_float32); idle, 0 done"
     for _ in range(2):
         state.backlog.enter(limit=2)
     state.requests_done = 7
-    assert status_line(state, served) == "serving tiny (cpu, int8_float32); 2 running, 0 windows wait, 7 done"
+    assert status_line(state, models) == "serving tiny (cpu, int8_float32); 2 running, 0 windows wait, 7 done"
     state.become("reloading")
     state.downloads = "downloading org/a: 3 % of 9 MB"
-    assert status_line(state, served).startswith("reloading: downloading org/a: 3 % of 9 MB; serving tiny (cpu, ")
+    assert status_line(state, models).startswith("reloading: downloading org/a: 3 % of 9 MB; serving tiny (cpu, ")
     state.become("ready")
-    assert status_line(state, served).startswith("downloading org/a: 3 % of 9 MB; serving tiny (cpu, ")
+    assert status_line(state, models).startswith("downloading org/a: 3 % of 9 MB; serving tiny (cpu, ")
     state.downloads = ""
     state.last_reload = {"ok": False, "error": "x" * 1000}
-    line = status_line(state, served)
+    line = status_line(state, models)
     assert line.startswith("last reload failed: xxx")
     assert "; serving tiny (cpu, " in line[:200]

@@ -15,11 +15,11 @@ from pathlib import Path
 
 from whisperd.config import Config, Loaded, cache_dir, diff
 from whisperd.daemon import settings
+from whisperd.daemon.leases import Leases
 from whisperd.daemon.loader import Loader
 from whisperd.daemon.memory import Leftovers, trim
+from whisperd.daemon.open_model import ModelOpener
 from whisperd.daemon.orders import carry_out, counted, report_members
-from whisperd.daemon.queueing import LoaderQueue
-from whisperd.daemon.registry import Registry
 from whisperd.daemon.service import DaemonService, State
 from whisperd.daemon.systemd import Supervision
 from whisperd.errors import CacheBusy, Draining, Error
@@ -75,17 +75,17 @@ class Daemon:
         config = loaded.config
         self._state = State(loaded=loaded, cache_dir=str(cache_dir(config, environ)))
         self._seen = config
-        self._registry = Registry()
+        self._leases = Leases()
         self._supervision = Supervision(
-            notifier, self._state, self._registry, engine_stall_s=config.engine.stall_timeout_s
+            notifier, self._state, self._leases, engine_stall_s=config.engine.stall_timeout_s
         )
         self._metrics = Metrics()
         work_dir = settings.conversions_dir(config, environ)
-        self._loader = LoaderQueue(Loader(self._registry, settings.engine_settings(config), work_dir, self._metrics))
+        self._loader = Loader(self._leases, ModelOpener(settings.engine_settings(config), work_dir, self._metrics))
         self._spool = settings.open_spool(config, environ)
         self._service = DaemonService(
             self._state,
-            self._registry,
+            self._leases,
             self._metrics,
             self._spool,
             load_one=self._loader.load_one,
@@ -103,8 +103,7 @@ class Daemon:
         )
         self._reloads: asyncio.Queue[Waiter | None] = asyncio.Queue()
         self._at_the_cache = asyncio.Lock()
-        self._held: Mapping[str, int | None] = {}
-        self._paths: Mapping[str, Path] = {}
+        self._held: Sequence[int | None] = ()
         self._stop = asyncio.Event()
         self._cancel_store = threading.Event()
 
@@ -123,7 +122,7 @@ class Daemon:
             for task in (stopping, watching, tending, working):
                 task.cancel()
             outcomes = await asyncio.gather(working, stopping, watching, tending, return_exceptions=True)
-            await asyncio.to_thread(self._registry.close)
+            await asyncio.to_thread(self._leases.close)
             self._service.close()
         _raise_failure(outcomes[0])
 
@@ -167,13 +166,11 @@ class Daemon:
     async def _switch(self, config: Config, snapshots: Mapping[str, Path]) -> None:
         self._supervision.loading(snapshots)
         await self._loader.switch(config, snapshots)
-        self._state.revisions = {name: _commit(path) for name, path in snapshots.items()}
         self._hold(snapshots)
 
     def _hold(self, snapshots: Mapping[str, Path]) -> None:
         """No ``--prune`` of any process removes what is served, even if it was given another file to read."""
-        before, self._paths = self._held.values(), dict(snapshots)
-        self._held = {name: hold(path) for name, path in snapshots.items()}
+        before, self._held = self._held, [hold(path) for path in snapshots.values()]
         for handle in before:
             if handle is not None:
                 os.close(handle)
@@ -191,10 +188,11 @@ class Daemon:
                 report = await (work if order.check else counted(work, self._metrics))
             finally:
                 self._supervision.fetching_ended()
-            moved = {name: path for name, path in report.snapshots.items() if self._paths.get(name) not in (None, path)}
+            before = self._leases.served.snapshots
+            moved = {name: path for name, path in report.snapshots.items() if before.get(name) not in (None, path)}
             if moved and not order.check:
                 try:
-                    await self._switch(config, {**self._paths, **moved})
+                    await self._switch(config, {**before, **moved})
                 finally:
                     self._supervision.serving()
         return report_members(report)
@@ -331,11 +329,6 @@ def _without_restart_options(old: Config, new: Config) -> Config:
     """What a reload may apply: options that need a restart keep their running values."""
     tables = {change.key.partition(".")[0] for change in diff(old, new) if change.reload == "restart"}
     return new.model_copy(update={name: getattr(old, name) for name in tables})
-
-
-def _commit(snapshot: Path) -> str | None:
-    """The commit of a snapshot in a Hugging Face cache."""
-    return snapshot.name if snapshot.parent.name == "snapshots" else None
 
 
 def _settle(waiter: Waiter, result: Mapping[str, object], failure: Error | None) -> None:

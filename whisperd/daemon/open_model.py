@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from whisperd.daemon.memory import weights_bytes
+from whisperd.daemon.models import ModelInstance
 from whisperd.engine.base import DecodeRequest, Engine, HasDetector, Outcome, Window, WindowFailure
 from whisperd.engine.factory import EngineSettings, open_engine
 from whisperd.engine.resilient.detector import FallbackDetector
 from whisperd.engine.resilient.engine import ResilientEngine
 from whisperd.engine.resilient.reopener import Open, Openers
-from whisperd.errors import EngineError, OutOfMemory
+from whisperd.errors import EngineError, Error, OutOfMemory
 from whisperd.metrics import ModelMeter
+from whisperd.metrics.prometheus import Metrics
 from whisperd.speech.tokenizer import Vocabulary
 from whisperd.speech.units import SAMPLE_RATE_HZ
-from whisperd.speech.vad import SpeechNetwork, SpeechStream
+from whisperd.speech.vad import SpeechDetector, SpeechNetwork, SpeechStream
 from whisperd.transcription.batcher import Batcher
 from whisperd.transcription.model import LoadedModel
 
@@ -31,6 +34,54 @@ FIRST_WINDOW = 0  # requests' windows begin at 1
 
 OpenWith = Callable[[EngineSettings], Engine]
 Opener = Callable[[Path, Vocabulary, EngineSettings, Path, ModelMeter], Engine]
+
+
+class ModelOpener:
+    """Opens the models of one daemon. Blocks; used by one thread at a time.
+
+    Args:
+        settings: how engines are opened.
+        work_dir: where conversions are kept.
+        metrics: counts loads, and the events of the models.
+        opener: makes engines.
+    """
+
+    def __init__(
+        self, settings: EngineSettings, work_dir: Path, metrics: Metrics, *, opener: Opener = open_engine
+    ) -> None:
+        self._settings = settings
+        self._work_dir = work_dir
+        self._metrics = metrics
+        self._opener = opener
+        self._detector: SpeechDetector | None = None
+
+    def open(self, name: str, snapshot: Path, *, again: bool = False, beside: bool = False) -> ModelInstance:
+        """Loads a model; see ``load``. ``again``: the instance before it failed."""
+        if self._detector is None:
+            self._detector = SpeechDetector()
+        started_s = time.monotonic()
+        meter = self._metrics.model(name)
+        model = load(name, snapshot, self._settings, self._work_dir, self._detector, meter, self._opener, beside=beside)
+        if model.batcher.info.device != "cpu":
+            self._settings = replace(self._settings, device="cuda")  # from now on its absence is a loss, and no choice
+        self._metrics.observe_load(name, time.monotonic() - started_s, again=again)
+        return ModelInstance(model=replace(model, memory_bytes=weights_bytes(snapshot)), snapshot=snapshot)
+
+    def open_all(self, snapshots: Mapping[str, Path], *, beside: bool = False) -> dict[str, ModelInstance]:
+        """Loads models by name: all of them, or none when one raises Error."""
+        opened: dict[str, ModelInstance] = {}
+        try:
+            for name, snapshot in snapshots.items():
+                opened[name] = self.open(name, snapshot, beside=beside)
+        except Error:
+            for instance in opened.values():
+                instance.model.batcher.close()
+            raise
+        return opened
+
+    def takes_all(self, instance: ModelInstance) -> bool:
+        """Whether the instance has all memory of its device, so that no other one fits beside it."""
+        return instance.model.batcher.info.device != "cpu" and not self._settings.gpu_bytes
 
 
 def load(

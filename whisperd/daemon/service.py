@@ -12,10 +12,10 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from whisperd.config import Loaded, effective
+from whisperd.config import Loaded, ModelTable, effective
 from whisperd.daemon.admission import Backlog
 from whisperd.daemon.hearer import Hearer
-from whisperd.daemon.registry import Registry
+from whisperd.daemon.leases import Leases
 from whisperd.daemon.settings import cut_options, decode_options
 from whisperd.errors import Draining, EngineError, ModelLoading, ModelNotFound
 from whisperd.metrics.prometheus import Figures, Metrics, ModelFigures
@@ -56,7 +56,6 @@ class State:
     needs_restart: tuple[str, ...] = ()
     last_reload: Mapping[str, object] | None = None
     problems: tuple[str, ...] = ()
-    revisions: Mapping[str, str | None] = field(default_factory=dict)
     backlog: Backlog = field(default_factory=Backlog)
     requests_done: int = 0
     requests_failed: int = 0
@@ -88,7 +87,7 @@ class DaemonService:
 
     Args:
         state: shared with the lifecycle, which changes it.
-        registry: the loaded models.
+        leases: the loaded models.
         metrics: counts what is done.
         spool: holds the uploads; its use is in the figures.
         load_one: loads a declared model that was not loaded at boot.
@@ -99,7 +98,7 @@ class DaemonService:
     def __init__(
         self,
         state: State,
-        registry: Registry,
+        leases: Leases,
         metrics: Metrics,
         spool: Spool,
         *,
@@ -108,7 +107,7 @@ class DaemonService:
         reconcile: Callable[[ReconcileOrder, Emit], Awaitable[dict[str, Any]]],
     ) -> None:
         self._state = state
-        self._registry = registry
+        self._leases = leases
         self._metrics = metrics
         self._spool = spool
         self._load_one = load_one
@@ -151,23 +150,23 @@ class DaemonService:
 
     def resolve(self, name: str) -> str:
         """The declared model that a name means; raises ModelNotFound, or ModelLoading before the first load."""
-        return self._registry.served.resolve(name)
+        return self._leases.served.resolve(name)
 
     def models(self) -> Sequence[ModelCard]:
         """The declared models, the default one first."""
-        loaded = self._registry.served.models
-        languages = {name: model.batcher.info.languages for name, model in loaded.items()}
-        return [
-            ModelCard(
-                id=model.served_name,
-                aliases=model.aliases,
-                source=model.source.base,
-                revision=self._state.revisions.get(model.served_name) or model.source.revision,
-                loaded=model.served_name in loaded and not failure_of(loaded[model.served_name]),
-                languages=languages.get(model.served_name, ()),
-            )
-            for model in self._state.loaded.config.models
-        ]
+        return [self._card(table) for table in self._state.loaded.config.models]
+
+    def _card(self, table: ModelTable) -> ModelCard:
+        entry = self._leases.served.find(table.served_name)
+        instance = entry.instance if entry is not None else None
+        return ModelCard(
+            id=table.served_name,
+            aliases=table.aliases,
+            source=table.source.base,
+            revision=(entry.revision if entry is not None else None) or table.source.revision,
+            loaded=instance is not None and not failure_of(instance.model),
+            languages=instance.model.batcher.info.languages if instance is not None else (),
+        )
 
     def metrics(self, accept: str) -> tuple[bytes, str]:
         """Figures for Prometheus and their content type, chosen by an Accept header."""
@@ -184,7 +183,7 @@ class DaemonService:
         return self._metrics.render(accept, figures)
 
     def _model_figures(self, card: ModelCard) -> ModelFigures:
-        model = self._registry.served.models.get(card.id)
+        model = self._leases.served.loaded.get(card.id)
         if model is None:
             return ModelFigures(name=card.id, revision=card.revision or "")
         info, load = model.batcher.info, model.batcher.load
@@ -202,9 +201,9 @@ class DaemonService:
 
     def device(self, model: str | None) -> str | None:
         """Where a model computes, for a response's header; None when it is not loaded."""
-        served = self._registry.served
+        served = self._leases.served
         try:
-            found = served.models.get(served.resolve(model))
+            found = served.loaded.get(served.resolve(model))
         except (ModelLoading, ModelNotFound):
             return None
         if found is None or failure_of(found):
@@ -269,7 +268,7 @@ class DaemonService:
 
     def _model_status(self, card: ModelCard) -> Mapping[str, object]:
         common: dict[str, object] = {"name": card.id, "source": card.source, "revision": card.revision}
-        model = self._registry.served.models.get(card.id)
+        model = self._leases.served.loaded.get(card.id)
         if model is None:
             return common | {"loaded": False, "failure": None}
         info, health, load = model.batcher.info, model.batcher.health, model.batcher.load
@@ -306,10 +305,10 @@ class DaemonService:
 
     async def _loaded(self, model: str | None) -> str:
         """The name of a model that is in memory now; a reload may give the name to another one meanwhile."""
-        name = self._registry.served.resolve(model)
-        while name not in self._registry.served.models or self._is_dead(name):
+        name = self._leases.served.resolve(model)
+        while name not in self._leases.served.loaded or self._is_dead(name):
             await self._load_one(name)
-            name = self._registry.served.resolve(model)
+            name = self._leases.served.resolve(model)
         return name
 
     async def _held(self, model: str | None, held: ExitStack) -> LoadedModel:
@@ -317,7 +316,7 @@ class DaemonService:
         while True:
             name = await self._loaded(model)
             with suppress(ModelLoading):
-                return held.enter_context(self._registry.lease(name))
+                return held.enter_context(self._leases.lease(name))
 
     async def _attempt(self, job: Job, hearer: Hearer) -> Transcript:
         config = self._state.loaded.config
@@ -333,7 +332,7 @@ class DaemonService:
             return await self._in_thread(transcription, job)
 
     def _is_dead(self, name: str) -> bool:
-        model = self._registry.served.models.get(name)
+        model = self._leases.served.loaded.get(name)
         return model is not None and model.batcher.failure is not None
 
     async def _in_thread(self, transcription: Transcription, job: Job) -> Transcript:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import MappingProxyType
 
 from whisperd import config as declared
 from whisperd.config import Config
@@ -17,11 +16,6 @@ from whisperd.speech.fallback import Options
 from whisperd.speech.segmentation import CutOptions
 
 CONVERSIONS = ".whisperd/converted"  # beside the models of the cache, where no other tool looks
-
-
-def aliases(config: Config) -> Mapping[str, str]:
-    """Every further name of a model."""
-    return MappingProxyType({alias: model.served_name for model in config.models for alias in model.aliases})
 
 
 def conversions_dir(config: Config, environ: Mapping[str, str]) -> Path:

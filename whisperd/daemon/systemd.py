@@ -7,7 +7,8 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 
-from whisperd.daemon.registry import Registry, Served
+from whisperd.daemon.leases import Leases
+from whisperd.daemon.models import ServedModels
 from whisperd.daemon.service import State
 from whisperd.engine.base import EngineHealth, EngineInfo
 from whisperd.notify import Notifier
@@ -27,14 +28,14 @@ class Supervision:
     Args:
         notifier: systemd's socket.
         state: what the daemon is doing; its ``note`` is set here.
-        registry: the loaded models.
+        leases: the loaded models.
         engine_stall_s: a batch that takes longer than this will not end any more.
     """
 
-    def __init__(self, notifier: Notifier, state: State, registry: Registry, *, engine_stall_s: float) -> None:
+    def __init__(self, notifier: Notifier, state: State, leases: Leases, *, engine_stall_s: float) -> None:
         self._notifier = notifier
         self._state = state
-        self._registry = registry
+        self._leases = leases
         self._engine_stall_s = engine_stall_s
         self._told = ""
         self._lock = threading.Lock()
@@ -49,7 +50,7 @@ class Supervision:
 
     def tell(self) -> None:
         """Sends the line when it has changed."""
-        line = status_line(self._state, self._registry.served)
+        line = status_line(self._state, self._leases.served)
         if line != self._told:
             self._told = line
             self._notifier.status(line)
@@ -61,7 +62,7 @@ class Supervision:
 
     def serving(self) -> None:
         """Nothing is going on but requests."""
-        self.note(serving_text(self._registry.served))
+        self.note(serving_text(self._leases.served))
 
     def loading(self, names: Mapping[str, object]) -> None:
         """A model is read from disk; how far that is nobody can tell, so the time for it is asked for at once."""
@@ -101,7 +102,7 @@ class Supervision:
 
     def _alive(self) -> bool:
         """The event loop runs, since it runs this; the engines move, or have nothing to do."""
-        return all(self._moves(model.batcher) for model in self._registry.served.models.values())
+        return all(self._moves(model.batcher) for model in self._leases.served.loaded.values())
 
     def _moves(self, batcher: Batcher) -> bool:
         """An engine in a process of its own is replaced when it hangs; for one in here the whole daemon has to be."""
@@ -109,16 +110,16 @@ class Supervision:
         return batcher.failure is None and (not is_here or batcher.load.stalled_s < self._engine_stall_s)
 
 
-def status_line(state: State, served: Served) -> str:
+def status_line(state: State, served: ServedModels) -> str:
     """What ``systemctl status`` shows: what is going on, the models with their devices, the queue."""
     if state.phase in {"starting", "stopping"}:
         return state.doing
     return "; ".join([*_news(state), serving_text(served), queue_text(state, served)])
 
 
-def serving_text(served: Served) -> str:
+def serving_text(served: ServedModels) -> str:
     """The loaded models and where they compute."""
-    batchers = {name: model.batcher for name, model in served.models.items()}
+    batchers = {name: model.batcher for name, model in served.loaded.items()}
     return "serving " + ", ".join(_model_text(name, one.info, one.health) for name, one in batchers.items())
 
 
@@ -129,12 +130,12 @@ def _model_text(name: str, info: EngineInfo, health: EngineHealth) -> str:
     return f"{name} ({place}, fallback: {health.fallback[:ERROR_CHARS]})" if health.fallback else f"{name} ({place})"
 
 
-def queue_text(state: State, served: Served) -> str:
+def queue_text(state: State, served: ServedModels) -> str:
     """Requests and windows that wait or run."""
     done = f"{state.requests_done} done"
     if not state.backlog.n_requests:
         return f"idle, {done}"
-    waiting = sum(model.batcher.load.waiting for model in served.models.values())
+    waiting = sum(model.batcher.load.waiting for model in served.loaded.values())
     return f"{state.backlog.n_requests} running, {waiting} windows wait, {done}"
 
 
