@@ -17,6 +17,7 @@ import pytest
 from tests.support.speech import Clip, noise, wav
 from whisperd.errors import AudioError, AudioTooLong
 from whisperd.speech import audio
+from whisperd.speech.audio import AudioRequest, InProcessDecoder
 from whisperd.speech.units import SAMPLE_RATE_HZ, Samples
 
 CONTAINERS = [  # container, codec, rate, sample format
@@ -174,9 +175,7 @@ def test_too_long() -> None:
         list(audio.blocks(wav(noise(20.0)), max_s=10.0))
 
 
-def test_probe(clips: dict[str, Clip]) -> None:
-    """The duration is known before decoding where the header states it, and the file stands at its start again."""
-    with clips["agent"].path.open("rb") as file:
-        assert audio.probe(file) == pytest.approx(3.285, abs=0.01)
-        assert file.tell() == 0
-    assert audio.probe(io.BytesIO(b"nothing")) is None
+def test_length(clips: dict[str, Clip]) -> None:
+    """The length is known before decoding where the header states it."""
+    with clips["agent"].path.open("rb") as file, InProcessDecoder().open(file, AudioRequest()) as recording:
+        assert recording.length_s == pytest.approx(3.285, abs=0.01)

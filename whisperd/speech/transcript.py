@@ -59,7 +59,10 @@ class WindowStatistics:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Transcript:
-    """The outcome of one request. ``language`` is a code such as ``"en"``."""
+    """The outcome of one request. ``language`` is a code such as ``"en"``.
+
+    ``warnings`` say what is missing of the audio, one sentence each.
+    """
 
     task: Task
     language: str
@@ -67,6 +70,7 @@ class Transcript:
     duration_s: float
     segments: tuple[Segment, ...]
     windows: WindowStatistics = WindowStatistics()
+    warnings: tuple[str, ...] = ()
 
     @property
     def text(self) -> str:

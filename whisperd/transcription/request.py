@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import BinaryIO
 
 from whisperd.errors import Cancelled, RequestError
-from whisperd.speech import audio
+from whisperd.speech.audio import AudioRequest, Decoder, InProcessDecoder, Recording
 from whisperd.speech.fallback import Options
 from whisperd.speech.segmentation import CutOptions
 from whisperd.speech.transcript import Segment, Transcript
@@ -50,6 +50,8 @@ class Transcription:
         listener: gets segments in order, and progress.
         max_audio_s: longer audio is refused.
         bulk: whether it yields to other requests; None decides by its length.
+        track: number of an audio track, from 0, or its language; None is the default one of the file.
+        decoder: opens the audio; None decodes in this process, which is for files that are trusted.
     """
 
     def __init__(
@@ -61,6 +63,8 @@ class Transcription:
         listener: Listener | None = None,
         max_audio_s: float | None = None,
         bulk: bool | None = None,
+        track: int | str | None = None,
+        decoder: Decoder | None = None,
     ) -> None:
         check(model, options)
         self._model = model
@@ -69,6 +73,8 @@ class Transcription:
         self._listener = listener or Listener()
         self._max_audio_s = max_audio_s
         self._bulk = bulk
+        self._track = track
+        self._decoder = decoder or InProcessDecoder()
         self._cancelled = threading.Event()
         self._ticket = model.batcher.ticket()
         self._attempts = Attempts(model, options, self._ticket)
@@ -81,14 +87,17 @@ class Transcription:
 
     def run(self, file: BinaryIO, *, name: str | None = None) -> Transcript:
         """Transcribes ``file`` (any container). Raises AudioError, EngineError, Cancelled."""
-        with closing(self._ticket):
-            return self._transcribe(file, name, audio.probe(file))
+        request = AudioRequest(name=name, max_s=self._max_audio_s, track=self._track)
+        with closing(self._ticket), self._decoder.open(file, request) as recording:
+            return self._transcribe(recording)
 
-    def _transcribe(self, file: BinaryIO, name: str | None, total_s: float | None) -> Transcript:
+    def _transcribe(self, recording: Recording) -> Transcript:
+        total_s = recording.length_s
         if total_s is not None:
             self._listener.on_length(total_s)
         buffer, order = SampleBuffer(), _InOrder(self._listener, total_s)
-        for index, cut in enumerate(cuts(self._blocks(file, name), buffer, self._model.detector, self._cutting)):
+        blocks = self._blocks(recording)
+        for index, cut in enumerate(cuts(blocks, buffer, self._model.detector, self._cutting)):
             self._ticket.bulk = self._is_bulk(index, total_s)
             order.expect(index, cut.span.end_samples / SAMPLE_RATE_HZ)
             samples = buffer.copy(cut.span)
@@ -97,10 +106,10 @@ class Transcription:
                 self._collect(order)
         while self._attempts.n_running:
             self._collect(order)
-        return self._transcript(order.segments, buffer.end_samples)
+        return self._transcript(order.segments, buffer.end_samples, recording.warnings)
 
-    def _blocks(self, file: BinaryIO, name: str | None) -> Iterator[Samples]:
-        for block in audio.blocks(file, name=name, max_s=self._max_audio_s):
+    def _blocks(self, recording: Recording) -> Iterator[Samples]:
+        for block in recording.blocks():
             self._check_cancelled()
             yield block
 
@@ -122,7 +131,7 @@ class Transcription:
         if accepted is not None:
             order.add(accepted)
 
-    def _transcript(self, segments: Sequence[Segment], total_samples: int) -> Transcript:
+    def _transcript(self, segments: Sequence[Segment], total_samples: int, warnings: tuple[str, ...]) -> Transcript:
         return Transcript(
             task=self._task,
             language=self._attempts.language or "en",
@@ -130,6 +139,7 @@ class Transcription:
             duration_s=total_samples / SAMPLE_RATE_HZ,
             segments=tuple(segments),
             windows=self._attempts.statistics,
+            warnings=warnings,
         )
 
     def _check_cancelled(self) -> None:
