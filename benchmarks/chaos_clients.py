@@ -1,4 +1,4 @@
-"""What clients do to a daemon in a long run: right things, wrong things, and things left half done."""
+"""Actions of clients in a long run: correct requests, malformed ones, and requests that are abandoned."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ Fields = Sequence[tuple[str, str]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Deed:
-    """Something that a client does, how often compared with others, and what may come of it."""
+class Action:
+    """An action of a client, its weight among all actions, and the outcomes that are correct."""
 
     do: Callable[[], str]
     weight: int
@@ -50,11 +50,11 @@ class Deed:
 
     @property
     def name(self) -> str:
-        """As it is counted."""
+        """The name under which outcomes are counted."""
         return self.do.__name__
 
     def outcome(self) -> str:
-        """Does it; what came of it in a word: its own, or the code of the error."""
+        """Performs the action; returns its outcome: a word of its own, or the code of the error."""
         try:
             return self.do()
         except DaemonUnreachable:
@@ -66,7 +66,7 @@ class Deed:
 
 
 class UnixConnection(http.client.HTTPConnection):
-    """HTTP as any client speaks it, over a Unix socket."""
+    """An HTTP connection over a Unix socket."""
 
     def __init__(self, path: Path) -> None:
         super().__init__("whisperd", timeout=PATIENCE_S)
@@ -79,13 +79,13 @@ class UnixConnection(http.client.HTTPConnection):
 
 
 class Clients:
-    """All that they do to one daemon.
+    """The actions on one daemon.
 
     Args:
         path: its socket.
         pid: its process, for signals.
-        config: its configuration, which is broken and healed.
-        clip, long: what they send.
+        config: its configuration file, which an action breaks and repairs.
+        clip, long: the recordings that are sent.
     """
 
     def __init__(self, path: Path, pid: int, config: Path, clip: Path, long: Path) -> None:
@@ -97,8 +97,8 @@ class Clients:
         self._clip = clip
         self._long = long
 
-    def deeds(self) -> Sequence[Deed]:
-        """One of each kind."""
+    def actions(self) -> Sequence[Action]:
+        """Every action once."""
         table: list[tuple[Callable[[], str], int, set[str]]] = [
             (self.clip, 50, {"done"}),
             (self.long_file, 6, {"done"}),
@@ -121,7 +121,7 @@ class Clients:
             (self.hang_up, 1, {"sent"}),
             (self.break_and_heal, 1, {"refused, healed"}),
         ]
-        return [Deed(do=do, weight=weight, allowed=frozenset(allowed)) for do, weight, allowed in table]
+        return [Action(do=do, weight=weight, allowed=frozenset(allowed)) for do, weight, allowed in table]
 
     def clip(self) -> str:
         return self._transcribe(Client(self._path, PATIENCE_S), self._clip)
@@ -158,7 +158,7 @@ class Clients:
         return "done"
 
     def wrong_language(self) -> str:
-        """The model is an English one."""
+        """Asks an English model for another language."""
         self._text([("languages[]", "en"), ("languages[]", "fr")])
         return "done"
 
@@ -190,7 +190,7 @@ class Clients:
         return self._transcribe(Client(self._path, PATIENCE_S), self._clip, model="no-such-model")
 
     def malformed(self) -> str:
-        """All kinds of it; each is refused or cut off."""
+        """Sends each malformed request; each is refused or its connection is closed."""
         others = {self._raw(data) for data in MALFORMED} - {"400", "431", "closed"}
         return _unless(not others, "refused", others)
 
@@ -211,17 +211,17 @@ class Clients:
         return "sent"
 
     def break_and_heal(self) -> str:
-        """An edit with a mistake in it, and the next one without; both are reloaded, one client at a time."""
+        """Writes a configuration with a mistake, then the correct one; reloads after both, one client at a time."""
         client = Client(self._path, PATIENCE_S)
         with self._editor:
             self._write(BAD_CONFIG)
-            refused = Deed(do=self.reload, weight=0, allowed=frozenset()).outcome()
+            refused = Action(do=self.reload, weight=0, allowed=frozenset()).outcome()
             self._write(self._good_config)
             client.reload()
         return _unless(refused == "config_error", "refused, healed", refused)
 
     def _write(self, text: str) -> None:
-        """As editors do it: who reads meanwhile gets the old file or the new one."""
+        """Replaces the file atomically, as editors do."""
         fresh = self._config.with_suffix(".new")
         fresh.write_text(text)
         fresh.replace(self._config)
@@ -232,7 +232,7 @@ class Clients:
         return _unless(found["text"], "done", "no text")
 
     def _text(self, fields: Fields) -> str:
-        """The body of the answer about the clip."""
+        """Transcribes the clip; returns the body of the answer."""
         connection = self._post(self._clip, fields)
         response = connection.getresponse()
         body = response.read().decode()
@@ -250,7 +250,7 @@ class Clients:
         return connection
 
     def _raw(self, data: bytes) -> str:
-        """The status that bytes are answered with."""
+        """Sends bytes; returns the status of the answer."""
         with socket.socket(socket.AF_UNIX) as raw:
             raw.settimeout(PATIENCE_S)
             raw.connect(str(self._path))
@@ -267,5 +267,5 @@ class Clients:
 
 
 def _unless(well: object, outcome: str, otherwise: object) -> str:
-    """The outcome, if it is as it should be."""
+    """The outcome, if the condition holds."""
     return outcome if well else str(otherwise)

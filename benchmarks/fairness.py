@@ -1,4 +1,4 @@
-"""A short clip every second beside an hour-long file, on one server: what the two cost each other.
+"""Latency of a short clip every second beside an hour-long file, and the speed of that file, on one server.
 
     pip install -e '.[embedded]'
     python -m benchmarks.fairness CLIP LONG [--hours 1.0] [--idle-s 60] [--rounds 1] [--limit-s 1800]
@@ -14,8 +14,9 @@ The same load runs on peers, too, with ``--systems whisperd wyoming-faster-whisp
 Each round has three runs for each system, each on a fresh server that has answered once: clips alone (the idle server),
 the file alone, both. LONG is repeated until it is long enough. A clip is sent when its second comes, whether or not the
 ones before are answered, and its latency counts from that second, so that a server which is stuck cannot hide it. After
-``--limit-s`` a server is ended, and what it still owed did not come back. Windows of whisperd are those it decoded, of
-peers 30 s of the file or one clip each. In all runs the server's status is asked for four times a second.
+``--limit-s`` a server is stopped, and requests without an answer count as lost. Windows of whisperd are
+those it decoded, of peers 30 s of the file or one clip each. In all runs the
+server's status is asked for four times a second.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ KINDS = ("clips alone", "file alone", "both")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reply:
-    """What came of one file; ``latency_s`` counts from when it was due, and is infinite when nothing came."""
+    """The outcome of one file; ``latency_s`` counts from when it was due, and is infinite when nothing came."""
 
     latency_s: float
     answer: Answer | None = None
@@ -60,7 +61,7 @@ class Reply:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """What one run found."""
+    """The measurements of one run."""
 
     wall_s: float
     clips: Sequence[Reply] = ()
@@ -75,7 +76,7 @@ class Run:
 
 
 def ask(system: System, path: Path, due_s: float) -> Reply:
-    """One file, from the moment at which it was due."""
+    """Sends one file; latency counts from the moment at which it was due."""
     try:
         answer = system.ask(path)
     except TROUBLE as error:
@@ -84,7 +85,7 @@ def ask(system: System, path: Path, due_s: float) -> Reply:
 
 
 def run(system: System, clip: Path | None, long: Path | None, *, duration_s: float) -> Run:
-    """Clips until the file is done, or for ``duration_s`` without one; returns when the last one is answered."""
+    """Sends clips until the file is done, or for ``duration_s`` without one; returns when the last one is answered."""
     over = threading.Event()
     with ThreadPoolExecutor(THREADS_MAX) as pool, looking(system) as looks_s:
         started_s = time.perf_counter()
@@ -106,7 +107,7 @@ def run(system: System, clip: Path | None, long: Path | None, *, duration_s: flo
 
 @contextmanager
 def looking(system: System) -> Iterator[list[float]]:
-    """Asks for the status now and then, from a thread of its own; the seconds that each answer took."""
+    """Asks for the status in a thread of its own; yields the seconds that each answer took."""
     found: list[float] = []
     over = threading.Event()
 
@@ -132,7 +133,7 @@ def looking(system: System) -> Iterator[list[float]]:
 
 
 def measure(system: System, kind: str, clip: Path, long: Path, *, duration_s: float, limit_s: float) -> Run:
-    """One run on a fresh server, which is ended when it takes too long."""
+    """Measures one run on a fresh server, which is stopped at the limit."""
     with running(system, clip) as process:
         limit = threading.Timer(limit_s, process.kill)
         limit.start()
@@ -161,12 +162,12 @@ def make_long(source: Path, target: Path, duration_s: float) -> None:
 
 
 def percentile(values: Sequence[float], percent: int) -> float:
-    """The smallest value that so many percent are not above."""
+    """The smallest value that is at least as large as the given percentage of all values."""
     return sorted(values)[max(0, -(-len(values) * percent // 100) - 1)]
 
 
 def figures(found: Run) -> dict[str, float]:
-    """A run in numbers; infinite where nothing came back."""
+    """The figures of a run; infinite where no answer came."""
     numbers = {"windows_per_s": found.windows_per_s}
     if found.clips:
         latencies_s = [reply.latency_s for reply in found.clips]
@@ -192,7 +193,7 @@ def medians(rounds: Iterable[Mapping[str, float]]) -> dict[str, float]:
 
 
 def show_run(system: System, kind: str, found: Run, limit_s: float) -> None:
-    """One line."""
+    """Prints one line."""
     numbers = figures(found)
     shown = [f"{numbers['windows_per_s']:5.2f} windows/s"]
     if found.file:
@@ -209,12 +210,12 @@ def show_run(system: System, kind: str, found: Run, limit_s: float) -> None:
 
 
 def seconds(value_s: float, limit_s: float, unit: float = 1.0) -> str:
-    """A time, or that it was longer than anybody waited."""
+    """A time as text, or that the limit was reached."""
     return f"> {limit_s * unit:.0f}" if math.isinf(value_s) else f"{value_s * unit:.{0 if unit > 1 else 2}f}"
 
 
 def table(found: Mapping[str, Mapping[str, Mapping[str, float]]], limit_s: float) -> Iterator[str]:
-    """Medians: a row for each system."""
+    """The table of medians, with a row for each system."""
     yield (
         f"{'':24s}{'clips alone, s':^24s}{'clips beside the file, s':^24s}{'times':^12s}{'file, s':^16s}"
         f"{'windows/s':^22s}{'status, ms':>12s}"
@@ -238,12 +239,12 @@ def table(found: Mapping[str, Mapping[str, Mapping[str, float]]], limit_s: float
 
 
 def ratio(value: float, base: float) -> str:
-    """How many times as long."""
+    """The ratio of two times as text."""
     return "" if math.isinf(value) or math.isinf(base) else f"{value / base:.1f}"
 
 
 def as_json(found: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
-    """Medians for programs; null is what did not come back."""
+    """Medians as JSON; null where no answer came."""
     finite = {
         name: {
             kind: {key: None if math.isinf(value) else round(value, 4) for key, value in numbers.items()}
@@ -255,7 +256,7 @@ def as_json(found: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
 
 
 def parse(words: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.fairness", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -288,7 +289,7 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 def compare(systems: Sequence[System], directory: Path, options: argparse.Namespace) -> None:
-    """All runs, systems in turn, and what came of them."""
+    """Measures all runs, systems in turn; returns their figures."""
     clip, long = directory / "clip.wav", directory / "long.wav"
     make_long(options.clip, clip, 0.0)
     make_long(options.long, long, options.hours * 3600)

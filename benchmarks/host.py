@@ -1,13 +1,13 @@
-"""What a request costs on the CPU beside the model: decoding, cutting, copies, text. And who holds Python meanwhile.
+"""CPU time of a request without the model (decoding, cutting, copies, text), and the share that holds Python's lock.
 
     pip install -e '.[embedded]' py-spy
     python -m benchmarks.host [--audio-s 600] [--threads 1,16] [--forms mp3,opus] [--share-s 10]
-    python -m benchmarks.host --smoke         # seconds: that the script works
+    python -m benchmarks.host --smoke         # takes seconds; checks that the script works
 
 Three parts, each with more of a request than the one before: ``decode`` only; ``request`` with an engine and a voice
 detector that answer at once; ``request, vad`` with the detector on the CPU. Costs are CPU time, which hardly depends on
-who else uses the machine; ``wall`` does. py-spy, where it is installed, tells which part of the work holds Python's
-lock: one process can do no more than 1 / (that part of a second's cost), whatever the number of cores.
+what else runs on the machine; ``wall`` does. py-spy, where it is installed, measures which part of the work holds
+Python's lock: one process can do no more than 1 / (that part of a second's cost), whatever the number of cores.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ Work = Callable[[Path], None]
 
 
 class InstantEngine:
-    """Reads the same text in every window, at once."""
+    """An engine that returns the same text for every window at once."""
 
     def __init__(self, vocabulary: Vocabulary, slots: int) -> None:
         self.health = EngineHealth()
@@ -89,7 +89,7 @@ class InstantEngine:
 
 
 class InstantSpeech:
-    """Hears half a second of silence every ten seconds."""
+    """A detector that finds half a second of silence every ten seconds."""
 
     def run(self, frames: Floats, hidden: Floats, cell: Floats) -> tuple[Floats, Floats, Floats]:
         found = np.full(len(frames), 0.95, np.float32)
@@ -99,7 +99,7 @@ class InstantSpeech:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
-    """What some seconds of audio took; ``share`` of the work that held Python's lock, None where nobody could tell."""
+    """The cost of some seconds of audio; ``share`` of the work that held Python's lock, None if not measured."""
 
     audio_s: float
     cpu_s: float
@@ -108,13 +108,13 @@ class Cost:
 
 
 def parts(n_threads: int) -> dict[str, Work]:
-    """What is measured."""
+    """The parts of a request that are measured."""
     vocabulary = Vocabulary.load(MODEL)
 
     def request(network: SpeechNetwork) -> Work:
         batcher = Batcher(InstantEngine(vocabulary, 8 * n_threads), name="instant")
         model = LoadedModel(name="instant", vocabulary=vocabulary, batcher=batcher, detector=network)
-        once = Options(temperatures=(0.0,))  # the text repeats itself, and nobody shall read it again
+        once = Options(temperatures=(0.0,))  # the text repeats itself and must not be decoded again
 
         def transcribe(path: Path) -> None:
             with path.open("rb") as file:
@@ -126,14 +126,14 @@ def parts(n_threads: int) -> dict[str, Work]:
 
 
 def decode(path: Path) -> None:
-    """Any container to samples."""
+    """Decodes a container to samples."""
     with path.open("rb") as file:
         for _ in audio.blocks(file):
             pass
 
 
 def measured(work: Work, path: Path, audio_s: float, n_threads: int) -> Cost:
-    """The same file in so many threads."""
+    """Measures the same file in several threads."""
     cpu_s, wall_s = time.process_time(), time.perf_counter()
     with ThreadPoolExecutor(n_threads) as pool:
         list(pool.map(work, [path] * n_threads))
@@ -142,7 +142,7 @@ def measured(work: Work, path: Path, audio_s: float, n_threads: int) -> Cost:
 
 
 def repeat(part: str, path: Path, stop_behind_s: float) -> None:
-    """One thread does it again and again, for py-spy to look at."""
+    """Repeats the work in one thread while py-spy samples it."""
     work = parts(1)[part]
     work(path)
     print("ready", flush=True)
@@ -152,14 +152,14 @@ def repeat(part: str, path: Path, stop_behind_s: float) -> None:
 
 
 def lock_share(part: str, path: Path, duration_s: float) -> float | None:
-    """Which part of the active time of a process with one busy thread holds Python's lock."""
+    """Measures which part of the active time of a process with one busy thread holds Python's lock."""
     spy = shutil.which("py-spy", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
     if spy is None:
         return None
     command = [sys.executable, "-m", "benchmarks.host", "--repeat", part, "--file", str(path)]
     busy = subprocess.Popen([*command, "--share-s", str(2 * duration_s + 60)], stdout=subprocess.PIPE, text=True)
     try:
-        next(iter(busy.stdout or ()))  # it has worked once
+        next(iter(busy.stdout or ()))  # the first repetition is done
         held, active = (_samples(spy, busy.pid, duration_s, *only) for only in (["--gil"], []))
         return held / active if active else None
     finally:
@@ -168,7 +168,7 @@ def lock_share(part: str, path: Path, duration_s: float) -> float | None:
 
 
 def _samples(spy: str, pid: int, duration_s: float, *only: str) -> int:
-    """How often py-spy found the process at it."""
+    """The number of samples in which py-spy found the process active."""
     with tempfile.NamedTemporaryFile("r") as found:
         command = [spy, "record", "--pid", str(pid), "--rate", str(SAMPLES_PER_S), "--nonblocking", *only]
         command += ["--duration", str(max(1, round(duration_s))), "--format", "raw", "--output", found.name]
@@ -177,7 +177,7 @@ def _samples(spy: str, pid: int, duration_s: float, *only: str) -> int:
 
 
 def show(form: str, part: str, n_threads: int, cost: Cost) -> None:
-    """One line."""
+    """Prints one line."""
     per_core = cost.audio_s / cost.cpu_s
     share = f"  lock {cost.share:4.0%}, no more than {per_core / cost.share:7.0f}x in a process" if cost.share else ""
     print(
@@ -188,7 +188,7 @@ def show(form: str, part: str, n_threads: int, cost: Cost) -> None:
 
 
 def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.host", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--audio-s", type=float, default=600.0)
     parser.add_argument("--threads", type=lambda text: [int(one) for one in text.split(",")], default=[1, 16])
@@ -204,7 +204,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """One line for each form, part and number of threads."""
+    """Prints a line for each form, part and number of threads."""
     options = arguments(words)
     if options.repeat:
         repeat(options.repeat, options.file, options.share_s)

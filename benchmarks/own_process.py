@@ -1,10 +1,10 @@
-"""What ``engine.own_process`` costs on the CPU: start, idle memory, CPU time of a file; and how fast windows cross.
+"""The cost of ``engine.own_process`` on the CPU: start, idle memory, CPU time of a file, transfer of windows.
 
     pip install -e '.[embedded]'
     python -m benchmarks.own_process FILE [--rounds 3]
 
-Both ways by turns, on a daemon of its own each. Memory is the proportional set size of all its processes, CPU time is
-theirs together. On a machine that does other things only the CPU times mean something.
+Both settings are measured in turn, each with a daemon of its own. Memory is the proportional set size of all its
+processes, CPU time is theirs together. On a machine that does other things only the CPU times mean something.
 """
 
 from __future__ import annotations
@@ -30,25 +30,25 @@ TICKS_PER_S = 100
 
 
 def cpu_s(pids: Sequence[int]) -> float:
-    """User and system time so far."""
+    """User and system time of the processes so far."""
     fields = [Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(") ")[2].split() for pid in pids]
     return sum(int(one[11]) + int(one[12]) for one in fields) / TICKS_PER_S
 
 
 def memory_mb(pids: Sequence[int]) -> float:
-    """Shared pages count in parts."""
+    """Proportional set size of the processes."""
     texts = [Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii") for pid in pids]
     return sum(int(text.partition("\nPss:")[2].split()[0]) for text in texts) / 1024
 
 
 def processes(client: Client) -> list[int]:
-    """The daemon, and its engine's process where there is one."""
+    """The pids of the daemon and of its engine's process, if there is one."""
     status = client.status()
     return [pid for pid in (status["pid"], status["models"][0]["engine_pid"]) if pid]
 
 
 def measure(path: Path, *, own_process: bool) -> str:
-    """One line about one daemon."""
+    """Measures one daemon; returns a line."""
     begun_s = time.perf_counter()
     options = f"own_process = {str(own_process).lower()}"
     with tempfile.TemporaryDirectory() as directory:
@@ -70,7 +70,7 @@ def measure(path: Path, *, own_process: bool) -> str:
 
 
 def crossing() -> str:
-    """Windows from one end of a socket pair to the other, between two processes."""
+    """Measures how many windows pass a socket pair between two processes."""
     ours, theirs = socket.socketpair()
     if not os.fork():
         ours.close()

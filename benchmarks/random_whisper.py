@@ -1,4 +1,4 @@
-"""Whisper with weights drawn by chance: true sizes to measure with where there is no model, small ones for tests.
+"""Whisper models with random weights: true sizes for measurements without a model, small ones for tests.
 
 Such weights never end a text by themselves. ``written`` makes a model on disk that does, after so many tokens, for
 systems that cannot be told a length: positions are given an embedding that outweighs everything else.
@@ -50,7 +50,7 @@ SHAPES = {
 
 
 def drawn(shape: Shape, *, seed: int = 0, spread: float = SPREAD) -> Checkpoint:
-    """Normal weights; normalisations as they start. Never zeros: they multiply faster on some devices."""
+    """Draws normal weights, with initial normalisations. Never zeros: they multiply faster on some devices."""
     generator = np.random.default_rng(seed)
     upper = range(shape.decoder_layers // 2, shape.decoder_layers)
     return Checkpoint(

@@ -1,4 +1,4 @@
-"""What a reconcile costs, beside huggingface_hub's own download, against the same Hub on the loopback interface.
+"""Wall time and requests of a reconcile beside huggingface_hub's own download, from one Hub on the loopback interface.
 
     pip install -e '.[test]'
     python -m benchmarks.reconcile [--models 20] [--rounds 5] [--megabytes 64]
@@ -33,12 +33,12 @@ LIMIT_S = 60.0
 
 
 class Bench:
-    """A Hub with models, and the two programs.
+    """A Hub with models, and the two programs under comparison.
 
     Args:
-        hub: where the models are.
-        directory: room for caches.
-        names: the models.
+        hub: the Hub that has the models.
+        directory: where caches are made.
+        names: the names of the models.
     """
 
     def __init__(self, hub: LoopbackHub, directory: Path, names: Sequence[str]) -> None:
@@ -49,7 +49,7 @@ class Bench:
         (directory / "whisperd.toml").write_text(config, encoding="utf-8")
 
     def commands(self, cache: Path) -> dict[str, list[str]]:
-        """Both programs on the same models, each with a cache of its own."""
+        """The commands of both programs, on the same models, each with a cache of its own."""
         config = str(self._directory / "whisperd.toml")
         return {
             "whisperd reconcile": [
@@ -61,14 +61,14 @@ class Bench:
         }  # fmt: skip
 
     def timed(self, command: Sequence[str]) -> tuple[float, int]:
-        """Seconds of a command, and how many requests it made."""
+        """Runs a command; returns its seconds and the number of its requests."""
         self._hub.requests.clear()
         started_s = time.perf_counter()
         subprocess.run(command, check=True, capture_output=True, env=_environ(self._directory))
         return time.perf_counter() - started_s, len(self._hub.requests)
 
     def killed(self, command: Sequence[str], at_bytes: int) -> int:
-        """Starts a command, kills it when the Hub has sent that much, and runs it again; bytes sent by then."""
+        """Starts a command, kills it at a number of sent bytes, and runs it again; returns all bytes sent."""
         self._hub.sent_bytes = 0
         with subprocess.Popen(
             command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=_environ(self._directory)
@@ -87,7 +87,7 @@ def _environ(home: Path) -> dict[str, str]:
 
 
 def in_rounds(bench: Bench, directory: Path, rounds: int, prepare: Callable[[Path], None]) -> dict[str, list[float]]:
-    """Both programs in turn, ``rounds`` times."""
+    """Runs both programs in turn, ``rounds`` times."""
     walls: dict[str, list[float]] = {}
     for number in range(rounds):
         cache = directory / f"cache{number}"
@@ -98,7 +98,7 @@ def in_rounds(bench: Bench, directory: Path, rounds: int, prepare: Callable[[Pat
 
 
 def show(title: str, walls: dict[str, list[float]]) -> None:
-    """One row for each program, as a ratio of the last one."""
+    """Prints a row for each program, with its ratio to the last one."""
     base_s = statistics.median(list(walls.values())[-1])
     for name, all_s in walls.items():
         middle_s = statistics.median(all_s)

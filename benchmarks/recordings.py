@@ -20,7 +20,7 @@ SAMPLE = Path(str(resources.files("whisperd").joinpath("data/sample.opus")))
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Form:
-    """How a recording is written."""
+    """A container, codec and sample rate."""
 
     suffix: str
     codec: str
@@ -43,7 +43,7 @@ FORMS = {
 
 
 def recordings(directory: Path, duration_s: float, forms: Sequence[str]) -> Iterator[tuple[str, Path, float]]:
-    """Form, file and how long it is; the sample is repeated."""
+    """Writes the repeated sample in each form; yields the form, the file and its length."""
     samples = speech(duration_s)
     for name in forms:
         path = directory / f"{name}.{FORMS[name].suffix}"
@@ -59,7 +59,7 @@ def speech(duration_s: float) -> NDArray[np.float32]:
 
 
 def write(path: Path, samples: NDArray[np.float32], form: Form) -> None:
-    """Samples at 16 kHz in any form, second by second."""
+    """Writes samples at 16 kHz in a form, second by second."""
     with av.open(str(path), "w") as container:
         stream: Any = container.add_stream(form.codec, rate=form.rate_hz, layout=form.layout)
         if form.bits_per_s:

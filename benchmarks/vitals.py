@@ -1,4 +1,4 @@
-"""What a long run does to a process: samples from /proc, their trend, and what is wrong with them."""
+"""Samples of a process from /proc, their trend, and the limits that they exceed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CERTAIN_ERRORS = 2.0  # a slope within so many of its standard errors may be cha
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """A process at one moment. ``own_bytes`` is memory that it shares with no other."""
+    """The figures of a process at one moment. ``own_bytes`` is memory that it shares with no other."""
 
     at_s: float
     rss_bytes: int
@@ -47,14 +47,14 @@ class Trend:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What is still well."""
+    """The limits of a healthy run."""
 
     mib_per_hour: float
     n_clients: int
 
 
 def take(pid: int, requests: dict[str, Any], at_s: float) -> Sample:
-    """Looks at a process; ``requests`` are the daemon's own figures."""
+    """Takes a sample of a process; ``requests`` are the daemon's own figures."""
     directory = Path(f"/proc/{pid}")
     rollup = _kibibytes(directory / "smaps_rollup")
     return Sample(
@@ -75,7 +75,7 @@ def _kibibytes(path: Path) -> dict[str, int]:
 
 
 def trend(samples: Sequence[Sample]) -> Trend:
-    """How the process's own memory grows; of fewer than three samples nothing is known."""
+    """The growth of the process's own memory; None for fewer than three samples."""
     if len(samples) < 3:
         return Trend(mib_per_hour=math.nan, error=math.nan)
     hours = [sample.at_s / HOUR_S for sample in samples]
@@ -87,7 +87,7 @@ def trend(samples: Sequence[Sample]) -> Trend:
 
 
 def complaints(found: Trend, before: Sample, after: Sample, limits: Limits) -> Iterator[str]:
-    """What is wrong. ``before`` and ``after`` are samples of a quiet process that has done everything once."""
+    """The limits that were exceeded. ``before`` and ``after`` are samples of a quiet process after a warm-up."""
     if found.mib_per_hour > max(limits.mib_per_hour, CERTAIN_ERRORS * found.error):
         yield f"memory grows by {found.mib_per_hour:.1f} MiB an hour, more than {limits.mib_per_hour:g}"
     if after.n_descriptors > before.n_descriptors + SPARE_DESCRIPTORS:

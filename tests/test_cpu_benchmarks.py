@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks import fairness, soak
-from benchmarks.chaos_clients import Deed
+from benchmarks.chaos_clients import Action
 from benchmarks.systems import Answer, NoAnswer, answer
 from benchmarks.vitals import HOUR_S, MIB, Limits, Sample, Trend, complaints, trend
 from tests.support.speech import Clip
@@ -134,7 +134,7 @@ def test_soak(clips: dict[str, Clip], capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_an_outcome_that_may_not_be() -> None:
     """It is counted apart, with what it was."""
-    load = soak.Load([Deed(do=lambda: "500", weight=1, allowed=frozenset({"done"}))])
+    load = soak.Load([Action(do=lambda: "500", weight=1, allowed=frozenset({"done"}))])
     load.everything_once()
     assert list(load.unexpected.values()) == [1]
 

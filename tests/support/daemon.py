@@ -1,4 +1,4 @@
-"""A real daemon in its own process, listened to as systemd would."""
+"""A real daemon in its own process; its notifications are received as systemd would receive them."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class DaemonProcess:
         write_config(self.directory, text)
 
     def wait_for(self, message: str) -> str:
-        """The next notification that starts like this; fails when the daemon dies or is silent for too long."""
+        """The next notification that starts like this; fails when the daemon stops or sends none in time."""
         deadline_s = time.monotonic() + PATIENCE_S
         while time.monotonic() < deadline_s:
             try:
@@ -65,7 +65,7 @@ class DaemonProcess:
         self.process.send_signal(number)
 
     def reload_by_signal(self) -> None:
-        """SIGHUP, and wait for the end of the reload."""
+        """Sends SIGHUP and waits for the end of the reload."""
         self.signal(signal.SIGHUP)
         self.wait_for("RELOADING=1")
         self.wait_for("READY=1")
@@ -91,7 +91,7 @@ class DaemonProcess:
 
 
 def write_config(directory: Path, text: str) -> None:
-    """The configuration of a test: its models and whatever else, and its own socket, cache and spool."""
+    """Writes the configuration of a test, with its own socket, cache and spool."""
     (directory / "spool").mkdir(exist_ok=True)
     server = f'[server]\nsocket = "{directory}/whisperd.sock"\nspool_dir = "{directory}/spool"\n'
     head, bracket, tables = text.partition("\n[")
@@ -109,7 +109,7 @@ def running(
     environ: dict[str, str] | None = None,
     prefix: Sequence[str] = (),
 ) -> Iterator[DaemonProcess]:
-    """Starts a daemon, waits until it is ready, and makes sure that it is gone at the end.
+    """Starts a daemon, waits until it is ready, and kills it at the end.
 
     ``prefix`` is a command that becomes the daemon, such as ``unshare --net``.
     """
@@ -137,7 +137,7 @@ def running(
 
 
 def clean_environ(directory: Path, changes: dict[str, str]) -> dict[str, str]:
-    """The environment of a fresh user: nothing of the machine that runs the tests leaks in."""
+    """The environment of a fresh user, without the variables of the machine that runs the tests."""
     kept = {name: os.environ[name] for name in ("PATH", "LANG", "LD_LIBRARY_PATH") if name in os.environ}
     return {
         **kept,

@@ -14,7 +14,7 @@ REPOS = ("org/a", "org/b")
 
 
 class FakeOrigin:
-    """What it gives may be cut, wrong, or nothing."""
+    """An origin of files in memory; files may be cut off, wrong or missing."""
 
     def __init__(self) -> None:
         self.repos = {name: HubRepo(id=name) for name in REPOS}

@@ -1,4 +1,4 @@
-"""An engine that answers at once, by script. It keeps the contract of ``whisperd.engine.base``."""
+"""An engine that returns scripted hypotheses at once. It keeps the contract of ``whisperd.engine.base``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Script = Callable[[Window], Hypothesis | Exception]
 
 
 class FakeEngine:
-    """Answers each window with what ``script`` says; ``seen`` keeps all windows in the order of admission.
+    """Returns for each window what ``script`` returns; ``seen`` keeps all windows in the order of admission.
 
     More than ``room`` windows at once are too much for its memory.
     """

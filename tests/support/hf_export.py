@@ -85,7 +85,7 @@ def _config(weights: Mapping[str, NDArray[Any]], vocabulary: Vocabulary) -> dict
 
 
 def _text_edges(vocabulary: Vocabulary) -> dict[str, int]:
-    """Where a text begins and ends; Whisper has one token for all ends."""
+    """The tokens at which a text begins and ends; Whisper has one token for all ends."""
     ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), vocabulary.eot)
     return {**ends, "decoder_start_token_id": vocabulary.sot}
 

@@ -86,18 +86,18 @@ class HubRepo:
 
 @dataclass(slots=True, kw_only=True)
 class Fault:
-    """What goes wrong with requests whose ``METHOD /path`` matches.
+    """A fault of requests whose ``METHOD /path`` matches.
 
     Args:
         match: a regular expression.
-        times: how often; None means always.
+        times: number of requests that get it; None means all.
         status: answered instead, with ``headers`` and ``body``.
         close: the connection ends without an answer.
         reset: the connection is torn down (RST) where ``cut_at`` says, else in place of an answer.
         silent: the request is taken, and no answer ever comes.
         corrupt: wrong bytes, as many as there should be.
-        replace: another body, whose length is told as it is.
-        more_bytes: Content-Length promises more than comes.
+        replace: another body, with its own length.
+        more_bytes: Content-Length is larger than the body by so many bytes.
         cut_at: the connection ends after so many bytes.
         stall_at: nothing comes after so many bytes.
         rate_bytes_per_s: how fast the body comes.
@@ -155,7 +155,7 @@ class LoopbackHub:
         return f"http://{HUB_HOST}:{self.hub.server_port}"
 
     def add(self, repo_id: str, files: Mapping[str, bytes], **options: Any) -> HubRepo:
-        """A new repository with one commit on main."""
+        """Adds a repository with one commit on main."""
         repo = self.repos[repo_id] = HubRepo(id=repo_id, **options)
         repo.commit(files)
         return repo
@@ -180,7 +180,7 @@ class LoopbackHub:
 
 @contextmanager
 def black_hole() -> Iterator[str]:
-    """An address that takes no connection and refuses none: the queue of the socket is full, and SYNs are dropped."""
+    """An address that neither accepts nor refuses a connection: the socket's queue is full, and SYNs are dropped."""
     with socket.socket() as listener, socket.socket() as first, socket.socket() as second:
         listener.bind(("127.0.0.1", 0))
         listener.listen(0)
@@ -192,7 +192,7 @@ def black_hole() -> Iterator[str]:
 
 @contextmanager
 def serving() -> Iterator[LoopbackHub]:
-    """A Hub that answers until the end of the block."""
+    """Runs a Hub until the end of the block."""
     hub = LoopbackHub()
     threads = [threading.Thread(target=server.serve_forever, args=(0.05,)) for server in (hub.hub, hub.cdn)]
     for thread in threads:
@@ -216,7 +216,7 @@ class _Server(ThreadingHTTPServer):
         self.app = app
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that hangs up is no news."""
+        """Ignores clients that close their connection."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -225,7 +225,7 @@ class _Handler(BaseHTTPRequestHandler):
     fault: Fault | None = None
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Quiet: ``LoopbackHub.requests`` is the log."""
+        """Prints nothing: ``LoopbackHub.requests`` is the log."""
 
     def do_GET(self) -> None:
         self.fault = fault = self.server.app.take_fault(f"{self.command} {self.path}")
@@ -391,7 +391,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def whisper_files(seed: int = 0, *, size_bytes: int = 300_000) -> dict[str, bytes]:
-    """What a CTranslate2 repository holds, with bytes of no meaning for weights."""
+    """The files of a CTranslate2 repository, with arbitrary bytes for weights."""
     weights = hashlib.shake_128(str(seed).encode()).digest(size_bytes)
     return {
         ".gitattributes": b"*.bin filter=lfs\n",

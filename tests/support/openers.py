@@ -1,4 +1,4 @@
-"""Engines that a test opens in a process of their own; nothing here needs pytest."""
+"""Openers of engines that a test runs in a process of their own; none needs pytest."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from whisperd.speech.tokenizer import Vocabulary
 
 
 class Cramped:
-    """A real model on a device with room for so many windows; everything else goes through."""
+    """A real model on a device with memory for a limited number of windows."""
 
     def __init__(self, model: Any, room: int) -> None:
         self._model = model
@@ -63,7 +63,7 @@ def cramped_ct2(snapshot: Path, room: int, meter: ModelMeter) -> Engine:
 
 
 def ct2_in_little_room(snapshot: Path, batch_size: int, room: int, meter: ModelMeter) -> Engine:
-    """Opens with at most so many windows in a batch."""
+    """Opens an engine whose batches have a limited size."""
     if batch_size > room:
         raise OutOfMemory(f"no room for batches of {batch_size}")
     model = ctranslate2.models.Whisper(str(snapshot), device="cpu", compute_type="float32", intra_threads=1)

@@ -71,7 +71,7 @@ TEXT = "Hello there. General <Kenobi> & Zoë."
 
 
 class FakeService:
-    """Reads the audio, tells the segments of TRANSCRIPT and returns it; can be told to wait or to fail."""
+    """Reads the audio, reports the segments of TRANSCRIPT and returns it; can be made to wait or to fail."""
 
     def __init__(self) -> None:
         self.now = Readiness(ready=True)
@@ -186,7 +186,7 @@ def told(job: Job) -> list[Segment]:
 
 
 class LogLines(logging.Handler):
-    """The daemon's log as a queue: a request's line comes when everything about the request is over."""
+    """The daemon's log as a queue; the line of a request is its last event."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -244,7 +244,7 @@ def serving(
 
 @dataclass(slots=True, kw_only=True)
 class Daemon:
-    """Everything a test may want to look at."""
+    """A fake daemon with everything that a test inspects."""
 
     service: FakeService
     app: Starlette

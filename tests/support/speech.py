@@ -16,7 +16,7 @@ from whisperd.speech.units import SAMPLE_RATE_HZ, Samples
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Clip:
-    """A file of speech and what is said in it."""
+    """A file of speech with its reference text."""
 
     path: Path
     text: str
@@ -66,12 +66,12 @@ def music(duration_s: float) -> Samples:
 
 
 def plain(text: str) -> str:
-    """Lower case words only, so that texts compare by what is said."""
+    """The words in lower case without punctuation, for comparison."""
     return " ".join(re.findall(r"[a-z0-9']+", text.lower()))
 
 
 def word_errors(expected: str, found: str) -> int:
-    """How many words of ``plain`` texts must be changed, put in or taken out."""
+    """The edit distance of two ``plain`` texts in words."""
     wanted, got = plain(expected).split(), plain(found).split()
     costs = list(range(len(got) + 1))
     for row, word in enumerate(wanted, 1):

@@ -1,4 +1,4 @@
-"""What the tests of the store share: caches, runs, what lies on the disk, and plain huggingface_hub to compare with."""
+"""Helpers for tests of the store: caches, runs, contents of the disk, and plain huggingface_hub for comparison."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ def run(settings: Settings, *references: str) -> Report:
 
 
 def offline(settings: Settings) -> dict[str, Path]:
-    """What could be served without asking anybody."""
+    """The snapshots that can be served without a request to the Hub."""
     return snapshots_without_network(wanted(NAME), settings)
 
 
 def tree(directory: Path) -> dict[str, str]:
-    """Every file and link below a directory with what it holds."""
+    """Every file and link below a directory with its content."""
     return {
         str(path.relative_to(directory)): os.fspath(path.readlink())
         if path.is_symlink()
@@ -81,14 +81,14 @@ def error(report: Report) -> errors.Error:
 
 
 def assert_told(text: str, kind: type[errors.StoreError], cause: str, settings: Settings) -> None:
-    """A message names the model, the cause and the cure."""
+    """Asserts that a message names the model, the cause and the remedy."""
     assert NAME in text
     assert cause in text
     assert CURES[kind].format(endpoint=settings.endpoint, repo=NAME) in text
 
 
 def orphans(settings: Settings) -> list[Path]:
-    """Whatever a broken download could leave behind."""
+    """Files that a broken download has left behind."""
     everything = list(settings.cache_dir.rglob("*"))
     staging = [path for path in everything if ".whisperd/staging" in str(path)]
     scratch = [path for path in everything if path.name.startswith(".") and path.name != ".whisperd"]
@@ -96,7 +96,7 @@ def orphans(settings: Settings) -> list[Path]:
 
 
 def assert_well(report: Report, settings: Settings, files: dict[str, bytes]) -> None:
-    """A run has made the cache what it should be: every byte, the ref, and nothing beside it."""
+    """Asserts that the cache holds every byte and the ref of the commit, and nothing else."""
     assert report.exit_code == 0, report
     assert not any(result.warning for result in report.results), report
     path = report.snapshots[NAME]
@@ -113,7 +113,7 @@ def copy_cache(source: Path, target: Path) -> None:
 
 
 def until(condition: Callable[[], object], patience_s: float = 30.0) -> float:
-    """Polls; returns how long it took, in seconds."""
+    """Polls a condition; returns the seconds until it held."""
     started_s = time.monotonic()
     while not condition():
         assert time.monotonic() - started_s < patience_s, "it did not happen"
@@ -123,7 +123,7 @@ def until(condition: Callable[[], object], patience_s: float = 30.0) -> float:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plain:
-    """What came of a plain ``snapshot_download``: a path, or the name of the exception."""
+    """The outcome of a plain ``snapshot_download``: a path, or the name of the exception."""
 
     path: Path | None = None
     error: str | None = None
@@ -147,7 +147,7 @@ def plain(
     environ: Mapping[str, str] | None = None,
     **options: Any,
 ) -> Plain:
-    """Plain ``snapshot_download`` in a process of its own; raises TimeoutError, and the process is gone."""
+    """Runs plain ``snapshot_download`` in a process of its own; raises TimeoutError after killing it."""
     try:
         done = subprocess.run(
             plain_command(cache_dir, endpoint=endpoint, **options),
