@@ -38,7 +38,14 @@ COMPUTES = (
     Check(name="imports", command=[SCRIPTS / "lint-imports"]),
     Check(
         name="unit",
-        command=[*PYTEST, "--ignore=tests/integration", "--ignore=tests/systemd", "--cov", "--cov-report="],
+        command=[
+            *PYTEST,
+            "--ignore=tests/integration",
+            "--ignore=tests/systemd",
+            "--cov",
+            "--cov-report=",
+            "--cov-fail-under=0",
+        ],
     ),
     Check(name="coverage", command=[sys.executable, "-m", "tests.floors"]),
 )

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.support.service_fake import TEXT, TRANSCRIPT, segment
 from whisperd.speech import formats
 from whisperd.speech.tokenizer import LANGUAGES
-from whisperd.speech.transcript import Segment, Transcript, WindowStatistics, Word
+from whisperd.speech.transcript import Segment, TokenScore, Transcript, WindowStatistics, Word
 
 CUE = re.compile(r"\d{2,}:\d\d:\d\d[.,]\d{3} --> \d{2,}:\d\d:\d\d[.,]\d{3}")
 
@@ -164,3 +164,19 @@ def test_words_know_their_segment() -> None:
     """Words stand at the top, without spaces, with the id of their segment."""
     words = formats.verbose_json(TRANSCRIPT)["words"]
     assert [(word["word"], word["segment"]) for word in words][:3] == [("Hello", 0), ("there.", 0), ("General", 1)]
+
+
+def test_short_clock() -> None:
+    """On a terminal hours are written only where there are any."""
+    assert formats.short_clock(59.9996) == "01:00.000"
+    assert formats.short_clock(3600) == "01:00:00.000"
+
+
+def test_logprobs() -> None:
+    """Each token has its exact bytes, also where half a character is no text; segments without scores add none."""
+    scores = (TokenScore(data=b" caf\xc3", logprob=-0.5), TokenScore(data=b"\xa9", logprob=-0.1))
+    scored = replace(TRANSCRIPT.segments[0], scores=scores)
+    assert formats.logprobs([scored, TRANSCRIPT.segments[1]]) == [
+        {"token": " caf\ufffd", "logprob": -0.5, "bytes": [32, 99, 97, 102, 195]},
+        {"token": "\ufffd", "logprob": -0.1, "bytes": [169]},
+    ]

@@ -143,3 +143,16 @@ def test_hysteresis_keeps_a_wavering_voice_together() -> None:
     frames = np.array([0.1, 0.6, 0.4, 0.6, 0.2, 0.7, 0.1], np.float32)
     assert speech_runs(frames, 0.5) == [(1, 4), (5, 6)]
     assert join_runs([(1, 4), (5, 6)], min_gap_frames=2) == [(1, 6)]
+
+
+def test_nothing_behind_the_end_of_the_audio() -> None:
+    """A last frame that holds no sample of the audio makes no window, and no speech of one."""
+    frames = np.full(40, 0.9, np.float32)
+    cutter = Cutter(CutOptions(skip_silence=False))
+    cuts = cutter.feed(frames) + cutter.finish(0)
+    assert cuts == []
+    cutter = Cutter(CutOptions())
+    (cut,) = cutter.feed(np.concatenate([frames, np.full(4, 0.02, np.float32), frames])) + cutter.finish(
+        41 * FRAME_SAMPLES
+    )
+    assert (cut.span, cut.speech) == ((0, 41 * FRAME_SAMPLES), ((0, 41 * FRAME_SAMPLES),))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -116,3 +118,29 @@ def test_past_audio() -> None:
     assert past_audio_s([at(0), 5, at(28.16), at(28.16), 6], RULE, 11.0) == 17.16
     assert past_audio_s([at(0), 5, at(9)], RULE, 11.0) == 0.0
     assert past_audio_s([], RULE, 11.0) == 0.0
+
+
+def test_words_around_a_pause_are_bounded() -> None:
+    """The first word of a sentence loses its beginning, the last its end; a long word inside a sentence stays."""
+    short = [word(f" {letter}", number * 0.2, number * 0.2 + 0.2) for number, letter in enumerate("abcdef")]
+    first, inside, last = word(" G", 10.0, 15.0), word(" h", 15.0, 20.0), word(" i", 20.0, 25.0)
+    bounded = bound_durations([*short[:-1], replace(short[-1], text=" f."), first, inside, last])
+    assert [(w.start_s, w.end_s) for w in bounded[-3:]] == [(14.6, 15.0), (15.0, 20.0), (20.0, 20.4)]
+    (alone, *_) = bound_durations([word(" A", 0.0, 9.0), *short])
+    assert alone.end_s - alone.start_s == pytest.approx(0.4)
+
+
+@given(st.lists(st.tuples(st.sampled_from([" a", " b.", "?", "", ' "']), st.floats(0, 20), st.floats(0, 20))))
+def test_bounded_words_stay_within_themselves(found: list[tuple[str, float, float]]) -> None:
+    """No text changes, and no word becomes longer or leaves the time that it had."""
+    words = [word(text, start, start + length) for text, start, length in found]
+    for before, after in zip(words, bound_durations(words), strict=True):
+        assert after.text == before.text
+        assert before.start_s <= after.start_s + 1e-9
+        assert after.end_s <= before.end_s + 1e-9
+
+
+@given(st.lists(st.sampled_from([" a", " b", ".", ",", ' "', '"', "", " (", "c"])))
+def test_merging_loses_no_text(texts: list[str]) -> None:
+    """Words and marks joined are the text that they were."""
+    assert "".join(w.text for w in merge_punctuation([word(text) for text in texts])) == "".join(texts)

@@ -5,12 +5,25 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from whisperd.errors import SourceError
 from whisperd.reference import HubSource, PathSource
-from whisperd.store.plan import FileState, ModelState, RemoteFile, Resolved, Room, plan
+from whisperd.store.plan import (
+    INODES_PER_FILE,
+    FileState,
+    ModelState,
+    RemoteFile,
+    RepoContents,
+    Resolved,
+    Room,
+    plan,
+    select_files,
+)
 from whisperd.store.report import plan_lines
+from whisperd.store.wording import count, short, size
 
 COMMITS = ["a" * 40, "b" * 40]
 FILES = tuple(RemoteFile(path=f"f{number}", size_bytes=10**number, hash=str(number) * 40) for number in range(4))
@@ -105,3 +118,86 @@ def test_words() -> None:
         "  = path:/m  complete",
         "Plan: 1 to download, 1 to update, 1 to repair; 2.1 kB to fetch, 1.0 GB free.",
     ]
+
+
+NEW = ModelState(name="new", source=HubSource(repo_id="o/new"), target=Resolved(commit=COMMITS[0], files=FILES))
+
+
+@pytest.mark.parametrize(
+    ("room", "reason"),
+    [
+        (Room(free_bytes=1110), "disk full: 1.1 kB to fetch, room for 1.1 kB"),
+        (Room(free_bytes=-1), "disk full: 1.1 kB to fetch, room for 0 B"),
+        (Room(free_inodes=11), "disk full: 12 inodes needed, 11 free"),
+        (Room(quota_bytes=100), "over max_cache_bytes: 1.1 kB to fetch, 100 B left"),
+    ],
+)
+def test_a_model_without_room_says_what_is_short(room: Room, reason: str) -> None:
+    """Bytes, inodes and the limit of the cache are told apart, and nothing is fetched."""
+    (action,) = plan([NEW], room=room).actions
+    assert action.kind == "blocked"
+    assert action.reason.startswith(reason)
+    assert action.bytes == 0
+
+
+@given(st.integers(0, 5), st.integers(0, 6000), st.integers(0, 60), st.integers(0, 6000))
+def test_models_share_the_room(n_models: int, free_bytes: int, free_inodes: int, quota_bytes: int) -> None:
+    """What one model takes is not there for the next: together they keep to each limit."""
+    room = Room(free_bytes=free_bytes, free_inodes=free_inodes, quota_bytes=quota_bytes)
+    found = plan([NEW] * n_models, room=room)
+    assert found.bytes <= min(free_bytes, quota_bytes)
+    assert INODES_PER_FILE * sum(len(action.files) for action in found.actions) <= free_inodes
+
+
+def test_a_part_that_is_here_is_not_fetched_again() -> None:
+    """Only the rest of a broken download counts, and a part is never more than its file."""
+    state = replace(NEW, part_bytes={"f3": 900, "f0": 5})
+    (action,) = plan([state], room=Room(free_bytes=210)).actions
+    assert (action.total_bytes, action.bytes) == (1111, 210)
+
+
+def test_files_of_a_model_are_selected() -> None:
+    """An engine's files of the top directory, each as the Hub declares it; a model that is not whole is refused."""
+    names = ("config.json", "model.bin", "tokenizer.json", "onnx/model.bin", "README.md")
+    files = [RemoteFile(path=name, size_bytes=1, hash="a" * 40) for name in names]
+    assert [file.path for file in select_files(files)] == ["config.json", "model.bin", "tokenizer.json"]
+    with pytest.raises(SourceError, match="no usable Whisper model"):
+        select_files(files[-1:])
+
+
+def test_what_is_not_declared_goes_with_its_own_blobs() -> None:
+    """A commit that whisperd fetched and nobody wants goes, with its refs and the blobs that no other snapshot has."""
+    contents = RepoContents(
+        repo="o/new",
+        snapshots={COMMITS[0]: frozenset({"x", "y"}), COMMITS[1]: frozenset({"y", "z"})},
+        refs={"main": COMMITS[0], "old": COMMITS[1]},
+        blob_bytes={"z": 7},
+        owned=frozenset(COMMITS),
+    )
+    found = plan([NEW], contents=[contents], prune=True)
+    (removal,) = found.removals
+    assert (removal.commit, removal.refs, removal.blobs, removal.bytes) == (COMMITS[1], ("old",), ("z",), 7)
+    assert removal.reason == "superseded"
+    assert found.pending
+    assert plan([NEW], contents=[replace(contents, in_use=frozenset(COMMITS))]).removals == ()
+    pinned = replace(NEW, source=HubSource(repo_id="o/new", revision=COMMITS[1]), target=None)
+    assert [one.commit for one in plan([pinned], contents=[contents]).removals] == [COMMITS[0]]
+    unknown = replace(NEW, target=None, current_commit=COMMITS[1])
+    assert [one.commit for one in plan([unknown], contents=[contents]).removals] == [COMMITS[0]]
+    assert {one.reason for one in plan([], contents=[contents]).removals} == {"not declared"}
+
+
+def test_a_ref_that_leads_elsewhere_is_repaired() -> None:
+    """Files that are right under a ref that is not are no success."""
+    ok: dict[str, FileState] = {file.path: "ok" for file in FILES}
+    (action,) = plan([replace(NEW, current_commit=COMMITS[0], files=ok, ref_ok=False)]).actions
+    assert (action.kind, action.reason, action.bytes) == ("repair", "the ref does not name the commit", 0)
+
+
+def test_words_of_numbers() -> None:
+    """Sizes go by powers of ten, nouns by their number, commits by seven digits."""
+    assert [size(10**power) for power in (0, 3, 6, 9, 12, 15)] == [
+        "1 B", "1.0 kB", "1.0 MB", "1.0 GB", "1.0 TB", "1000.0 TB",
+    ]  # fmt: skip
+    assert (count(1, "file"), count(2, "file")) == ("1 file", "2 files")
+    assert (short(COMMITS[0]), short(None)) == ("a" * 7, "")

@@ -164,3 +164,15 @@ def test_bulk_leaves_spare_slots() -> None:
     assert ids(scheduler.take(6)) == [0, 1, 2, 3]
     scheduler.submit(2, 100)
     assert ids(scheduler.take(2)) == [100]
+
+
+def test_busy() -> None:
+    """A scheduler is busy while a window waits or runs, and not before or after."""
+    scheduler = Scheduler(bulk_slots=1)
+    seen = [scheduler.busy]
+    scheduler.submit(1, 1)
+    seen.append(scheduler.busy)
+    (turn,) = scheduler.take(1)
+    seen.append(scheduler.busy)
+    scheduler.finish(turn.window_id)
+    assert [*seen, scheduler.busy] == [False, True, True, False]
