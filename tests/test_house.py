@@ -12,7 +12,7 @@ from whisperd import __version__
 
 ROOT = Path(__file__).parent.parent
 NAMES_MAX = 20
-LINES_MAX = 500
+LINES_MAX = 600
 VAGUE = {"common", "helpers", "misc", "tools", "utils"}
 DESCRIBED = ("style", "layout", "types", "imports", "unit", "coverage", "integration", "oldest", "newest", "systemd")
 
