@@ -1,19 +1,21 @@
 """uvicorn's connection and server with what they lack; imported late, when the daemon serves. Home of uvicorn.
 
 Added on its public hooks: the kernel's word on who is at the other end, a deadline and a limit for the head of a
-request, errors in the envelope for what is no HTTP, and a drain that does not cut off connections which were just
-accepted.
+request, errors in the envelope for what is no HTTP, answers to offers of another protocol and to half-closed
+connections, and a drain that does not cut off connections which were just accepted.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import select
 import socket
 import struct
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import httptools
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -29,6 +31,9 @@ if TYPE_CHECKING:
     from uvicorn.server import ServerState
 
 HEAD_BYTES = 65536
+HALF_CLOSED_S = 1.0  # between two looks at whether a half-closed client is still there
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+OFFER_HEADERS = frozenset({b"upgrade", b"http2-settings"})
 OTHER = "other"  # route and method of what is no request
 PEER_CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid
 
@@ -83,6 +88,60 @@ class ServerConfig(uvicorn.Config):
         )
 
 
+class PlainParser:
+    """Parses HTTP/1.1 and ignores offers of another protocol, as RFC 9110, section 7.8, lets a server do.
+
+    httptools stops behind a head with an ``Upgrade`` field and drops the body. Such a head is parsed a second time,
+    without the offer, and the body after it. Java's HttpClient and ``curl --http2`` send one with every request.
+
+    Args:
+        connection: gets the parser's callbacks; ``on_headers_complete`` and ``on_message_complete`` of the first pass
+            too, where ``is_offer`` is true.
+    """
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._parser = _new_parser(connection)
+
+    def feed_data(self, data: bytes) -> None:
+        """Parses; raises HttpParserError."""
+        while data:
+            try:
+                self._parser.feed_data(data)
+            except httptools.HttpParserUpgrade as offer:
+                data = self._connection.head_without_offer() + data[offer.args[0] :]
+                self._parser = _new_parser(self._connection)
+            else:
+                return
+
+    @property
+    def is_offer(self) -> bool:
+        """Whether the head that was just parsed offers another protocol."""
+        return self._parser.should_upgrade()
+
+    def should_upgrade(self) -> bool:
+        """Whether uvicorn should change the protocol: never."""
+        return False
+
+    def should_keep_alive(self) -> bool:
+        """Whether the connection may serve another request."""
+        return self._parser.should_keep_alive()
+
+    def get_http_version(self) -> str:
+        """As in ``1.1``."""
+        return self._parser.get_http_version()
+
+    def get_method(self) -> bytes:
+        """As in ``POST``."""
+        return self._parser.get_method()
+
+
+def _new_parser(connection: Connection) -> httptools.HttpRequestParser:
+    parser = httptools.HttpRequestParser(connection)
+    parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
+    return parser
+
+
 class Connection(HttpToolsProtocol):
     """One connection. Nothing may be slow before the head of a request is complete; after it, everything may."""
 
@@ -94,6 +153,7 @@ class Connection(HttpToolsProtocol):
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
+        self.parser: PlainParser = PlainParser(self)  # type: ignore[assignment]
         self._header_timeout_s = config.header_timeout_s
         self._meter = config.meter
         self._deadline: asyncio.TimerHandle | None = None
@@ -103,6 +163,7 @@ class Connection(HttpToolsProtocol):
         self._unfinished_bytes = 0  # of a head, in which the parser may hold back a header of any length
         self._in_head = True
         self._refusal: RequestError | None = None
+        self._look: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         peer = _peer(transport.get_extra_info("socket"))
@@ -113,7 +174,18 @@ class Connection(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._disarm()
+        if self._look is not None:
+            self._look.cancel()
         super().connection_lost(exc)
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """The client sends no more: true keeps the connection open for the answer to what it has sent."""
+        cycle = self.cycle
+        if not cycle or cycle.more_body or cycle.response_complete or self._is_gone():
+            return False
+        cycle.keep_alive = False
+        self._look = self.loop.call_later(HALF_CLOSED_S, self._look_for_client)
+        return True
 
     def data_received(self, data: bytes) -> None:
         if self._refusal is not None:
@@ -144,10 +216,16 @@ class Connection(HttpToolsProtocol):
         super().on_header(name, value)
 
     def on_message_complete(self) -> None:
+        if self.parser.is_offer:
+            return
         self._in_head = True
         super().on_message_complete()
 
     def on_headers_complete(self) -> None:
+        if self.parser.get_method() == b"CONNECT":
+            raise MalformedRequest
+        if self.parser.is_offer:
+            return
         self._disarm()
         self._n_heads += 1
         self._in_head = False
@@ -167,6 +245,36 @@ class Connection(HttpToolsProtocol):
             super().shutdown()
         else:
             self.loop.call_later(JUST_ACCEPTED_S, self._close_unused)
+
+    def head_without_offer(self) -> bytes:
+        """The head that was parsed last, without what offers another protocol."""
+        lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())]
+        for name, value in self.headers:
+            if name == b"connection":
+                lines.append(b"connection: " + _without_offer(value))
+            elif name not in OFFER_HEADERS:
+                lines.append(b"%s: %s" % (name, value))
+        return b"\r\n".join(lines) + b"\r\n\r\n"
+
+    def _look_for_client(self) -> None:
+        """Ends the work for a half-closed client that has gone.
+
+        A peer that closed its end of a TCP connection looks like one that only sends no more, until something is sent
+        to it. 100 (Continue) is what every client of HTTP/1.1 skips.
+        """
+        if self._is_gone():
+            self.transport.abort()
+            return
+        waiting = not self.pipeline and not self.cycle.response_started
+        if self.client is not None and waiting and self.scope["http_version"] == "1.1":
+            self.transport.write(CONTINUE)
+        self._look = self.loop.call_later(HALF_CLOSED_S, self._look_for_client)
+
+    def _is_gone(self) -> bool:
+        """Whether the peer has closed both directions, as far as the kernel knows."""
+        poll = select.poll()
+        poll.register(self.transport.get_extra_info("socket").fileno(), 0)  # POLLHUP and POLLERR come unasked
+        return bool(poll.poll(0))
 
     def _count(self, n_bytes: int) -> None:
         self._header_bytes += n_bytes
@@ -202,6 +310,11 @@ class Connection(HttpToolsProtocol):
     def _close_unused(self) -> None:
         if not self.cycle:
             self.transport.close()
+
+
+def _without_offer(connection: bytes) -> bytes:
+    tokens = [token.strip() for token in connection.split(b",")]
+    return b", ".join(token for token in tokens if token.lower() not in OFFER_HEADERS)
 
 
 class DrainingServer(uvicorn.Server):
