@@ -37,6 +37,7 @@ def test_json(client: OpenAI, whisperd: Daemon) -> None:
     assert answer.text == TEXT
     assert answer.usage is not None
     assert answer.usage.to_dict() == {"type": "duration", "seconds": 4.5}
+    assert [one.code for one in answer.languages or ()] == ["en"]
     assert whisperd.service.audio == [AUDIO[1]]
     assert whisperd.service.jobs[0].filename == "talk.flac"
 
@@ -117,13 +118,20 @@ def test_models(client: OpenAI) -> None:
 
 
 def test_streaming(client: OpenAI) -> None:
-    """Deltas add up to the text, the last event has the text and the usage."""
+    """Deltas add up to the text, the last event has the text, the language and the usage in tokens."""
     events = list(client.audio.transcriptions.create(file=AUDIO, model="whisper-1", stream=True))
     assert [event.type for event in events] == ["transcript.text.delta"] * 2 + ["transcript.text.done"]
     assert "".join(event.delta for event in events if event.type == "transcript.text.delta") == TEXT
     last = events[-1]
     assert last.type == "transcript.text.done"
-    assert (last.text, last.to_dict()["usage"]) == (TEXT, {"type": "duration", "seconds": 4.5})
+    assert (last.text, [one.code for one in last.languages or ()]) == (TEXT, ["en"])
+    assert last.usage is not None
+    assert (last.usage.type, last.usage.input_tokens, last.usage.output_tokens, last.usage.total_tokens) == (
+        "tokens",
+        45,
+        8,
+        53,
+    )
 
 
 def test_an_error_in_mid_stream(client: OpenAI, whisperd: Daemon) -> None:

@@ -72,11 +72,17 @@ def test_names(tmp_path: Path, headers: Mapping[str, str], status: int, code: st
      ("bearer  secret", 200), ("Bearer s\u00e9cret", 401)],
 )  # fmt: skip
 def test_key(tmp_path: Path, authorization: str | None, status: int) -> None:
-    """With a key, every route needs it."""
+    """With a key every route needs it, and a refusal says how to log in; those who watch over health need none."""
     headers = {} if authorization is None else {b"authorization": authorization.encode("latin-1")}
     with listening(tmp_path, key="secret") as client:
-        for route in ("/v1/models", "/metrics", "/livez"):
-            assert client.get(route, headers=headers).status_code == status
+        for route in ("/v1/models", "/metrics", "/v1/whisperd/status", "/openapi.json", "/livez/", "/v1/no/route"):
+            response = client.get(route, headers=headers)
+            assert response.status_code == 401 if status == 401 else response.status_code in {200, 404}
+            challenge = response.headers.get("www-authenticate")
+            assert challenge == ('Bearer realm="whisperd"' if status == 401 else None)
+        for route in ("/livez", "/readyz", "/healthz", "/health"):
+            assert client.get(route, headers=headers).status_code == 200
+        assert client.get("/livez", headers={"host": "evil.example"}).status_code == 403
 
 
 def test_nobody_reloads_over_tcp(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.support.service_fake import TEXT, TRANSCRIPT, segment
 from whisperd.speech import formats
-from whisperd.speech.tokenizer import LANGUAGES
+from whisperd.speech.languages import LANGUAGES
 from whisperd.speech.transcript import Segment, TokenScore, Transcript, WindowStatistics, Word
 
 CUE = re.compile(r"\d{2,}:\d\d:\d\d[.,]\d{3} --> \d{2,}:\d\d:\d\d[.,]\d{3}")

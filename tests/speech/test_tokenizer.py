@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from whisperd.errors import RequestError, SourceError
-from whisperd.speech.tokenizer import LANGUAGES, PROMPT_TOKENS_MAX, Vocabulary, language_code
+from whisperd.errors import SourceError
+from whisperd.speech.tokenizer import PROMPT_TOKENS_MAX, Vocabulary
 
 
 def multilingual(snapshot: Path, target: Path) -> Vocabulary:
@@ -77,22 +77,6 @@ def test_special_tokens_are_no_text(vocabulary: Vocabulary) -> None:
     """Timestamps and special tokens vanish from text, also where a user writes them into a prompt."""
     tokens = [vocabulary.timestamp_begin, *vocabulary.encode(" hello"), vocabulary.timestamp_begin + 50]
     assert vocabulary.decode(tokens) == " hello"
-
-
-@pytest.mark.parametrize(
-    ("name", "code"), [("en", "en"), ("English", "en"), ("pt-BR", "pt"), ("zh_CN", "zh"), ("castilian", "es")]
-)
-def test_language_names(name: str, code: str) -> None:
-    """Codes, regional codes and English names are understood."""
-    assert language_code(name) == code
-
-
-def test_unknown_language() -> None:
-    """An unknown language is refused with the nearest name."""
-    with pytest.raises(RequestError, match="did you mean 'french'") as caught:
-        language_code("frnch")
-    assert caught.value.param == "language"
-    assert len(LANGUAGES) == 100
 
 
 @pytest.mark.parametrize("content", [None, "{", '{"model": {"type": "BPE", "vocab": {}, "merges": []}}'])

@@ -71,13 +71,14 @@ TEXT = "Hello there. General <Kenobi> & Zoë."
 
 
 class FakeService:
-    """Reads the audio, reports the segments of TRANSCRIPT and returns it; can be made to wait or to fail."""
+    """Reads the audio, emits the segments of ``transcript`` and returns it; can wait or fail."""
 
     def __init__(self) -> None:
         self.now = Readiness(ready=True)
         self.error: Exception | None = None  # raised before the first segment
         self.late_error: Exception | None = None  # raised after the last one
         self.reload_error: Error | None = None
+        self.transcript = TRANSCRIPT
         self.requests_max = 64
         self.backlog = Backlog()
         self.waits_first = False  # before the first segment
@@ -164,25 +165,25 @@ class FakeService:
             await self._gate.wait()
         if self.late_error is not None:
             raise self.late_error
-        return replace(TRANSCRIPT, task=job.options.task, segments=tuple(told(job)))
+        return replace(self.transcript, task=job.options.task, segments=tuple(self._segments(job)))
 
     def _tell(self, job: Job) -> None:
-        for one in told(job):
+        for one in self._segments(job):
             job.on_segment(one)
-            job.on_progress(one.end_s, TRANSCRIPT.duration_s)
+            job.on_progress(one.end_s, self.transcript.duration_s)
 
-
-def told(job: Job) -> list[Segment]:
-    """The segments of TRANSCRIPT, with a score for each word when the job asks for scores."""
-    if not job.options.token_scores:
-        return list(TRANSCRIPT.segments)
-    return [
-        replace(
-            one,
-            scores=tuple(TokenScore(data=word.text.encode(), logprob=-0.5) for word in one.words or ()),
-        )
-        for one in TRANSCRIPT.segments
-    ]
+    def _segments(self, job: Job) -> list[Segment]:
+        """Segments of the transcript, with words and a score for each word where the job asks for them."""
+        return [
+            replace(
+                one,
+                words=one.words if job.options.word_timestamps else None,
+                scores=tuple(TokenScore(data=word.text.encode(), logprob=-0.5) for word in one.words or ())
+                if job.options.token_scores
+                else None,
+            )
+            for one in self.transcript.segments
+        ]
 
 
 class LogLines(logging.Handler):

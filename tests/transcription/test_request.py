@@ -25,7 +25,7 @@ from whisperd.speech.vad import SpeechDetector
 from whisperd.transcription.attempts import prompt_tokens
 from whisperd.transcription.batcher import Batcher, Ticket
 from whisperd.transcription.model import LoadedModel
-from whisperd.transcription.request import Listener, Transcription
+from whisperd.transcription.request import Listener, Transcription, usable
 
 MARKER = "monkeys"
 SWEEP_S = (
@@ -233,6 +233,17 @@ def test_prompt(tiny: LoadedModel, clips: dict[str, Clip]) -> None:
     assert found.text != ""
     with pytest.raises(RequestError, match="does not speak 'fr'"):
         Transcription(tiny, Options(language="fr"), CutOptions())
+
+
+def test_hints_that_the_model_lacks(tiny: LoadedModel) -> None:
+    """A language that the model lacks is left out of the hints with a warning, as long as one remains."""
+    options, warnings = usable(tiny, Options(languages=("de", "en", "ga")))
+    assert (options.language, options.languages) == ("en", ())
+    assert ["'de'" in warnings[0], "'ga'" in warnings[1], len(warnings)] == [True, True, 2]
+    assert transcribe(tiny, silence(1.0), Options(languages=("de", "en"))).warnings == warnings[:1]
+    assert usable(tiny, Options(languages=("en",))) == (Options(language="en"), ())
+    with pytest.raises(RequestError, match="does not speak 'de'"):
+        usable(tiny, Options(languages=("de", "fr")))
 
 
 def test_token_scores(tiny: LoadedModel, clips: dict[str, Clip]) -> None:

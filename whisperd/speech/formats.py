@@ -10,8 +10,8 @@ import json as jsonlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from whisperd.speech.languages import LANGUAGES, language_code
 from whisperd.speech.subtitles import Cue, Layout, cues
-from whisperd.speech.tokenizer import LANGUAGES, language_code
 from whisperd.speech.transcript import Segment, Transcript, WindowStatistics, Word
 
 SEEK_FRAMES_PER_S = 100  # Whisper counts time in mel frames of 10 ms

@@ -6,14 +6,14 @@ ids behind them.
 
 from __future__ import annotations
 
-import difflib
 import json
 import string
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from whisperd.errors import RequestError, SourceError
+from whisperd.errors import SourceError
+from whisperd.speech.languages import LANGUAGES
 from whisperd.speech.transcript import Task
 
 if TYPE_CHECKING:
@@ -26,32 +26,6 @@ WITHOUT_SPACES = frozenset({"zh", "ja", "th", "lo", "my", "yue"})
 OLD_CODES = {"iw": "he"}  # the first release names Hebrew by its old code
 REPLACEMENT = "\ufffd"  # what a decoder puts where bytes do not make a character yet
 
-# fmt: off
-LANGUAGES: Mapping[str, str] = {
-    "en": "english", "zh": "chinese", "de": "german", "es": "spanish", "ru": "russian", "ko": "korean",
-    "fr": "french", "ja": "japanese", "pt": "portuguese", "tr": "turkish", "pl": "polish", "ca": "catalan",
-    "nl": "dutch", "ar": "arabic", "sv": "swedish", "it": "italian", "id": "indonesian", "hi": "hindi",
-    "fi": "finnish", "vi": "vietnamese", "he": "hebrew", "uk": "ukrainian", "el": "greek", "ms": "malay",
-    "cs": "czech", "ro": "romanian", "da": "danish", "hu": "hungarian", "ta": "tamil", "no": "norwegian",
-    "th": "thai", "ur": "urdu", "hr": "croatian", "bg": "bulgarian", "lt": "lithuanian", "la": "latin",
-    "mi": "maori", "ml": "malayalam", "cy": "welsh", "sk": "slovak", "te": "telugu", "fa": "persian",
-    "lv": "latvian", "bn": "bengali", "sr": "serbian", "az": "azerbaijani", "sl": "slovenian", "kn": "kannada",
-    "et": "estonian", "mk": "macedonian", "br": "breton", "eu": "basque", "is": "icelandic", "hy": "armenian",
-    "ne": "nepali", "mn": "mongolian", "bs": "bosnian", "kk": "kazakh", "sq": "albanian", "sw": "swahili",
-    "gl": "galician", "mr": "marathi", "pa": "punjabi", "si": "sinhala", "km": "khmer", "sn": "shona",
-    "yo": "yoruba", "so": "somali", "af": "afrikaans", "oc": "occitan", "ka": "georgian", "be": "belarusian",
-    "tg": "tajik", "sd": "sindhi", "gu": "gujarati", "am": "amharic", "yi": "yiddish", "lo": "lao",
-    "uz": "uzbek", "fo": "faroese", "ht": "haitian creole", "ps": "pashto", "tk": "turkmen", "nn": "nynorsk",
-    "mt": "maltese", "sa": "sanskrit", "lb": "luxembourgish", "my": "myanmar", "bo": "tibetan", "tl": "tagalog",
-    "mg": "malagasy", "as": "assamese", "tt": "tatar", "haw": "hawaiian", "ln": "lingala", "ha": "hausa",
-    "ba": "bashkir", "jw": "javanese", "su": "sundanese", "yue": "cantonese",
-}
-OTHER_NAMES: Mapping[str, str] = {
-    "burmese": "my", "valencian": "ca", "flemish": "nl", "haitian": "ht", "letzeburgesch": "lb", "pushto": "ps",
-    "panjabi": "pa", "moldavian": "ro", "moldovan": "ro", "sinhalese": "si", "castilian": "es", "mandarin": "zh",
-}
-# fmt: on
-
 
 def _byte_alphabet() -> dict[str, int]:
     """Byte-level BPE writes each byte as a character that can be seen, as GPT-2's ``bytes_to_unicode`` does."""
@@ -61,19 +35,6 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 BYTE_OF: Mapping[str, int] = _byte_alphabet()
-
-
-def language_code(name: str) -> str:
-    """A code (``en``, ``en-US``) or an English name to Whisper's code; raises RequestError with the nearest names."""
-    wanted = name.strip().lower()
-    by_name = {**{english: code for code, english in LANGUAGES.items()}, **OTHER_NAMES}
-    base = wanted.replace("_", "-").partition("-")[0]
-    for code in (wanted, by_name.get(wanted, ""), base):
-        if code in LANGUAGES:
-            return code
-    near = difflib.get_close_matches(wanted, [*by_name, *LANGUAGES], n=3)
-    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else "; try a code such as 'en' or leave it out"
-    raise RequestError(f"unknown language {name!r}{hint}", param="language")
 
 
 class Vocabulary:

@@ -61,7 +61,7 @@ class WindowStatistics:
 class Transcript:
     """The outcome of one request. ``language`` is a code such as ``"en"``.
 
-    ``warnings`` say what is missing of the audio, one sentence each.
+    ``warnings``: sentences on what the caller should know, such as audio that is missing or a field that was ignored.
     """
 
     task: Task

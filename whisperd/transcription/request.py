@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import BinaryIO
 
 from whisperd.errors import Cancelled, RequestError
@@ -66,7 +66,7 @@ class Transcription:
         track: int | str | None = None,
         decoder: Decoder | None = None,
     ) -> None:
-        check(model, options)
+        options, self._warnings = usable(model, options)
         self._model = model
         self._task = options.task
         self._cutting = cutting
@@ -139,7 +139,7 @@ class Transcription:
             duration_s=total_samples / SAMPLE_RATE_HZ,
             segments=tuple(segments),
             windows=self._attempts.statistics,
-            warnings=warnings,
+            warnings=(*self._warnings, *warnings),
         )
 
     def _check_cancelled(self) -> None:
@@ -185,11 +185,20 @@ class _InOrder:
         self._listener.on_progress(window.end_s, self._total_s)
 
 
-def check(model: LoadedModel, options: Options) -> None:
-    """Raises RequestError when the model cannot do what the options ask."""
+def usable(model: LoadedModel, options: Options) -> tuple[Options, tuple[str, ...]]:
+    """Leaves out hints at languages that the model lacks; returns the options and a warning for each hint.
+
+    Raises RequestError when the model lacks the language, or every language of the hints.
+    """
     _check_language(model, options.language, "language")
-    for language in options.languages:
-        _check_language(model, language, "languages")
+    known = tuple(language for language in options.languages if language in model.vocabulary.languages)
+    lacking = [language for language in options.languages if language not in known]
+    if lacking and not known:
+        _check_language(model, lacking[0], "languages")
+    warnings = tuple(f"model {model.name!r} does not know the language {one!r}; the hint is ignored" for one in lacking)
+    if len(known) == 1 and options.language is None:
+        return replace(options, language=known[0], languages=()), warnings
+    return replace(options, languages=known), warnings
 
 
 def _check_language(model: LoadedModel, language: str | None, param: str) -> None:

@@ -20,6 +20,7 @@ from whisperd.serving.interface import Peer
 
 LOOPBACK_NAMES = frozenset({"127.0.0.1", "::1", "localhost"})
 SCHEME = "bearer"
+HEALTH = frozenset({"/livez", "/readyz", "/healthz", "/health"})  # whoever watches over a machine has no key
 
 
 class Guard:
@@ -28,7 +29,7 @@ class Guard:
     Args:
         app: the application.
         hosts: names besides those of loopback that Host and Origin may have.
-        key: what clients must send as a bearer token; None asks for none.
+        key: clients must send it as a bearer token, except to the health routes; None asks for none.
     """
 
     def __init__(self, app: ASGIApp, hosts: Collection[str], key: str | None) -> None:
@@ -42,7 +43,8 @@ class Guard:
             headers = Headers(scope=scope)
             self._check_host(headers)
             self._check_origin(headers)
-            self._check_key(headers)
+            if scope["path"] not in HEALTH:
+                self._check_key(headers)
         await self._app(scope, receive, send)
 
     def _check_host(self, headers: Headers) -> None:

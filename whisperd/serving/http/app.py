@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from http import HTTPStatus
 from typing import Any
@@ -30,7 +31,7 @@ from whisperd.serving.http.upload import Upload, receive_upload
 from whisperd.serving.interface import Admission, ApiSettings, Job, ModelCard, Service
 from whisperd.serving.spool import Spool
 from whisperd.serving.tasks import Pace
-from whisperd.speech.transcript import Task
+from whisperd.speech.transcript import Task, Transcript
 
 EVENTS_HEADER = "x-whisperd-events"  # a client that sends "1" knows whisperd's own events
 
@@ -65,7 +66,10 @@ def create_app(service: Service, settings: ApiSettings, spool: Spool, meter: Htt
 
 
 class Audio:
-    """Transcribes or translates one upload."""
+    """Transcribes or translates one upload.
+
+    A request takes its place before its body: nobody uploads an hour of audio to be refused after it.
+    """
 
     def __init__(self, service: Service, settings: ApiSettings, spool: Spool, task: Task) -> None:
         self._service = service
@@ -76,7 +80,6 @@ class Audio:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI; the file is closed when the answer is out."""
-        # before the body: nobody uploads an hour of audio to hear "later", and uploads count as requests
         with await self._service.admit() as admission:
             request = Request(scope, receive)
             upload = await receive_upload(request, self._spool, self._pace, self._service.resolve)
@@ -109,24 +112,23 @@ class Audio:
 
     async def _work(self, request: Request, job: Job, parameters: Parameters, send: Send) -> None:
         context = RequestContext.of(request)
-        if parameters.stream:
-            await self._stream(request, job)
-            return
-        transcript = await while_connected(self._service.transcribe(job), request.receive)
-        context.audio_s = transcript.duration_s
-        response = transcript_response(transcript, parameters.response_format, context.wall_s, parameters.layout)
-        await response(request.scope, request.receive, send)
+        context.warnings = parameters.warnings
 
-    async def _stream(self, request: Request, job: Job) -> None:
-        context = RequestContext.of(request)
-        told = stream(
-            self._service,
-            job,
-            context,
-            extended=request.headers.get(EVENTS_HEADER) == "1",
-            keep_alive_s=silence_s(request.headers, self._settings.keep_alive_s),
-        )
-        context.audio_s = (await while_connected(told, request.receive)).duration_s
+        async def transcribe(job: Job) -> Transcript:
+            transcript = await self._service.transcribe(job)
+            context.audio_s = transcript.duration_s
+            context.warnings = (*parameters.warnings, *transcript.warnings)
+            return replace(transcript, warnings=context.warnings)
+
+        if parameters.stream:
+            extended = request.headers.get(EVENTS_HEADER) == "1"
+            keep_alive_s = silence_s(request.headers, self._settings.keep_alive_s)
+            events = stream(transcribe, job, context, extended=extended, keep_alive_s=keep_alive_s)
+            await while_connected(events, request.receive)
+        else:
+            transcript = await while_connected(transcribe(job), request.receive)
+            response = transcript_response(transcript, parameters, context.wall_s)
+            await response(request.scope, request.receive, send)
 
 
 class Routes:

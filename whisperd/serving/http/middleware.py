@@ -23,19 +23,24 @@ from whisperd.serving.tasks import CANCELLED_RETRY_AFTER_S
 log = logging.getLogger(__name__)
 
 REQUEST_ID_CHARACTERS_MAX = 128
+WARNING_CHARACTERS_MAX = 2000  # many clients take 8 KiB of headers at most
 PROBES = frozenset({"/livez", "/readyz", "/healthz", "/health", "/metrics"})  # asked every few seconds, for ever
 METHODS = frozenset({"GET", "POST"})  # others are counted as one: a client may invent them
 OTHER = "other"
 
 
 class RequestContext:
-    """One request and its answer. Handlers fill in ``audio_s`` and ``model`` for the log, ``device`` for a header."""
+    """One request and its answer.
+
+    Handlers set ``audio_s`` and ``model`` for the log, ``device`` for a header, and ``warnings`` for both.
+    """
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, send_idle_s: float) -> None:
         self.request_id = _request_id(Headers(scope=scope).get("x-request-id", ""))
         self.audio_s: float | None = None
         self.model: str | None = None
         self.device: Callable[[], str | None] = lambda: None
+        self.warnings: tuple[str, ...] = ()
         self.streaming = False
         self._scope = scope
         self._receive = receive
@@ -75,6 +80,8 @@ class RequestContext:
             headers["openai-processing-ms"] = str(round(self.wall_s * 1000))
             if device := self.device():
                 headers["x-whisperd-device"] = device
+            if self.warnings:
+                headers["x-whisperd-warning"] = _header_text("; ".join(self.warnings))
         else:
             self._complete = not message.get("more_body", False)
         try:
@@ -111,7 +118,7 @@ class RequestContext:
         }
         log.log(
             logging.DEBUG if self._scope["path"] in PROBES else logging.INFO,
-            "%s %s %d in %d ms: %d bytes, %s s of audio, model %s, %s",
+            "%s %s %d in %d ms: %d bytes, %s s of audio, model %s, %s%s",
             self._scope["method"],
             path,
             self._status,
@@ -120,6 +127,7 @@ class RequestContext:
             audio,
             model,
             self.request_id,
+            "".join(f"; warning: {one}" for one in self.warnings),
             extra={"fields": fields},
         )
 
@@ -163,6 +171,11 @@ class ContextMiddleware:
         except Exception:
             log.exception("%s: unexpected error", context.request_id)
             await context.fail(Error(f"internal error; the log of the daemon has more under {context.request_id}"))
+
+
+def _header_text(text: str) -> str:
+    """What a header may hold."""
+    return "".join(one if one.isascii() and one.isprintable() else "?" for one in text)[:WARNING_CHARACTERS_MAX]
 
 
 def _request_id(given: str) -> str:

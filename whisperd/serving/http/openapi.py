@@ -26,6 +26,7 @@ HEADERS: Json = {
     for name, text in {
         "x-request-id": "The request's own, or one that was made for it; the log has it too.",
         "openai-processing-ms": "Time since the headers of the request were there.",
+        "x-whisperd-warning": "Absent, or what the caller should know of the result, such as an ignored field.",
         "x-whisperd-device": 'What the model computes on; "cpu (fallback)" while its GPU is lost.',
     }.items()
 }
@@ -38,7 +39,8 @@ def description() -> Json:
         "info": {
             "title": "whisperd",
             "version": VERSION,
-            "description": "Speech to text in OpenAI's wire format. Unknown fields are refused with 400.",
+            "description": "Speech to text in OpenAI's wire format. Unknown fields are refused with 400; harmless "
+            "fields of other servers are ignored, which the header x-whisperd-warning says.",
         },
         "paths": {
             "/v1/audio/transcriptions": {"post": _audio("Transcribe", "The text in the language that is spoken.")},

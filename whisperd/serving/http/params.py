@@ -1,11 +1,12 @@
-"""From the fields of a form to what is to be done. One table says which fields there are and what they take."""
+"""From the fields of a form to the parameters of a request. Tables list the fields and the values that they take."""
 
 from __future__ import annotations
 
 import difflib
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from dataclasses import fields as dataclass_fields
 from typing import Any, Literal, get_args
@@ -13,8 +14,8 @@ from typing import Any, Literal, get_args
 from whisperd.errors import RequestError, UnsupportedParameter
 from whisperd.serving.interface import Chunking
 from whisperd.speech.fallback import Options
+from whisperd.speech.languages import language_code, language_hint
 from whisperd.speech.subtitles import Layout
-from whisperd.speech.tokenizer import language_code
 from whisperd.speech.transcript import Task
 
 ResponseFormat = Literal["json", "text", "srt", "verbose_json", "vtt"]
@@ -38,7 +39,10 @@ CHUNKING_MEMBERS: Mapping[str, tuple[str, float, bool]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parameters:
-    """What one request asks for. A ``model`` of None is the default one, a ``bulk`` of None goes by the length."""
+    """What one request asks for. A ``model`` of None is the default one, a ``bulk`` of None goes by the length.
+
+    ``segments`` is False where only words are asked for. ``warnings``: a sentence for each field that is ignored.
+    """
 
     options: Options
     response_format: ResponseFormat = "json"
@@ -48,19 +52,44 @@ class Parameters:
     bulk: bool | None = None
     timeout_s: float | None = None
     stream: bool = False
+    segments: bool = True
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Field:
     """How one field is read: ``read`` raises ValueError for text that is not what ``expects`` says.
 
-    An ``array`` may be given more than once; ``choices`` are all the values there are, if they can be listed.
+    An ``array`` may be given more than once, as a JSON list, and with ``commas`` as one text with commas between its
+    items; ``choices`` are all the values there are, if they can be listed.
     """
 
     expects: str
     read: Callable[[str], Any]
     array: bool = False
+    commas: bool = False
     choices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ignored:
+    """A field of other servers. Values for which ``is_neutral`` holds change nothing here, for the reason given.
+
+    With another value the result would not be what was asked for: the field is refused, with ``otherwise``.
+    """
+
+    because: str
+    is_neutral: Callable[[str, Task], bool] = lambda _text, _task: True
+    otherwise: str = "leave it out"
+
+    def check(self, name: str, text: str, task: Task) -> str:
+        """Returns the warning; raises UnsupportedParameter when the value is not neutral."""
+        if not self.is_neutral(text.strip().lower(), task):
+            raise UnsupportedParameter(
+                f"{_cut(name)}={_cut(text)!r} is not supported here and would change the result; {self.otherwise}",
+                param=_cut(name),
+            )
+        return f"the field '{name.partition('[')[0]}' is ignored: {self.because}"
 
 
 def parse_fields(form: Iterable[tuple[str, str]], task: Task, defaults: Options) -> Parameters:
@@ -69,20 +98,24 @@ def parse_fields(form: Iterable[tuple[str, str]], task: Task, defaults: Options)
     A field without a value counts as absent: many clients send all of theirs.
     """
     given: dict[str, Any] = {}
+    warnings: list[str] = []
     for name, text in form:
         base = _base_name(name)
+        if base in IGNORED:
+            warnings += [IGNORED[base].check(name, text, task)] if text.strip() else []
+            continue
         known = _field(name, base)
         if not text.strip():
             continue
         if base in OBJECTS:
             given[base] = given.get(base, {}) | _chunking_members(_cut(name), text)
         elif known.array:
-            given[base] = (*given.get(base, ()), _value(name, known, text))
+            given[base] = (*given.get(base, ()), *(_value(name, known, item) for item in _items(known, text)))
         elif base in given:
             raise RequestError(f"{base} is given twice", param=_cut(name))
         else:
             given[base] = _value(name, known, text)
-    return _parameters(given, replace(defaults, task=task))
+    return replace(_parameters(given, replace(defaults, task=task)), warnings=tuple(warnings))
 
 
 def _parameters(given: Mapping[str, Any], defaults: Options) -> Parameters:
@@ -110,6 +143,7 @@ def _parameters(given: Mapping[str, Any], defaults: Options) -> Parameters:
         bulk=PRIORITIES[given.get("priority", "auto")],
         timeout_s=given.get("timeout"),
         stream=given.get("stream", False),
+        segments=set(given.get("timestamp_granularities", ())) != {"word"},
     )
 
 
@@ -188,9 +222,9 @@ def _number(value: object) -> float | None:
 
 
 def _base_name(name: str) -> str:
-    """``name[]`` and ``chunking_strategy[key]`` are ``name``: both are how clients write lists and objects."""
+    """Returns ``name`` for ``name[]``, ``name[0]``, ``chunking_strategy[key]``: so clients write lists and objects."""
     base, bracket, key = name.partition("[")
-    return base if bracket and (key == "]" or base in OBJECTS) else name
+    return base if bracket and (key[:-1].isdecimal() or key == "]" or base in OBJECTS) else name
 
 
 def _field(name: str, base: str) -> Field:
@@ -201,6 +235,15 @@ def _field(name: str, base: str) -> Field:
         hint = f"did you mean {near[0]!r}?" if near else f"there are: file, {', '.join(FIELDS)}"
         raise RequestError(f"unknown field {_cut(name)!r}; {hint}", param=_cut(name))
     return FIELDS[base]
+
+
+def _items(field: Field, text: str) -> Sequence[str]:
+    """The items of an array that one field of the form holds."""
+    with suppress(ValueError, RecursionError):
+        items = json.loads(text)
+        if isinstance(items, list) and all(isinstance(item, str) for item in items):
+            return [item for item in items if item.strip()]
+    return [item.strip() for item in text.split(",") if item.strip()] if field.commas else [text]
 
 
 def _value(name: str, field: Field, text: str) -> Any:
@@ -278,6 +321,22 @@ def _between(low: float, high: float) -> Callable[[str], float]:
     return read
 
 
+def _is(*values: str) -> Callable[[str, Task], bool]:
+    """Whether a value is one of these; numbers in any spelling."""
+
+    def is_one(text: str, _task: Task) -> bool:
+        with suppress(ValueError):
+            text = f"{float(text):g}"
+        return text in values
+
+    return is_one
+
+
+def _is_target(text: str, task: Task) -> bool:
+    """Whether the task's output has this language; a transcription's is the spoken one, whatever it is called."""
+    return task == "transcribe" or text.partition("-")[0] in {"en", "eng", "english"}
+
+
 def _threshold(low: float, high: float) -> Callable[[str], float | None]:
     number = _between(low, high)
     return lambda text: None if text.strip().lower() == "none" else number(text)
@@ -292,12 +351,15 @@ FIELDS: Mapping[str, Field] = {
     "prompt": Field(expects="text", read=str),
     "response_format": _choice(FORMATS, _response_format),
     "temperature": Field(expects="a number from 0 to 1", read=_between(0.0, 1.0)),
-    "timestamp_granularities": _choice(("segment", "word"), array=True),
+    "timestamp_granularities": _choice(("segment", "word"), array=True, commas=True),
     "stream": Field(expects="true or false", read=_boolean),
     "chunking_strategy": Field(expects="'auto' or an object of type server_vad", read=str),
-    "include": _choice(("logprobs",), array=True),
+    "include": _choice(("logprobs",), array=True, commas=True),
     "languages": Field(
-        expects="a language code or an English name", read=lambda text: language_code(_cut(text)), array=True
+        expects="a language code or an English name",
+        read=lambda text: language_hint(_cut(text)),
+        array=True,
+        commas=True,
     ),
     "keywords": Field(expects="a word or a name", read=str.strip, array=True),
     "hotwords": Field(expects="words and names, with commas between them", read=_words),
@@ -312,6 +374,47 @@ FIELDS: Mapping[str, Field] = {
     "no_speech_threshold": Field(expects="a number from 0 to 1, or 'none'", read=_threshold(0.0, 1.0)),
     "compression_ratio_threshold": Field(expects="a number from 0 to 100, or 'none'", read=_threshold(0.0, 100.0)),
     "log_prob_threshold": Field(expects="a number from -100 to 0, or 'none'", read=_threshold(-100.0, 0.0)),
+}
+OFF = _is("0", "false", "no", "off", "none")
+NO_RANDOM = "whisperd takes the most probable token, and draws only where a window fails its tests"
+IGNORED: Mapping[str, Ignored] = {
+    "task": Ignored(
+        because="the route says it",
+        is_neutral=lambda text, task: text == task,
+        otherwise="translations have the route /v1/audio/translations, transcriptions /v1/audio/transcriptions",
+    ),
+    "to_language": Ignored(
+        because="transcriptions are in the language that is spoken, translations are in English",
+        is_neutral=_is_target,
+        otherwise="Whisper translates into English only",
+    ),
+    "condition_on_previous_text": Ignored(because="each window is decoded by itself"),
+    "seed": Ignored(because=NO_RANDOM),
+    "user": Ignored(because="nobody is billed"),
+    "stream_include_usage": Ignored(because="the last event always has it"),
+    "stream_continuous_usage_stats": Ignored(because="the last event has them"),
+    "fp16": Ignored(because="the daemon's configuration says it (engine.compute_type)"),
+    "threads": Ignored(because="the daemon's configuration says it (engine.threads_per_worker)"),
+    "batch_size": Ignored(because="the daemon's configuration says it (engine.batch_size)"),
+    "encode": Ignored(because="every container that ffmpeg reads is read"),
+    "verbose": Ignored(because="the log has one line for each request"),
+    "log_progress": Ignored(because="the log has one line for each request"),
+    "n": Ignored(because="there is one transcript", is_neutral=_is("1")),
+    "top_p": Ignored(because=NO_RANDOM, is_neutral=_is("1")),
+    "top_k": Ignored(because=NO_RANDOM, is_neutral=_is("0", "-1")),
+    "min_p": Ignored(because=NO_RANDOM, is_neutral=_is("0")),
+    "frequency_penalty": Ignored(because="it is zero", is_neutral=_is("0")),
+    "presence_penalty": Ignored(because="it is zero", is_neutral=_is("0")),
+    "repetition_penalty": Ignored(because="it is one", is_neutral=_is("1")),
+    "length_penalty": Ignored(because="it is one", is_neutral=_is("1")),
+    "patience": Ignored(because="it is one", is_neutral=_is("1")),
+    "no_repeat_ngram_size": Ignored(because="it is zero", is_neutral=_is("0")),
+    "use_beam_search": Ignored(because="it is off", is_neutral=OFF, otherwise="set beam_size"),
+    "without_timestamps": Ignored(because="it is off", is_neutral=OFF, otherwise="response_format=json has no times"),
+    "diarize": Ignored(because="it is off", is_neutral=OFF, otherwise="whisperd makes no speaker labels"),
+    "translate": Ignored(because="it is off", is_neutral=OFF, otherwise="use the route /v1/audio/translations"),
+    "suppress_blank": Ignored(because="it is on", is_neutral=_is("1", "true", "yes", "on")),
+    "suppress_tokens": Ignored(because="it is Whisper's own list", is_neutral=_is("-1")),
 }
 INSTEAD: Mapping[str, str] = {
     "known_speaker_names": "whisperd makes no speaker labels",

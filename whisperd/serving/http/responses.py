@@ -10,49 +10,97 @@ from typing import Any, assert_never
 
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
-from whisperd.errors import DeadlineExceeded, Error, Unavailable
-from whisperd.serving.http.params import ResponseFormat
+from whisperd.errors import DeadlineExceeded, Error, InvalidApiKey, Unavailable
+from whisperd.serving.http.params import Parameters
 from whisperd.speech import formats
-from whisperd.speech.subtitles import Layout
 from whisperd.speech.transcript import Segment, Transcript
 
+AUDIO_TOKENS_PER_S = 10  # of OpenAI's models, which count 100 ms of audio as one token
 
-def transcript_response(
-    transcript: Transcript, response_format: ResponseFormat, wall_s: float, layout: Layout | None = None
-) -> Response:
-    """The whole transcript as one answer; ``layout`` is for subtitles."""
-    match response_format:
+
+def transcript_response(transcript: Transcript, parameters: Parameters, wall_s: float) -> Response:
+    """The whole transcript as one answer, in the format that was asked for."""
+    match parameters.response_format:
         case "json":
-            return _json(transcript)
+            return JSONResponse(_json(transcript, logprobs=parameters.options.token_scores))
         case "verbose_json":
-            return JSONResponse(verbose(transcript, wall_s))
+            words, segments = parameters.options.word_timestamps, parameters.segments
+            return JSONResponse(verbose(transcript, wall_s, words=words, segments=segments))
         case "text":
             return PlainTextResponse(transcript.text + "\n")
         case "srt":
-            return PlainTextResponse(formats.srt(transcript, layout))
+            return PlainTextResponse(formats.srt(transcript, parameters.layout))
         case "vtt":
-            return PlainTextResponse(formats.vtt(transcript, layout), media_type="text/vtt")
+            return PlainTextResponse(formats.vtt(transcript, parameters.layout), media_type="text/vtt")
         case _:
-            assert_never(response_format)
+            assert_never(parameters.response_format)
 
 
-def verbose(transcript: Transcript, wall_s: float) -> dict[str, Any]:
-    """OpenAI's ``verbose_json`` with its usage and what whisperd adds."""
-    return formats.verbose_json(transcript) | {
-        "usage": usage(transcript),
-        "x_whisperd": formats.extension(transcript, wall_s),
+def verbose(transcript: Transcript, wall_s: float, *, words: bool, segments: bool = True) -> dict[str, Any]:
+    """OpenAI's ``verbose_json`` with its usage and what whisperd adds.
+
+    Args:
+        transcript: the result.
+        wall_s: time since the request's head.
+        words: whether words were asked for: the list is there even when nobody spoke.
+        segments: False leaves the segments out, as OpenAI does where only words are asked for.
+    """
+    whole = formats.verbose_json(transcript)
+    if words:
+        whole.setdefault("words", [])
+    if not segments:
+        del whole["segments"]
+    return (
+        whole
+        | {"usage": _seconds(transcript), "x_whisperd": formats.extension(transcript, wall_s)}
+        | warnings_member(transcript)
+    )
+
+
+def done_members(transcript: Transcript, *, logprobs: bool) -> dict[str, Any]:
+    """Members of the event ``transcript.text.done``. Its usage must be in tokens: OpenAI's type knows no other."""
+    return (
+        {"text": transcript.text, "usage": _tokens(transcript)}
+        | _languages(transcript)
+        | scores(transcript.segments, asked=logprobs)
+        | warnings_member(transcript)
+    )
+
+
+def warnings_member(transcript: Transcript) -> dict[str, Any]:
+    """The member ``warnings`` when there are any."""
+    return {"warnings": list(transcript.warnings)} if transcript.warnings else {}
+
+
+def _seconds(transcript: Transcript) -> dict[str, Any]:
+    """Usage of a model that OpenAI bills by time."""
+    return {"type": "duration", "seconds": round(transcript.duration_s, 3)}
+
+
+def _tokens(transcript: Transcript) -> dict[str, Any]:
+    """Usage of a model that OpenAI bills by token: audio at OpenAI's rate, and the tokens that the model wrote."""
+    n_input = math.ceil(transcript.duration_s * AUDIO_TOKENS_PER_S)
+    n_output = sum(len(segment.tokens) for segment in transcript.segments)
+    return {
+        "type": "tokens",
+        "input_tokens": n_input,
+        "input_token_details": {"audio_tokens": n_input},
+        "output_tokens": n_output,
+        "total_tokens": n_input + n_output,
     }
 
 
-def usage(transcript: Transcript) -> dict[str, Any]:
-    """What OpenAI would bill."""
-    return {"type": "duration", "seconds": round(transcript.duration_s, 3)}
+def _languages(transcript: Transcript) -> dict[str, Any]:
+    """What was spoken; OpenAI has it for transcriptions only. Empty where the language is not known."""
+    if transcript.task == "translate":
+        return {}
+    return {"languages": [{"code": transcript.language}] if transcript.language else []}
 
 
 def error_response(error: Error, *, headers: Mapping[str, str] | None = None) -> Response:
     """An error with its status; one that passes says when to come back."""
     return JSONResponse(
-        error_body(error), status_code=error.http_status, headers=retry_headers(error) | dict(headers or {})
+        error_body(error), status_code=error.http_status, headers=error_headers(error) | dict(headers or {})
     )
 
 
@@ -81,11 +129,13 @@ def envelope(message: str, *, type: str, code: str, param: str | None = None) ->
     return {"error": {"message": message, "type": type, "param": param, "code": code}}
 
 
-def retry_headers(error: Error) -> dict[str, str]:
-    """Both spellings of the time to wait: whole seconds for everybody, milliseconds for OpenAI's clients.
+def error_headers(error: Error) -> dict[str, str]:
+    """When to come back, in whole seconds for everybody and in milliseconds for OpenAI's clients; how to log in.
 
-    Those clients also repeat what took too long, unless they are told not to.
+    OpenAI's clients also repeat what took too long, unless a header forbids it.
     """
+    if isinstance(error, InvalidApiKey):
+        return {"www-authenticate": 'Bearer realm="whisperd"'}
     if isinstance(error, DeadlineExceeded):
         return {"x-should-retry": "false"}
     if not isinstance(error, Unavailable):
@@ -96,11 +146,15 @@ def retry_headers(error: Error) -> dict[str, str]:
     }
 
 
-def scores(segments: Sequence[Segment]) -> dict[str, Any]:
-    """The member ``logprobs`` when it was asked for."""
-    asked = any(segment.scores is not None for segment in segments)
+def scores(segments: Sequence[Segment], *, asked: bool) -> dict[str, Any]:
+    """The member ``logprobs`` when it was asked for; empty when nobody spoke."""
     return {"logprobs": formats.logprobs(segments)} if asked else {}
 
 
-def _json(transcript: Transcript) -> Response:
-    return JSONResponse({"text": transcript.text, "usage": usage(transcript)} | scores(transcript.segments))
+def _json(transcript: Transcript, *, logprobs: bool) -> dict[str, Any]:
+    return (
+        {"text": transcript.text, "usage": _seconds(transcript)}
+        | _languages(transcript)
+        | scores(transcript.segments, asked=logprobs)
+        | warnings_member(transcript)
+    )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from whisperd.serving.interface import ModelCard
-from whisperd.speech.tokenizer import LANGUAGES
+from whisperd.speech.languages import LANGUAGES
 from whisperd.version import VERSION
 
 if TYPE_CHECKING:

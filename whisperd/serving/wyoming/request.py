@@ -8,7 +8,7 @@ from typing import Any
 
 from whisperd.errors import RequestError
 from whisperd.speech.fallback import Options
-from whisperd.speech.tokenizer import language_code
+from whisperd.speech.languages import language_code
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
