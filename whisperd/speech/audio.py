@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 
 from whisperd.errors import AudioError, AudioTooLong, RequestError
 from whisperd.speech import chains, mixing
+from whisperd.speech.languages import language_code
 from whisperd.speech.timeline import Completeness, Timeline
-from whisperd.speech.tokenizer import language_code
 from whisperd.speech.units import SAMPLE_RATE_HZ, Samples
 
 if TYPE_CHECKING:
