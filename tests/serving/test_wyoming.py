@@ -15,14 +15,14 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from wyoming.asr import Transcribe
+from wyoming.asr import Transcribe, Transcript
 from wyoming.audio import AudioChunk, AudioStart, AudioStop
 from wyoming.client import AsyncClient, AsyncUnixClient
 from wyoming.event import Event, async_write_event
 from wyoming.info import Describe, Info
 from wyoming.ping import Ping
 
-from tests.support.service_fake import MODEL, PATIENCE_S, TEXT, FakeService
+from tests.support.service_fake import MODEL, PATIENCE_S, TEXT, TRANSCRIPT, FakeService
 from whisperd.config.options import ServerTable
 from whisperd.errors import ConfigError, QueueFull, RequestError
 from whisperd.metrics import WyomingMeter
@@ -207,20 +207,65 @@ def test_mistakes(tmp_path: Path, asked: Transcribe, audio_format: dict[str, int
     run(main())
 
 
-def test_nothing_was_said(tmp_path: Path) -> None:
-    """A stream without audio is a mistake, as is one whose format changes."""
+NO_CHUNK = [
+    [Transcribe(language="de").event(), AudioStart(rate=RATE_HZ, width=2, channels=1).event(), AudioStop().event()],
+    [Transcribe(language="de").event(), AudioStop().event()],
+    [AudioStart(rate=RATE_HZ, width=2, channels=1).event(), AudioStop().event()],
+    [AudioStart(rate=RATE_HZ, width=2, channels=1).event(),
+     AudioChunk(rate=RATE_HZ, width=2, channels=1, audio=b"").event(), AudioStop().event()],
+    [AudioStop().event()],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("sent", NO_CHUNK)
+def test_audio_stop_without_a_chunk(tmp_path: Path, sent: list[Event]) -> None:
+    """An utterance without audio has an empty transcript, nothing is transcribed, and the connection goes on."""
+
+    async def main() -> None:
+        async with house(tmp_path) as found, found.client() as client:
+            for event in sent:
+                await client.write_event(event)
+            events = await answers(client, "transcript-stop")
+            assert [event.type for event in events] == ["transcript-start", "transcript", "transcript-stop"]
+            transcript = Transcript.from_event(events[1])
+            assert (transcript.text, transcript.language) == ("", "de" if Transcribe.is_type(sent[0].type) else None)
+            assert not found.service.jobs
+            await say(client)
+            assert (await answers(client, "transcript"))[-1].data["text"] == TEXT
+            assert await found.results(2) == ["ok", "ok"]
+
+    run(main())
+
+
+def test_silence(tmp_path: Path) -> None:
+    """Where nobody spoke there are the same events, and the transcript is empty."""
+
+    async def main() -> None:
+        async with house(tmp_path) as found, found.client() as client:
+            found.service.transcript = replace(TRANSCRIPT, segments=(), language="")
+            for _ in range(2):
+                await say(client)
+                events = await answers(client, "transcript-stop")
+                assert [event.type for event in events] == ["transcript-start", "transcript", "transcript-stop"]
+                assert events[1].data["text"] == ""
+                assert events[1].data.get("language") is None
+            assert len(found.service.jobs) == 2
+            assert await found.results(2) == ["ok", "ok"]
+
+    run(main())
+
+
+def test_a_changing_format(tmp_path: Path) -> None:
+    """An utterance whose format changes is a mistake."""
 
     async def main() -> None:
         async with house(tmp_path) as found:
-            async with found.client() as client:
-                await say(client, b"")
-                assert "no audio came" in (await answers(client, "error"))[0].data["text"]
             async with found.client() as client:
                 for channels in (1, 2):
                     chunk = AudioChunk(rate=RATE_HZ, width=2, channels=channels, audio=SECOND)
                     await client.write_event(chunk.event())
                 assert "format of the audio changes" in (await answers(client, "error"))[0].data["text"]
-            assert await found.results(2) == ["invalid_value"] * 2
+            assert await found.results(1) == ["invalid_value"]
 
     run(main())
 

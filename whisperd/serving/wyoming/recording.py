@@ -81,10 +81,10 @@ class Recording:
             raise FileTooLarge(f"the audio has more than {WAV_BYTES_MAX} bytes")
         self._file.write(chunk.payload or b"")
 
-    def finished(self) -> BinaryIO:
-        """The file, standing at its beginning; raises RequestError when nothing was recorded."""
+    def finished(self) -> BinaryIO | None:
+        """The file with its header, standing at its beginning; None where not even one sample has come."""
         if self._format is None or self.n_bytes < self._format.frame_bytes:
-            raise RequestError("no audio came before audio-stop")
+            return None
         file = self._file.rewound()
         file.write(wav_header(self._format, self.n_bytes))
         return self._file.rewound()

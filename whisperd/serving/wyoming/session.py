@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 from urllib.parse import quote
 
 from whisperd.errors import Cancelled, Draining, Error
@@ -56,6 +56,8 @@ class _Turn:
     recording: Recording | None = None
     model: str = "-"
     result: str = OK
+    is_started: bool = False  # transcript-start was sent
+    warnings: tuple[str, ...] = ()
 
     def report(self) -> None:
         """The line in the log; never what was said."""
@@ -70,10 +72,16 @@ class _Turn:
             "WHISPERD_MODEL": quote(self.model),
         }
         log.info(
-            "wyoming %s in %d ms: %d bytes, %.1f s of audio, model %s, %s",
+            "wyoming %s in %d ms: %d bytes, %.1f s of audio, model %s, %s%s",
             self.result, wall_ms, n_bytes, audio_s, quote(self.model), self.request_id,
+            "".join(f"; warning: {one}" for one in self.warnings),
             extra={"fields": fields},
         )  # fmt: skip
+
+
+def _empty(language: str | None) -> Transcript:
+    """What no audio says."""
+    return Transcript(task="transcribe", language=language or "", language_probability=0.0, duration_s=0.0, segments=())
 
 
 class Session:
@@ -162,7 +170,7 @@ class Session:
 
     async def _converse(self) -> None:
         while not self._stopping and (event := await self._between()) is not None:
-            if event.type in {"transcribe", "audio-start", "audio-chunk"}:
+            if event.type in {"transcribe", "audio-start", "audio-chunk", "audio-stop"}:
                 await self._turn(event)
 
     async def _between(self) -> Event | None:
@@ -197,7 +205,7 @@ class Session:
         """One utterance, with its line in the log."""
         turn = _Turn()
         try:
-            await self._send_last(await run_unless_gone(self._served(turn, first), self._gone.wait()))
+            await self._send_last(turn, await run_unless_gone(self._served(turn, first), self._gone.wait()))
         except Error as error:
             turn.result = error.code
             raise
@@ -218,7 +226,12 @@ class Session:
             turn.recording = Recording(file, self._settings.audio_s())
             request = await self._recorded(turn.recording, first)
             turn.heard_s = time.monotonic()
-            return await self._transcribed(turn, admission, turn.recording, request)
+            audio = turn.recording.finished()
+            if audio is None:  # somebody has only touched the button
+                return _empty(request.options.language)
+            transcript = await self._transcribed(turn, admission, audio, request)
+            turn.warnings = transcript.warnings
+            return transcript
 
     async def _recorded(self, recording: Recording, first: Event) -> Request:
         """Takes what comes until ``audio-stop``; returns what was asked for."""
@@ -244,52 +257,58 @@ class Session:
             raise Cancelled("the client went away")
         return event
 
-    async def _transcribed(
-        self, turn: _Turn, admission: Admission, recording: Recording, request: Request
-    ) -> Transcript:
+    async def _transcribed(self, turn: _Turn, admission: Admission, audio: BinaryIO, request: Request) -> Transcript:
         """Sends each segment as soon as it is known; clients that want the whole wait for ``transcript``."""
         turn.model = request.model or next((card.id for card in self._service.models()), "-")
         loop = asyncio.get_running_loop()
-        told: asyncio.Queue[Segment | None] = asyncio.Queue()
+        segments: asyncio.Queue[Segment | None] = asyncio.Queue()
 
-        def tell(segment: Segment) -> None:
-            loop.call_soon_threadsafe(told.put_nowait, segment)
+        def put(segment: Segment) -> None:
+            loop.call_soon_threadsafe(segments.put_nowait, segment)
 
         job = Job(
             admission=admission,
-            audio=recording.finished(),
+            audio=audio,
             filename="the utterance",
             model=request.model,
             options=replace(request.options, task="transcribe"),
             chunking=Chunking(),
             request_id=turn.request_id,
-            on_segment=tell,
+            on_segment=put,
         )
         work = asyncio.create_task(self._service.transcribe(job))
-        work.add_done_callback(lambda _: told.put_nowait(None))
+        work.add_done_callback(lambda _: segments.put_nowait(None))
         try:
-            await self._send_chunks(told, request.options.language)
+            await self._send_chunks(turn, segments, request.options.language)
             return work.result()
         finally:
             await cancel_and_wait(work)
 
-    async def _send_chunks(self, told: asyncio.Queue[Segment | None], language: str | None) -> None:
-        from wyoming.asr import TranscriptChunk, TranscriptStart
+    async def _send_chunks(self, turn: _Turn, segments: asyncio.Queue[Segment | None], language: str | None) -> None:
+        from wyoming.asr import TranscriptChunk
 
-        n_sent = 0
-        while (segment := await told.get()) is not None:
-            if not n_sent:
-                await self._send(TranscriptStart(language=language).event())
-            await self._send(TranscriptChunk(text=segment.text if n_sent else segment.text.lstrip()).event())
-            n_sent += 1
+        while (segment := await segments.get()) is not None:
+            text = segment.text if turn.is_started else segment.text.lstrip()
+            await self._send_start(turn, language)
+            await self._send(TranscriptChunk(text=text).event())
 
-    async def _send_last(self, transcript: Transcript) -> None:
+    async def _send_start(self, turn: _Turn, language: str | None) -> None:
+        """Sends ``transcript-start`` once."""
+        from wyoming.asr import TranscriptStart
+
+        if not turn.is_started:
+            turn.is_started = True
+            await self._send(TranscriptStart(language=language).event())
+
+    async def _send_last(self, turn: _Turn, transcript: Transcript) -> None:
+        """Ends the stream of events, which silence has as well."""
         from wyoming import asr
 
-        await self._send(asr.Transcript(text=transcript.text, language=transcript.language).event())
-        if transcript.segments:
-            with suppress(Cancelled):  # who wants no stream has what it came for
-                await self._send(asr.TranscriptStop().event())
+        language = transcript.language or None
+        await self._send_start(turn, language)
+        await self._send(asr.Transcript(text=transcript.text, language=language).event())
+        with suppress(Cancelled):  # Home Assistant closes the connection as soon as it has the transcript
+            await self._send(asr.TranscriptStop().event())
 
     async def _send(self, event: Event) -> None:
         """Raises Cancelled when the client is gone or does not read."""
