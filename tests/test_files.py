@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from whisperd import files
-from whisperd.files import umask, write_atomically
+from whisperd.files import read_small, umask, write_atomically
 
 # 8 threads write while one reads the umask of the process from outside, as the kernel reports it.
 THREADS = """
@@ -87,3 +87,18 @@ def test_many_writers_of_one_file(tmp_path: Path) -> None:
     with ThreadPoolExecutor(10) as pool:
         list(pool.map(lambda text: write_atomically(tmp_path / "file", text), texts))
     assert (tmp_path / "file").read_text(encoding="utf-8") in texts
+
+
+def test_a_small_file_is_read_with_a_bound(tmp_path: Path) -> None:
+    """A regular file up to the bound, /dev/null as empty; nothing larger, and nothing that could wait or never end."""
+    path = tmp_path / "file"
+    path.write_bytes(b"12345")
+    os.mkfifo(tmp_path / "fifo")
+    assert (read_small(path, 5), read_small(Path("/dev/null"), 5)) == (b"12345", b"")
+    with pytest.raises(OSError, match="it is larger than 4 bytes"):
+        read_small(path, 4)
+    with pytest.raises(IsADirectoryError):
+        read_small(tmp_path, 5)
+    for special in (tmp_path / "fifo", Path("/dev/zero"), Path("/dev/tty")):
+        with pytest.raises(OSError, match=r"no regular file|No such device"):
+            read_small(special, 5)

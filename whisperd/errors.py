@@ -24,6 +24,7 @@
     │   └── QueueFull  ModelLoading  Draining  SpoolFull
     ├── DaemonUnreachable        no daemon answers on the socket
     │   └── SocketPermissionError
+    ├── OutputError              stdout cannot be written: it is closed, or its disk is full
     ├── RemoteError              the daemon answered with an error (client side)
     └── Cancelled                the caller went away or pressed Ctrl-C
         └── DeadlineExceeded
@@ -329,6 +330,13 @@ class SocketPermissionError(DaemonUnreachable):
 
     exit_code = ExitCode.NO_PERMISSION
     code = "socket_permission"
+
+
+class OutputError(Error):
+    """Standard output cannot be written."""
+
+    exit_code = ExitCode.IO_ERROR
+    code = "output_error"
 
 
 class RemoteError(Error):

@@ -7,10 +7,11 @@ import os
 import socket
 import struct
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal
 
+Hide = Callable[[str], str]
 LogFormat = Literal["auto", "plain", "journal"]
 
 # sd-daemon(3): the priority of a line on stderr
@@ -56,6 +57,27 @@ class JournalHandler(logging.Handler):
         super().close()
 
 
+class SecretFilter(logging.Filter):
+    """Strikes secrets out of records: the message, the traceback and the journal's fields.
+
+    Args:
+        hide: returns a text without secrets.
+    """
+
+    def __init__(self, hide: Hide) -> None:
+        super().__init__()
+        self._hide = hide
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Changes the record; keeps all."""
+        record.msg, record.args = self._hide(record.getMessage()), ()
+        if record.exc_info:
+            record.exc_text = self._hide(logging.Formatter().formatException(record.exc_info))
+        fields = getattr(record, "fields", {})
+        record.fields = {name: self._hide(str(value)) for name, value in fields.items()}
+        return True
+
+
 def entry(record: logging.LogRecord, message: str) -> bytes:
     """A record in the journal's native protocol; ``record.fields`` are fields of its own."""
     fields = {
@@ -79,8 +101,8 @@ def _priority(record: logging.LogRecord) -> int:
     return PRIORITIES.get(record.levelno, 6)
 
 
-def configure(level: str, log_format: LogFormat, environ: Mapping[str, str]) -> None:
-    """Sends all logs to the journal with their fields, or to stderr as lines."""
+def configure(level: str, log_format: LogFormat, environ: Mapping[str, str], *, hide: Hide = str) -> None:
+    """Sends all logs to the journal with their fields, or to stderr as lines; ``hide`` strikes secrets out."""
     to_journal = log_format != "plain" and leads_to_journal(environ)
     handler: logging.Handler = logging.StreamHandler(sys.stderr)
     if to_journal or log_format == "journal":
@@ -89,6 +111,7 @@ def configure(level: str, log_format: LogFormat, environ: Mapping[str, str]) -> 
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
     root = logging.getLogger()
     root.handlers = [JournalHandler(handler) if to_journal else handler]
+    root.handlers[0].addFilter(SecretFilter(hide))
     set_level(level)
 
 

@@ -474,9 +474,9 @@ def test_the_token_has_an_order_and_stays_hidden(tmp_path: Path) -> None:
 
 
 def test_a_token_that_cannot_be_read_is_no_token(tmp_path: Path) -> None:
-    """A missing, unreadable, empty or binary token file counts as absent."""
+    """A missing, unreadable or empty token file counts as absent."""
     (tmp_path / "hf-token").mkdir()
-    (tmp_path / "token").write_bytes(b"\xff\xfe")
+    (tmp_path / "token").write_bytes(b" \n")
     environ = {"CREDENTIALS_DIRECTORY": str(tmp_path), "HF_HOME": str(tmp_path), "HF_TOKEN": " "}
     assert token(environ) is None
     assert token({"HOME": str(tmp_path / "none")}) is None
@@ -521,3 +521,75 @@ def test_the_package_is_light() -> None:
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_variable_that_overrules_the_file_is_its_origin(file: Path) -> None:
+    """HF_HUB_OFFLINE wins over the file, and that is what is shown; set to nothing true it changes nothing."""
+    text = "[reconcile]\noffline = false"
+    shown = {one.key: (one.value, one.origin) for one in effective(load_text(file, text, HF_HUB_OFFLINE="1"))}
+    assert shown["reconcile.offline"] == ("true", "$HF_HUB_OFFLINE")
+    shown = {one.key: (one.value, one.origin) for one in effective(load_text(file, text, TRANSFORMERS_OFFLINE="0"))}
+    assert shown["reconcile.offline"] == ("false", str(file))
+
+
+def test_a_byte_order_mark_is_no_part_of_the_file(file: Path) -> None:
+    """A file that an editor on Windows has written is read, with its lines."""
+    file.write_bytes(b'\xef\xbb\xbfforce = true\r\nlog_level = "debug"\r\n')
+    loaded = load(file, environ={}, cwd=file.parent)
+    assert (loaded.config.force, loaded.config.log_level) == (True, "debug")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"force = true\rlog_level = 'debug'\n", "not TOML: "),
+        (b"# a comment\rforce = true\n", "not TOML: "),
+        (b"log_level = 'd\xe9bug'\n", "is not UTF-8: byte 14 is 0xe9; save it as UTF-8"),
+        (b"#" * (1 << 20) + b"\n", "cannot be read: it is larger than 1048576 bytes"),
+    ],
+    ids=["lone CR", "lone CR in a comment", "Latin-1", "too large"],
+)
+def test_a_file_that_is_no_configuration(file: Path, data: bytes, message: str) -> None:
+    """A carriage return alone ends no line, and a file has a largest size."""
+    file.write_bytes(data)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load(file, environ={}, cwd=file.parent)
+
+
+@pytest.mark.parametrize("special", ["fifo", "/dev/zero", "directory"])
+def test_only_regular_files_are_read(special: str, tmp_path: Path) -> None:
+    """A FIFO that nobody writes to and a device without an end are refused at once."""
+    path = tmp_path / special if special.isalpha() else Path(special)
+    if special == "fifo":
+        os.mkfifo(path)
+    elif special == "directory":
+        path.mkdir()
+    with pytest.raises(ConfigError, match="Is a directory" if special == "directory" else "it is no regular file"):
+        load(path, environ={}, cwd=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("server.tcp='127.0.0.1:99999'", "expects an address and a port"),
+        ("server.tcp='localhost:9000'", "expects an address and a port"),
+        ("server.tcp='1.2.3:9000'", "expects an address and a port"),
+        ("server.tcp='[127.0.0.1]:9000'", "expects an address and a port"),
+        ("server.tcp='::1:9000'", "expects an address and a port"),
+        ("server.wyoming='unix:relative'", 'or "unix:/path"'),
+        ("server.tcp_hosts=['http://speech.lan']", "expects a host's name without scheme, port or path"),
+        ("server.tcp_hosts=['speech.lan:9000']", "expects a host's name without scheme, port or path"),
+        ("reconcile.endpoint='https://'", "expects an http:// or https:// address"),
+        ("reconcile.endpoint='https://hub:99999'", "expects an http:// or https:// address"),
+        ("reconcile.endpoint='https://hub?x'", "expects an http:// or https:// address"),
+        ("reconcile.endpoint='https://me:secret@hub'", "without a user or password"),
+        ('server.spool_dir="/a\\u0000b"', "expects an absolute path"),
+        ("models=[{repo='a/b', name=\"a\\u0007\"}]", "expects a name without spaces"),
+    ],
+)
+def test_addresses_and_names_that_cannot_be(override: str, message: str) -> None:
+    """What no machine can listen at, reach or send is refused by its form, and a password is not repeated."""
+    with pytest.raises(ConfigError) as caught:
+        load_bare(override)
+    assert message in str(caught.value)
+    assert "secret" not in str(caught.value)

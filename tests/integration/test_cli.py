@@ -93,7 +93,7 @@ def test_transcribe_stdin(daemon: DaemonProcess, clips: dict[str, Clip]) -> None
 def test_transcribe_to_files(daemon: DaemonProcess, clips: dict[str, Clip], tmp_path: Path) -> None:
     """Every format is written beside the others, with word times in the JSON."""
     done = whisperd(
-        daemon.directory, "transcribe", clips["monkeys"].path, clips["agent"].path, "-f", "all", "-o", tmp_path / "out",
+        daemon.directory, "transcribe", clips["monkeys"].path, clips["agent"].path, "-f", "all", "-d", tmp_path / "out",
         "-l", "English", "--word-timestamps",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -158,7 +158,7 @@ def test_same_stem(daemon: DaemonProcess, clips: dict[str, Clip], tmp_path: Path
     """Two inputs that differ only in their ending do not overwrite each other's result."""
     for name in ("a.flac", "a.wav"):
         (tmp_path / name).write_bytes(clips["monkeys"].path.read_bytes())
-    done = whisperd(daemon.directory, "transcribe", tmp_path / "a.flac", tmp_path / "a.wav", "-o", tmp_path / "out")
+    done = whisperd(daemon.directory, "transcribe", tmp_path / "a.flac", tmp_path / "a.wav", "-d", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"a.flac.txt", "a.wav.txt"}
 
@@ -168,7 +168,7 @@ def test_a_batch(daemon: DaemonProcess, clips: dict[str, Clip], tmp_path: Path) 
     for name in ("one.flac", "sub/two.flac", "sub/three.flac"):
         (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "in" / name).write_bytes(clips["monkeys"].path.read_bytes())
-    batch = ["transcribe", tmp_path / "in", "-j", "3", "-f", "txt", "-f", "srt", "-o", tmp_path / "out"]
+    batch = ["transcribe", tmp_path / "in", "-j", "3", "-f", "txt", "-f", "srt", "-d", tmp_path / "out"]
     first = whisperd(daemon.directory, *batch)
     assert (first.returncode, first.stdout) == (0, ""), first.stderr
     found = sorted(path for path in (tmp_path / "out").rglob("*.*"))
@@ -213,7 +213,7 @@ def test_interrupted_batch(daemon: DaemonProcess, clips: dict[str, Clip], tmp_pa
     (tmp_path / "1.flac").write_bytes(clips["monkeys"].path.read_bytes())
     long = np.tile(clips["instruct"].samples(), 12)  # not done yet when its first lines are there
     (tmp_path / "2.wav").write_bytes(wav(long).getvalue())
-    arguments = ["transcribe", str(tmp_path), "-j", "1", "-o", str(tmp_path / "out"), "--live"]
+    arguments = ["transcribe", str(tmp_path), "-j", "1", "-d", str(tmp_path / "out"), "--live"]
     process = subprocess.Popen(
         [sys.executable, "-m", "whisperd", *arguments],
         stdout=subprocess.PIPE,
@@ -260,10 +260,15 @@ def test_partial_failure(daemon: DaemonProcess, clips: dict[str, Clip], tmp_path
     assert (missing.returncode, missing.stdout) == (66, "")
     assert "nothing.wav: No such file" in missing.stderr
     done = daemon.client.status()["requests"]["done"]
-    nowhere = whisperd(daemon.directory, "transcribe", clips["monkeys"].path, "-o", "/proc/nowhere")
+    nowhere = whisperd(daemon.directory, "transcribe", clips["monkeys"].path, "-d", "/proc/nowhere")
     assert (nowhere.returncode, nowhere.stderr) == (
         73,
         "whisperd: cannot write /proc/nowhere: No such file or directory\n",
+    )
+    former = whisperd(daemon.directory, "transcribe", clips["monkeys"].path, "-o", "/proc/nowhere")
+    assert (former.returncode, former.stderr.splitlines()[0]) == (
+        73,
+        "warning: transcribe -o /proc/nowhere is now -d /proc/nowhere; -o sets an option",
     )
     assert daemon.client.status()["requests"]["done"] == done, "it was known before anything was sent"
     wrong = whisperd(daemon.directory, "transcribe", clips["monkeys"].path, "-m", "gpt-5")
@@ -366,3 +371,27 @@ def test_interrupt(tmp_path: Path) -> None:
     with running(tmp_path) as daemon:
         daemon.signal(signal.SIGINT)
         assert daemon.wait() == 0
+
+
+def test_a_spool_that_breaks_later_is_said(tmp_path: Path) -> None:
+    """A directory that is gone is a problem in the status and no readiness until it is back; at the start it is 78."""
+    with running(tmp_path, f'models = ["{EMBEDDED}"]\nforce = true') as daemon:
+        assert "warning   force = true: each start and each reload" in whisperd(tmp_path, "status").stdout
+        assert daemon.client.status()["problems"] == []
+        (tmp_path / "spool").rmdir()
+        gone = f"the spool directory {tmp_path}/spool cannot be written (No such file or directory)"
+        assert daemon.client.status()["problems"] == [gone]
+        assert f"problem   {gone}" in whisperd(tmp_path, "status").stdout
+        command = ["curl", "-sS", "--unix-socket", f"{tmp_path}/whisperd.sock", "http://localhost/readyz"]
+        assert gone in subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
+        refused = whisperd(tmp_path, "reload")
+        assert refused.returncode == 78, refused
+        assert "server.spool_dir: expects a directory that exists" in refused.stderr
+        (tmp_path / "spool").mkdir()
+        assert daemon.client.status()["problems"] == []
+        assert whisperd(tmp_path, "reload").returncode == 0
+    (tmp_path / "spool").rmdir()
+    for command in (["config", "--check"], ["serve"]):
+        at_start = whisperd(tmp_path, *command)
+        assert (at_start.returncode, at_start.stdout) == (78, "")
+        assert "server.spool_dir: expects a directory that exists" in at_start.stderr

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from whisperd.cli.options import client, config_options, read_config, socket_option
+from whisperd.cli.options import client, config_options, read_checked_config, read_config, socket_option
 from whisperd.errors import ExitCode
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def config(
     if default_file:
         click.echo(render(), nl=False)
         return
-    loaded = read_config(config_file, overrides)
+    loaded = (read_checked_config if check else read_config)(config_file, overrides)
     click.echo(loaded.header, err=True)
     for warning in loaded.warnings:
         click.echo(f"warning: {warning}", err=True)

@@ -93,7 +93,7 @@ def _distinct(found: Mapping[Path, Path]) -> Mapping[Path, Path]:
     names = {path: name if stems[_stem(name)] > 1 else _stem(name) for path, name in found.items()}
     twice = [name for name, count in Counter(names.values()).items() if count > 1]
     if twice:
-        raise UsageError(f"two inputs are called {twice[0]}; transcribe them one after the other with their own -o")
+        raise UsageError(f"two inputs are called {twice[0]}; transcribe them one after the other with their own -d")
     return names
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -18,23 +19,24 @@ if TYPE_CHECKING:
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
+# Command and its former option -> the option that took its place; the former one is read, with a warning.
+RENAMED: Mapping[tuple[str, str], str] = MappingProxyType({("transcribe", "-o"): "-d"})
+
+
 def config_options(command: Command) -> Command:
-    """``-c`` and ``-o``, as nearly every command takes them."""
-    return _config_options(command, "-o", "--option")
-
-
-def long_config_options(command: Command) -> Command:
-    """The same for a command whose ``-o`` is something else."""
-    return _config_options(command, "--option")
-
-
-def _config_options(command: Command, *override_names: str) -> Command:
+    """Adds ``-c`` and ``-o``, which mean the same in every command."""
     command = click.option(
-        *override_names, "overrides", multiple=True, metavar="KEY=VALUE", help="Override one option; repeatable."
+        "-o", "--option", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one option; repeatable."
     )(command)
     return click.option("-c", "--config", "config_file", type=click.Path(path_type=Path), help="Configuration file.")(
         command
     )
+
+
+def warn_of_renamed(command: str, former: str, value: str) -> None:
+    """Says on stderr that an option has another name now."""
+    new = RENAMED[command, former]
+    click.echo(f"warning: {command} {former} {value} is now {new} {value}; {former} sets an option", err=True)
 
 
 def socket_option(command: Command) -> Command:
@@ -49,6 +51,13 @@ def read_config(config_file: Path | None, overrides: Sequence[str]) -> Loaded:
     from whisperd.config import load
 
     return load(config_file, overrides, environ=os.environ, cwd=Path.cwd())
+
+
+def read_checked_config(config_file: Path | None, overrides: Sequence[str]) -> Loaded:
+    """The configuration in effect, checked against this machine; raises ConfigError."""
+    from whisperd.config import check
+
+    return check(read_config(config_file, overrides), os.environ)
 
 
 def client(socket_file: Path | None, config_file: Path | None, overrides: Sequence[str], timeout_s: float) -> Client:
@@ -71,12 +80,19 @@ def daemon_socket(config_file: Path | None, overrides: Sequence[str]) -> Path:
 
 
 def complain(text: str) -> None:
-    """An error on stderr; where that is the journal, every line says that it is one."""
+    """Writes an error to stderr, without the secrets of the environment; in the journal each line has its priority."""
     from whisperd.logs import leads_to_journal
 
     prefix = "<3>" if leads_to_journal(os.environ) else ""
-    for line in text.splitlines():
+    for line in without_secrets(text).splitlines():
         click.echo(prefix + line, err=True)
+
+
+def without_secrets(text: str) -> str:
+    """The text without any token that the environment holds."""
+    from whisperd.config import Config, hide, known_secrets
+
+    return hide(text, known_secrets(Config(), os.environ))
 
 
 def exit_code(error: Error) -> int:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from whisperd.cli.options import config_options, daemon_socket, read_config
+from whisperd.cli.options import config_options, daemon_socket, read_config, without_secrets
 from whisperd.cli.progress import bars
 from whisperd.errors import DaemonUnreachable, UsageError
 
@@ -68,11 +68,14 @@ def reconcile(
     The plan is printed, then done: fetch, verify, switch. Other tools see the old files or the new ones, never half.
     A daemon that works on the same cache is asked to do it, and switches to what is new.
     """
+    from whisperd.config import warnings
     from whisperd.store.settings import Settings, declared_models
 
     if flags["prune"] and names:
         raise UsageError("--prune looks at everything that is declared; leave out -m")
     loaded = read_config(config_file, overrides)
+    for warning in (*loaded.warnings, *warnings(loaded.config, os.environ)):
+        click.echo(f"warning: {warning}", err=True)
     store = Settings.from_config(loaded.config, os.environ)
     models = _chosen(loaded.config, declared_models(loaded.config), names)
     alone = bool(overrides or cache_dir or export_dir or import_dir)
@@ -160,7 +163,7 @@ def _ask(daemon: Client, order: Mapping[str, Any], as_json: bool) -> NoReturn:
 
 def _tell(lines: Sequence[str]) -> None:
     for line in [lines] if isinstance(lines, str) else lines:
-        click.echo(line)
+        click.echo(without_secrets(line))
 
 
 def _chosen(config: Config, models: Sequence[Wanted], names: Sequence[str]) -> Sequence[Wanted]:

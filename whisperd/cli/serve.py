@@ -6,12 +6,13 @@ import errno
 import logging
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from whisperd.cli.options import config_options, read_config
+from whisperd.cli.options import config_options, read_checked_config
 from whisperd.errors import ConfigError, Error
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def serve(config_file: Path | None, overrides: Sequence[str]) -> None:
         _run(config_file, overrides, notifier, inherited)
     except Error as error:
         _say_why(error, notifier)
-        _turn_away(error, inherited, lambda: read_config(config_file, overrides))
+        _turn_away(error, inherited, lambda: read_checked_config(config_file, overrides))
         raise
     finally:
         notifier.close()
@@ -59,12 +60,18 @@ def _run(
 ) -> None:
     import asyncio
 
-    loaded = read_config(config_file, overrides)
+    loaded = read_checked_config(config_file, overrides)
 
+    from whisperd.config import hide, known_secrets
     from whisperd.daemon.daemon import Daemon
     from whisperd.logs import configure
 
-    configure(loaded.config.log_level, loaded.config.log.format, os.environ)
+    configure(
+        loaded.config.log_level,
+        loaded.config.log.format,
+        os.environ,
+        hide=partial(hide, secrets=known_secrets(loaded.config, os.environ)),
+    )
     log.info("%s", loaded.header)
     for warning in loaded.warnings:
         log.warning("%s", warning)
@@ -75,7 +82,7 @@ def _run(
     async def run() -> None:
         daemon = Daemon(
             loaded,
-            read_config=lambda: read_config(config_file, overrides),
+            read_config=lambda: read_checked_config(config_file, overrides),
             environ=os.environ,
             notifier=notifier,
             sockets=sockets,

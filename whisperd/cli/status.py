@@ -66,6 +66,8 @@ def _status_lines(found: Mapping[str, Any]) -> Iterator[str]:
         yield f"reload    {'ok' if last['ok'] else 'failed: ' + last['error']}"
     for key in settings["needs_restart"]:
         yield f"restart   {key} waits for a restart"
+    for warning in settings["warnings"]:
+        yield f"warning   {warning}"
     for problem in found["problems"]:
         yield f"problem   {problem}"
     for model in found["models"]:

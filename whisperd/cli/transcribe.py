@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import click
 
 from whisperd.cli.inputs import STDIN, count_stdin, expand
-from whisperd.cli.options import client, exit_code, long_config_options, socket_option
+from whisperd.cli.options import client, config_options, exit_code, socket_option, warn_of_renamed
 from whisperd.cli.outputs import FORMATS, Output, written
 from whisperd.cli.progress import Progress, progress
 from whisperd.cli.temporary_daemon import private_daemon
@@ -50,7 +50,7 @@ PASSING = (429, 503)
     "-f", "--format", "formats", multiple=True, type=click.Choice([*FORMATS, "all"]), help="Repeatable (txt)."
 )
 @click.option(
-    "-o", "--output-dir", "directory", type=click.Path(path_type=Path, file_okay=False), help="Write files there."
+    "-d", "--output-dir", "directory", type=click.Path(path_type=Path, file_okay=False), help="Write files there."
 )
 @click.option("--overwrite", is_flag=True, help="Transcribe again what has its files already.")
 @click.option("-j", "--jobs", type=click.IntRange(1, 256), default=1, help="Files at the same time (1).")
@@ -66,7 +66,7 @@ PASSING = (429, 503)
 @click.option("--beam-size", type=int, help="Beams at temperature 0.")
 @click.option("--vad-filter/--no-vad-filter", default=None, help="Transcribe only what sounds like speech.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress on stderr.")
-@long_config_options
+@config_options
 @socket_option
 def transcribe(  # click passes each option as an argument
     files: tuple[Path, ...],
@@ -84,6 +84,7 @@ def transcribe(  # click passes each option as an argument
     FILE may be a directory, which is searched to the bottom, or a pattern. Text goes to stdout. With several formats or
     an output directory files are written; what has its files already is skipped, so that a batch can be resumed.
     """
+    overrides, directory = _former_output_dir(overrides, directory)
     output = replace(plan_output(files, formats, directory), layout=_layout(given))
     try:
         output.prepare()
@@ -114,6 +115,15 @@ def plan_output(files: Sequence[Path], formats: Sequence[str], directory: Path |
     if count_stdin(files) > 1:
         raise UsageError("stdin (-) can be read only once")
     return Output(formats=chosen, directory=directory, names=expand(files))
+
+
+def _former_output_dir(overrides: Sequence[str], directory: Path | None) -> tuple[Sequence[str], Path | None]:
+    """Takes an ``-o`` that sets no option for the directory that it named at first, with a warning."""
+    former = [text for text in overrides if "=" not in text]
+    for text in former:
+        warn_of_renamed("transcribe", "-o", text)
+    kept = [text for text in overrides if "=" in text]
+    return kept, directory or (Path(former[-1]) if former else None)
 
 
 def _layout(given: Mapping[str, Any]) -> Layout | None:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from whisperd.config.catalog import Option, options
+from whisperd.config.check import check, warnings
 from whisperd.config.environment import (
-    Token,
     cache_dir,
     cache_dir_origin,
     endpoint,
     offline,
     socket_path,
     spool_dir,
-    token,
 )
 from whisperd.config.load import Loaded, load
 from whisperd.config.models import ModelTable
 from whisperd.config.options import DEFAULT_MODEL, Config
 from whisperd.config.render import Change, Effective, diff, effective, render
+from whisperd.config.secrets import Token, hide, known_secrets, tcp_key, token
 
 __all__ = [
     "DEFAULT_MODEL",
@@ -29,14 +29,19 @@ __all__ = [
     "Token",
     "cache_dir",
     "cache_dir_origin",
+    "check",
     "diff",
     "effective",
     "endpoint",
+    "hide",
+    "known_secrets",
     "load",
     "offline",
     "options",
     "render",
     "socket_path",
     "spool_dir",
+    "tcp_key",
     "token",
+    "warnings",
 ]

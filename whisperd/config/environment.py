@@ -1,31 +1,21 @@
 """What the environment says where whisperd.toml says nothing: the names that the Hugging Face world already uses.
 
-Pure functions of a mapping, the token's file apart. A variable that is set to nothing counts as not set.
+Pure functions of a mapping. A variable that is set to nothing counts as not set.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 
-from whisperd.config.options import Config
+from whisperd.config.options import Config, hub_address
+from whisperd.errors import ConfigError, Problem
 
 HUB = "https://huggingface.co"
 CACHE_VARIABLES = ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "TRANSFORMERS_CACHE")
-TOKEN_VARIABLES = ("HF_TOKEN", "HUGGINGFACE_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 TRUE_WORDS = frozenset({"1", "on", "yes", "true"})  # huggingface_hub.constants.ENV_VARS_TRUE_VALUES
-CREDENTIAL = "hf-token"
 SOCKET_NAME = "whisperd.sock"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Token:
-    """A secret for the Hub and where it was found; the secret is not in its repr."""
-
-    value: str = field(repr=False)
-    origin: str
 
 
 def home(environ: Mapping[str, str]) -> Path:
@@ -48,26 +38,24 @@ def cache_dir_origin(config: Config, environ: Mapping[str, str]) -> str:
     return _cache_dir(config, environ)[1]
 
 
-def token(environ: Mapping[str, str]) -> Token | None:
-    """The token for the Hub: the systemd credential, then the variables, then the file of ``hf auth login``."""
-    if (directory := environ.get("CREDENTIALS_DIRECTORY")) and (secret := _read(Path(directory) / CREDENTIAL)):
-        return Token(value=secret, origin=f"systemd credential {CREDENTIAL}")
-    for name in TOKEN_VARIABLES:
-        if secret := environ.get(name, "").strip():
-            return Token(value=secret, origin=f"${name}")
-    path = expand(environ["HF_TOKEN_PATH"], environ) if environ.get("HF_TOKEN_PATH") else _hf_home(environ)[0] / "token"
-    secret = _read(path)
-    return Token(value=secret, origin=str(path)) if secret else None
-
-
 def endpoint(config: Config, environ: Mapping[str, str]) -> str:
-    """Address of the Hub without a slash at the end."""
-    return (config.reconcile.endpoint or environ.get("HF_ENDPOINT") or HUB).rstrip("/")
+    """Address of the Hub without a slash at the end; raises ConfigError for a variable that is no address."""
+    if config.reconcile.endpoint:
+        return config.reconcile.endpoint
+    try:
+        return hub_address(environ.get("HF_ENDPOINT") or HUB)
+    except ValueError as error:
+        raise ConfigError(Problem(where="$HF_ENDPOINT", key="", message=str(error))) from error
 
 
 def offline(config: Config, environ: Mapping[str, str]) -> bool:
-    """Whether the Hub must not be asked."""
-    return config.reconcile.offline or any(environ.get(name, "").lower() in TRUE_WORDS for name in OFFLINE_VARIABLES)
+    """True if the Hub must not be asked."""
+    return config.reconcile.offline or offline_variable(environ) is not None
+
+
+def offline_variable(environ: Mapping[str, str]) -> str | None:
+    """The name of the variable that forbids the Hub; it overrules the file."""
+    return next((name for name in OFFLINE_VARIABLES if environ.get(name, "").lower() in TRUE_WORDS), None)
 
 
 def socket_path(config: Config, environ: Mapping[str, str], *, uid: int) -> Path:
@@ -97,21 +85,14 @@ def _cache_dir(config: Config, environ: Mapping[str, str]) -> tuple[Path, str]:
         return expand(config.cache_dir, environ), "cache_dir"
     if name := _first_set(CACHE_VARIABLES, environ):
         return expand(environ[name], environ), f"${name}"
-    path, origin = _hf_home(environ)
+    path, origin = hf_home(environ)
     return path / "hub", origin
 
 
-def _hf_home(environ: Mapping[str, str]) -> tuple[Path, str]:
+def hf_home(environ: Mapping[str, str]) -> tuple[Path, str]:
+    """The directory of the Hugging Face tools, and what named it."""
     if given := environ.get("HF_HOME"):
         return expand(given, environ), "$HF_HOME"
     if given := environ.get("XDG_CACHE_HOME"):
         return expand(given, environ) / "huggingface", "$XDG_CACHE_HOME"
     return home(environ) / ".cache/huggingface", "default"
-
-
-def _read(path: Path) -> str:
-    """The text of a small file; nothing where it cannot be read."""
-    try:
-        return path.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError):
-        return ""

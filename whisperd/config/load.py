@@ -14,14 +14,16 @@ import tomli
 from pydantic import ValidationError
 
 from whisperd.config.catalog import options, shown
-from whisperd.config.environment import expand, home
+from whisperd.config.environment import expand, home, offline_variable
 from whisperd.config.options import DEFAULT_MODEL, Config
 from whisperd.config.problems import Keys, explain, key_text, lines_of
 from whisperd.errors import ConfigError, Problem
+from whisperd.files import read_small
 from whisperd.version import VERSION
 
 ADDOPTS_WORD = re.compile(r"--option=|--option$|-o")
 KEY = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
+FILE_BYTES = 1 << 20
 QUOTES_AND_BRACKETS = ('"', "'", "[", "{")
 
 ADDOPTS = "$WHISPERD_ADDOPTS"
@@ -72,12 +74,14 @@ class Draft:
     def read(self, path: Path, named_by: str) -> None:
         """Takes over what a file says."""
         try:
-            text = path.read_text(encoding="utf-8")
+            text = read_small(path, FILE_BYTES).decode("utf-8-sig")
             document = tomli.loads(text)
         except tomli.TOMLDecodeError as error:
             self.wrong(f"{path}:{error.lineno}:{error.colno}", f"not TOML: {_lower(error.msg)}")
         except UnicodeDecodeError as error:
-            self.wrong(str(path), f"is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}")
+            self.wrong(
+                str(path), f"is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}; save it as UTF-8"
+            )
         except OSError as error:
             self.wrong(str(path), f"cannot be read: {error.strerror}{named_by}")
         except (ValueError, RecursionError) as error:  # a number of thousands of digits, hundreds of nested arrays
@@ -157,6 +161,8 @@ def load(
         draft.override(text, ADDOPTS)
     for text in overrides:
         draft.override(text, OVERRIDE)
+    if variable := offline_variable(environ):
+        draft.put(("reconcile", "offline"), True, f"${variable}")
     _default_model(draft, environ.get("WHISPER_MODEL", "").strip())
     return Loaded(
         config=_validate(draft),

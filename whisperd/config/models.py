@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 from whisperd.errors import SourceError
 from whisperd.reference import FORMS, Source, parse
 
-Name = Annotated[str, Field(pattern=r"^\S+$", max_length=200)]
+Name = Annotated[str, Field(pattern=r"^[^\s\x00-\x1f\x7f]+$", max_length=200)]
 
 
 class Table(BaseModel):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from collections import Counter
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
@@ -14,6 +16,11 @@ DEFAULT_MODEL = "openai/whisper-large-v3-turbo"
 
 GIB = 1024**3
 WORLD_WRITABLE = 0o002
+IPV6 = 6
+PORT = re.compile(r"[0-9]{1,5}")
+PORT_MAX = 65_535
+HOST = re.compile(r"[\w.-]+|[0-9a-f:.]+", re.IGNORECASE)
+PRINTABLE = re.compile(r"[^\s\x00-\x20\x7f]+")
 
 Reload = Literal["live", "restart"]
 
@@ -28,7 +35,7 @@ def _empty_is_unset(value: object) -> object:
 
 
 def _absolute(text: str | None) -> str | None:
-    if text is not None and not text.startswith(("/", "~/")):
+    if text is not None and (not text.startswith(("/", "~/")) or "\0" in text):
         raise ValueError(f"expects an absolute path or ~/..., got {text!r}")
     return text
 
@@ -42,24 +49,50 @@ def _octal_mode(text: str) -> str:
 
 
 def _url(text: str | None) -> str | None:
-    if text is not None and not re.fullmatch(r"https?://[^\s/]+(/\S*)?", text):
-        raise ValueError(f"expects an http:// or https:// address, got {text!r}")
-    return text
+    return None if text is None else hub_address(text)
+
+
+def hub_address(text: str) -> str:
+    """An address of the Hub without a slash at the end; raises ValueError."""
+    expected = "expects an http:// or https:// address"
+    if "@" in text.partition("://")[2].partition("/")[0]:
+        raise ValueError(f"{expected} without a user or password; a token belongs in $HF_TOKEN or the credential")
+    try:
+        parts = urlsplit(text)
+        is_address = parts.scheme in ("http", "https") and HOST.fullmatch(parts.hostname or "") and parts.port != 0
+    except ValueError:  # a port that is none, brackets without an address
+        is_address = False
+    if not is_address or not PRINTABLE.fullmatch(text) or "?" in text or "#" in text:
+        raise ValueError(f"{expected}, got {text!r}")
+    return text.rstrip("/")
 
 
 def _tcp_address(text: str | None) -> str | None:
-    if text is not None and not re.fullmatch(r"([0-9.]+|\[[0-9a-fA-F:.]+\]):[0-9]{1,5}", text):
+    if text is not None and not _is_tcp_address(text):
         raise ValueError(f'expects an address and a port as in "127.0.0.1:9000" or "[::1]:9000", got {text!r}')
     return text
 
 
-def _wyoming_address(text: str | None) -> str | None:
-    if text is None or re.fullmatch(r"unix:/.+", text):
-        return text
+def _is_tcp_address(text: str) -> bool:
+    host, _, port = text.rpartition(":")
+    bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
     try:
-        return _tcp_address(text)
+        version = ipaddress.ip_address(bare).version
     except ValueError:
-        raise ValueError(f'expects "127.0.0.1:10300", "[::1]:10300" or "unix:/path", got {text!r}') from None
+        return False
+    return (version == IPV6) == (bare != host) and bool(PORT.fullmatch(port)) and int(port) <= PORT_MAX
+
+
+def _wyoming_address(text: str | None) -> str | None:
+    if text is None or re.fullmatch(r"unix:/[^\x00]+", text) or _is_tcp_address(text):
+        return text
+    raise ValueError(f'expects "127.0.0.1:10300", "[::1]:10300" or "unix:/path", got {text!r}')
+
+
+def _host_name(text: str) -> str:
+    if not HOST.fullmatch(text):
+        raise ValueError(f'expects a host\'s name without scheme, port or path, as in "speech.lan", got {text!r}')
+    return text
 
 
 Text = Annotated[str | None, BeforeValidator(_empty_is_unset)]
@@ -67,6 +100,7 @@ PathText = Annotated[Text, AfterValidator(_absolute)]
 TcpAddress = Annotated[Text, AfterValidator(_tcp_address)]
 WyomingAddress = Annotated[Text, AfterValidator(_wyoming_address)]
 Url = Annotated[Text, AfterValidator(_url)]
+HostName = Annotated[str, AfterValidator(_host_name)]
 Mode = Annotated[str, AfterValidator(_octal_mode)]
 Temperature = Annotated[float, Field(ge=0, le=1)]
 
@@ -95,7 +129,7 @@ class ServerTable(Table):
     tcp_key_file: PathText = option(
         None, reload="restart", help="File with the key that clients must send over TCP (Authorization: Bearer ...)."
     )
-    tcp_hosts: tuple[str, ...] = option(
+    tcp_hosts: tuple[HostName, ...] = option(
         (), reload="restart", help="Further names by which clients reach the TCP listener; others are refused."
     )
 

@@ -92,7 +92,7 @@ class Daemon:
             reload=self._reload_and_wait,
             reconcile=self._reconcile,
         )
-        self._app = create_app(self._service, settings.api_settings(config), self._spool, self._metrics)
+        self._app = create_app(self._service, settings.api_settings(config, environ), self._spool, self._metrics)
         self._server = Server(settings.server_settings(config), self._metrics)
         self._wyoming = wyoming.Listener(
             self._service,

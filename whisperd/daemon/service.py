@@ -122,6 +122,8 @@ class DaemonService:
             return Readiness(ready=False, reason="the daemon is stopping", retry_after_s=RETRY_AFTER_S, draining=True)
         if state.phase == "starting":
             return Readiness(ready=False, reason=state.doing, retry_after_s=RETRY_AFTER_S)
+        if (problem := self._spool.problem()) is not None:
+            return Readiness(ready=False, reason=problem, retry_after_s=RETRY_AFTER_S)
         return Readiness(ready=True)
 
     async def admit(self) -> Admission:
@@ -252,10 +254,11 @@ class DaemonService:
                 "file": str(state.loaded.path) if state.loaded.path else None,
                 "values": {option.key: option.value for option in effective(state.loaded)},
                 "needs_restart": list(state.needs_restart),
+                "warnings": list(state.loaded.warnings),
                 "last_reload": state.last_reload,
             },
             "cache_dir": state.cache_dir,
-            "problems": list(state.problems),
+            "problems": [*state.problems, *filter(None, [self._spool.problem()])],
             "models": [self._model_status(card) for card in self.models()],
             "requests": {
                 "active": state.backlog.n_requests,

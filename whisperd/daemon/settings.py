@@ -8,7 +8,6 @@ from pathlib import Path
 from whisperd import config as declared
 from whisperd.config import Config
 from whisperd.engine.factory import EngineSettings
-from whisperd.errors import ConfigError, Problem
 from whisperd.serving import wyoming
 from whisperd.serving.interface import ApiSettings, Chunking, ServerSettings
 from whisperd.serving.spool import Spool
@@ -73,26 +72,12 @@ def open_spool(config: Config, environ: Mapping[str, str]) -> Spool:
     return Spool(declared.spool_dir(config, environ), upload_bytes=limits.upload_bytes, budget_bytes=limits.spool_bytes)
 
 
-def api_settings(config: Config) -> ApiSettings:
+def api_settings(config: Config, environ: Mapping[str, str]) -> ApiSettings:
     """Limits of the HTTP interface."""
     return ApiSettings(
         tcp_hosts=config.server.tcp_hosts,
-        tcp_key=_tcp_key(config.server.tcp_key_file),
+        tcp_key=declared.tcp_key(config, environ),
     )
-
-
-def _tcp_key(path: str | None) -> str | None:
-    if path is None:
-        return None
-    try:
-        key = Path(path).expanduser().read_text(encoding="utf-8").strip()
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            Problem(where="", key="server.tcp_key_file", message=f"cannot read {path}: {error}")
-        ) from error
-    if not key:
-        raise ConfigError(Problem(where="", key="server.tcp_key_file", message=f"{path} is empty"))
-    return key
 
 
 def wyoming_settings(config: Config, audio_s: Callable[[], float]) -> wyoming.Settings:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 import tempfile
 from contextlib import suppress
@@ -30,6 +31,16 @@ class Spool:
         self.budget_bytes = budget_bytes
         self.used_bytes = 0
         self.open_files = 0
+
+    def problem(self) -> str | None:
+        """What is wrong with the directory now, so that no upload can be taken; None if nothing is."""
+        try:
+            number = 0 if shutil.disk_usage(self.directory).free else errno.ENOSPC
+        except OSError as error:
+            return str(_translated(error, self.directory))
+        if not os.access(self.directory, os.W_OK | os.X_OK):
+            number = errno.EACCES
+        return str(_translated(OSError(number, os.strerror(number)), self.directory)) if number else None
 
     def refuse_length(self, length_bytes: int) -> None:
         """Raises FileTooLarge when a file of this size would be refused anyway."""

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from whisperd import subprocesses
+from whisperd.config import hide
 from whisperd.errors import Cancelled, HubError, StoreError
 from whisperd.store.hub.failures import KINDS
 from whisperd.subprocesses import SECRETS, LastLine, command, describe_end, kill_group
@@ -85,7 +86,7 @@ def run(
         StoreError: what the child reported.
     """
     with _child(job) as child:
-        yield from _listen(child, _Patience(stall_timeout_s, cancel, size_bytes))
+        yield from _listen(child, _Patience(stall_timeout_s, cancel, size_bytes), job.get("token"))
 
 
 class _Patience:
@@ -157,7 +158,7 @@ def _send(process: subprocess.Popen[str], job: Message) -> None:
         stdin.flush()
 
 
-def _listen(child: _Child, patience: _Patience) -> Iterator[Message]:
+def _listen(child: _Child, patience: _Patience, secret: str | None) -> Iterator[Message]:
     while (line := patience.next(child.lines)) is not None:
         message = json.loads(line)
         if message["event"] == "error":
@@ -165,7 +166,8 @@ def _listen(child: _Child, patience: _Patience) -> Iterator[Message]:
         yield message
         if message["event"] == "done":
             return
-    ending = describe_end(child.process.wait(), child.last_line.join())
+    last_line = hide(child.last_line.join(), [secret] if secret else [])
+    ending = describe_end(child.process.wait(), last_line)
     raise HubError(f"the process that talks to the Hub {ending}; run it again")
 
 
