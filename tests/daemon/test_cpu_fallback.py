@@ -15,8 +15,8 @@ from tests.support.models import House, ready_state, transcribed
 from tests.support.speech import Clip, silence
 from tests.support.wait import until
 from whisperd.daemon.open_model import ModelOpener, load, on_cpu
-from whisperd.daemon.service import DaemonService, State
-from whisperd.daemon.systemd import status_line
+from whisperd.daemon.service import DaemonService
+from whisperd.daemon.state import State
 from whisperd.engine.base import DecodeRequest, Engine, EngineHealth, EngineInfo, Hypothesis, Outcome
 from whisperd.engine.factory import EngineSettings
 from whisperd.errors import EngineError, ModelLoading, SourceError
@@ -77,7 +77,7 @@ class Served:
 
     @property
     def status(self) -> str:
-        return status_line(self.state, self.house.leases.served)
+        return self.house.status(self.state).line()
 
     def transcribe(self, clip: Clip) -> str:
         return self.house.run(transcribed(self.service, clip)).text
@@ -140,7 +140,7 @@ def test_with_the_option(served: Builder, clips: dict[str, Clip], caplog: pytest
     machine.gpu_works = False
     with caplog.at_level(logging.WARNING):
         assert one.transcribe(clips["monkeys"]) == "hello"
-    assert "served by a stand-in on the cpu: no GPU is there any more" in caplog.text
+    assert "served by a fallback on the cpu: no GPU is there any more" in caplog.text
     assert one.service.device(None) == "cpu (fallback)"
     assert "a (cpu, float32, fallback: no GPU is there any more)" in one.status
     assert one.figure("whisperd_model_fallback") == 1

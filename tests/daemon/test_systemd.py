@@ -1,11 +1,13 @@
-"""What systemd hears: one true line, and requests for more time only while bytes arrive."""
+"""What systemd gets: one true line, a sign of life, and requests for more time only while bytes arrive."""
 
 from __future__ import annotations
 
+import asyncio
+import os
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,10 +18,12 @@ from tests.support.fakes import FakeEngine
 from whisperd.config import ModelTable, load
 from whisperd.daemon.leases import Leases
 from whisperd.daemon.models import ModelInstance, ServedModel, ServedModels
-from whisperd.daemon.service import State
-from whisperd.daemon.systemd import Supervision, status_line
+from whisperd.daemon.state import State
+from whisperd.daemon.status import Status
+from whisperd.daemon.systemd import Supervision, is_alive
 from whisperd.engine.base import DecodeRequest, EngineHealth, Hypothesis, Window
 from whisperd.notify import Notifier
+from whisperd.serving.spool import Spool
 from whisperd.store.progress import Amount
 from whisperd.store.reconcile import Progress
 from whisperd.transcription.batcher import Batcher
@@ -45,6 +49,15 @@ def served(model: LoadedModel) -> ServedModels:
     return ServedModels((ServedModel(table=table, snapshot=instance.snapshot, instance=instance),))
 
 
+def shown(state: State, leases: Leases) -> Status:
+    return Status(state, leases, Spool(Path(state.cache_dir), upload_bytes=1, budget_bytes=1))
+
+
+def supervised(notifier: Notifier, state: State, leases: Leases | None = None, stall_s: float = 300) -> Supervision:
+    found = leases or Leases()
+    return Supervision(notifier, state, shown(state, found), found, engine_stall_s=stall_s)
+
+
 def received(listener: socket.socket) -> list[str]:
     messages = []
     while True:
@@ -63,7 +76,7 @@ HALF = ["STATUS=downloading org/a: 50 % of 2.0 MB", "EXTEND_TIMEOUT_USEC=1500000
 
 
 @pytest.mark.parametrize(
-    ("told", "expected"),
+    ("done", "expected"),
     [
         ([0], []),
         ([500_000], []),  # an earlier run has left it
@@ -73,35 +86,33 @@ HALF = ["STATUS=downloading org/a: 50 % of 2.0 MB", "EXTEND_TIMEOUT_USEC=1500000
     ],
 )
 def test_more_time_only_while_bytes_arrive(
-    systemd: socket.socket, state: State, told: list[int], expected: list[str]
+    systemd: socket.socket, state: State, done: list[int], expected: list[str]
 ) -> None:
     """A download that moves extends the time to start by two stalls and a margin; one that does not is silent."""
     with closing(Notifier({"NOTIFY_SOCKET": systemd.getsockname()})) as notifier:
-        supervision = Supervision(notifier, state, Leases(), engine_stall_s=300)
-        supervision.tell()
-        for done_bytes in told:
-            supervision.fetched(fetched(done_bytes))
+        supervision = supervised(notifier, state)
+        supervision.send()
+        for done_bytes in done:
+            supervision.note_progress(fetched(done_bytes))
     assert received(systemd) == ["STATUS=starting", *expected]
 
 
 def test_every_download_is_on_the_line(systemd: socket.socket, state: State) -> None:
     """Downloads that go on beside each other are told together, and forgotten together."""
     with closing(Notifier({"NOTIFY_SOCKET": systemd.getsockname()})) as notifier:
-        supervision = Supervision(notifier, state, Leases(), engine_stall_s=300)
-        supervision.fetched(fetched(0, "org/b"))
-        supervision.fetched(fetched(0))
-        supervision.fetched(fetched(500_000))
+        supervision = supervised(notifier, state)
+        supervision.note_progress(fetched(0, "org/b"))
+        supervision.note_progress(fetched(0))
+        supervision.note_progress(fetched(500_000))
         assert received(systemd)[0] == "STATUS=downloading org/b: 0 % of 2.0 MB, org/a: 25 % of 2.0 MB"
-        supervision.fetching_ended()
-        supervision.tell()
+        supervision.clear_progress()
+        supervision.send()
         assert received(systemd)[-1] == "STATUS=starting"
 
 
-@pytest.mark.parametrize(("pid", "alive"), [(None, False), (4711, True)], ids=["inside", "own process"])
-def test_who_is_restarted(
-    systemd: socket.socket, state: State, tiny: LoadedModel, pid: int | None, alive: bool
-) -> None:
-    """An engine that stands still inside the daemon ends the sign of life; one in its own process is replaced."""
+@contextmanager
+def standing_still(tiny: LoadedModel, pid: int | None) -> Iterator[ServedModels]:
+    """A model whose engine is in the middle of a window that does not end."""
     gate, begun = threading.Event(), threading.Event()
 
     def stands_still(_: Window) -> Hypothesis:
@@ -111,33 +122,59 @@ def test_who_is_restarted(
 
     engine = FakeEngine(tiny.vocabulary, stands_still)
     engine.health = EngineHealth(pid=pid)
-    batcher, leases = Batcher(engine, name="x"), Leases()
-    leases.swap(served(replace(tiny, name="x", batcher=batcher)))
-    with closing(Notifier({"NOTIFY_SOCKET": systemd.getsockname()})) as notifier:
-        supervision = Supervision(notifier, state, leases, engine_stall_s=0.0)
-        batcher.ticket().submit(np.zeros(16, np.float32), DecodeRequest())
-        assert begun.wait(60)
-        assert supervision._alive() is alive
+    batcher = Batcher(engine, name="x")
+    batcher.ticket().submit(np.zeros(16, np.float32), DecodeRequest())
+    assert begun.wait(60)
+    yield served(replace(tiny, name="x", batcher=batcher))
     gate.set()
+    batcher.close()
+
+
+@pytest.mark.parametrize(("pid", "alive"), [(None, False), (4711, True)], ids=["inside", "own process"])
+def test_an_engine_that_stands_still(tiny: LoadedModel, pid: int | None, alive: bool) -> None:
+    """Inside the daemon it ends the sign of life; in its own process it is replaced."""
+    with standing_still(tiny, pid) as models:
+        assert is_alive(models, 300)
+        assert is_alive(models, 0) is alive
+
+
+@pytest.mark.parametrize(("stall_s", "sent"), [(300, True), (0, False)])
+def test_the_watchdog(systemd: socket.socket, state: State, tiny: LoadedModel, stall_s: float, sent: bool) -> None:
+    """The message is sent as long as the engines move."""
+    environ = {"NOTIFY_SOCKET": systemd.getsockname(), "WATCHDOG_USEC": "20000000", "WATCHDOG_PID": str(os.getpid())}
+    leases = Leases()
+    with standing_still(tiny, None) as models, closing(Notifier(environ)) as notifier:
+        leases.swap(models)
+        supervision = supervised(notifier, state, leases, stall_s)
+
+        async def watch_once() -> None:
+            watching = asyncio.create_task(supervision.watch())
+            await asyncio.sleep(0)
+            watching.cancel()
+
+        asyncio.run(watch_once())
     leases.close()
+    assert ("WATCHDOG=1" in received(systemd)) is sent
 
 
 def test_the_line(state: State, tiny: LoadedModel) -> None:
     """What goes on, the model with its device, the queue."""
-    models = served(replace(tiny, name="tiny"))
-    state.become("ready")
-    assert status_line(state, models) == "serving tiny (cpu, int8_float32); idle, 0 done"
+    leases = Leases()
+    leases.swap(served(replace(tiny, name="tiny")))
+    status = shown(state, leases)
+    state.enter("ready")
+    assert status.line() == "serving tiny (cpu, int8_float32); idle, 0 done"
     for _ in range(2):
-        state.backlog.enter(limit=2)
-    state.requests_done = 7
-    assert status_line(state, models) == "serving tiny (cpu, int8_float32); 2 running, 0 windows wait, 7 done"
-    state.become("reloading")
+        state.admissions.enter(limit=2)
+    state.totals.done = 7
+    assert status.line() == "serving tiny (cpu, int8_float32); 2 running, 0 windows wait, 7 done"
+    state.enter("reloading")
     state.downloads = "downloading org/a: 3 % of 9 MB"
-    assert status_line(state, models).startswith("reloading: downloading org/a: 3 % of 9 MB; serving tiny (cpu, ")
-    state.become("ready")
-    assert status_line(state, models).startswith("downloading org/a: 3 % of 9 MB; serving tiny (cpu, ")
+    assert status.line().startswith("reloading: downloading org/a: 3 % of 9 MB; serving tiny (cpu, ")
+    state.enter("ready")
+    assert status.line().startswith("downloading org/a: 3 % of 9 MB; serving tiny (cpu, ")
     state.downloads = ""
     state.last_reload = {"ok": False, "error": "x" * 1000}
-    line = status_line(state, models)
+    line = status.line()
     assert line.startswith("last reload failed: xxx")
     assert "; serving tiny (cpu, " in line[:200]

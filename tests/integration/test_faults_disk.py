@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from tests.support.loopback_hub import HubRepo, LoopbackHub, whisper_files
+from tests.support.mounts import mounted, resize, small
 from tests.support.store import (
     FOLDER,
     NAME,
@@ -202,29 +203,6 @@ def test_an_extra_file(settings: Settings, filled: Path) -> None:
     (filled / "notes.txt").write_text("mine")
     assert run(settings).results[0].outcome == "ok"
     assert (filled / "notes.txt").read_text() == "mine"
-
-
-@contextmanager
-def mounted(directory: Path, *arguments: str) -> Iterator[None]:
-    """A file system at ``directory`` until the end of the block."""
-    if os.geteuid():
-        pytest.skip("mounting needs root")
-    directory.mkdir(exist_ok=True)
-    done = subprocess.run(["mount", *arguments, str(directory)], capture_output=True, text=True, check=False)  # noqa: S607
-    if done.returncode:
-        pytest.skip(f"this machine does not let mount: {done.stderr.strip()}")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "--lazy", str(directory)], check=True)  # noqa: S607
-
-
-def small(directory: Path, options: str) -> AbstractContextManager[None]:
-    return mounted(directory, "-t", "tmpfs", "-o", options, "tmpfs")
-
-
-def resize(directory: Path, options: str) -> None:
-    subprocess.run(["mount", "-o", f"remount,{options}", str(directory)], check=True)  # noqa: S607
 
 
 def run_after(settings: Settings, spoil: Callable[[], object]) -> Report:

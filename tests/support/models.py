@@ -17,7 +17,10 @@ from whisperd.daemon.leases import Leases
 from whisperd.daemon.loader import DRAIN_S, Loader
 from whisperd.daemon.models import ModelInstance
 from whisperd.daemon.open_model import ModelOpener
-from whisperd.daemon.service import DaemonService, State
+from whisperd.daemon.service import DaemonService
+from whisperd.daemon.state import State
+from whisperd.daemon.status import Status
+from whisperd.daemon.transcriber import Transcriber
 from whisperd.engine.factory import EngineSettings
 from whisperd.metrics.prometheus import Metrics
 from whisperd.serving.interface import Chunking, Emit, Job, ReconcileOrder
@@ -96,22 +99,26 @@ class House:
         with self.leases.lease(name):
             pass
 
+    def status(self, state: State) -> Status:
+        return Status(state, self.leases, Spool(Path("/"), upload_bytes=1, budget_bytes=1))
+
     @contextmanager
     def service(self, state: State, metrics: Metrics | None = None) -> Iterator[DaemonService]:
         """The daemon's service on these models; its coroutines belong into ``run``."""
-        service = DaemonService(
-            state,
-            self.leases,
-            metrics or Metrics(),
-            Spool(Path("/nowhere"), upload_bytes=1, budget_bytes=1),
-            load_one=self.loader.load_one,
-            reload=_no_reload,
-            reconcile=_no_order,
-        )
+        counted = metrics or Metrics()
+        transcriber = Transcriber(state, self.leases, counted, self.loader.load_one)
         try:
-            yield service
+            yield DaemonService(
+                state,
+                self.status(state),
+                self.leases,
+                transcriber,
+                counted,
+                reload=_no_reload,
+                reconcile=_no_order,
+            )
         finally:
-            service.close()
+            transcriber.close()
 
     def close(self) -> None:
         self.leases.close()
@@ -146,7 +153,7 @@ def __job(clip: Clip, **changes: Any) -> Job:
 def ready_state(*overrides: str) -> State:
     """The state of a daemon that has booted with these options."""
     state = State(loaded=load(Path("/dev/null"), overrides, environ={}, cwd=Path("/")), cache_dir="/nowhere")
-    state.become("ready")
+    state.enter("ready")
     return state
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from starlette.applications import Starlette
 from starlette.types import ASGIApp
 
-from whisperd.daemon.admission import Backlog
+from whisperd.daemon.admission import Admissions
 from whisperd.errors import Error, ModelNotFound
 from whisperd.metrics import HttpMeter
 from whisperd.serving.http import create_app
@@ -80,7 +80,7 @@ class FakeService:
         self.reload_error: Error | None = None
         self.transcript = TRANSCRIPT
         self.requests_max = 64
-        self.backlog = Backlog()
+        self.backlog = Admissions()
         self.waits_first = False  # before the first segment
         self.waits_last = False  # after the last segment
         self.jobs: list[Job] = []

@@ -4,37 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import signal
 import socket
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from whisperd.config import Config, Loaded, cache_dir, diff
 from whisperd.daemon import settings
+from whisperd.daemon.front_ends import FrontEnds
 from whisperd.daemon.leases import Leases
 from whisperd.daemon.loader import Loader
 from whisperd.daemon.memory import Leftovers, trim
 from whisperd.daemon.open_model import ModelOpener
-from whisperd.daemon.orders import carry_out, counted, report_members
-from whisperd.daemon.service import DaemonService, State
+from whisperd.daemon.service import DaemonService
+from whisperd.daemon.snapshots import Snapshots
+from whisperd.daemon.state import State
+from whisperd.daemon.status import Status
 from whisperd.daemon.systemd import Supervision
-from whisperd.errors import CacheBusy, Draining, Error
+from whisperd.daemon.transcriber import Transcriber
+from whisperd.errors import Draining, Error
 from whisperd.logs import set_level
 from whisperd.metrics.prometheus import Metrics
 from whisperd.notify import Notifier
-from whisperd.serving import wyoming
-from whisperd.serving.http import create_app
-from whisperd.serving.http.server import Server
-from whisperd.serving.interface import Emit, ReconcileOrder
-from whisperd.store.reconcile import Progress, Report, hold, reconcile, snapshots_without_network
-from whisperd.store.report import plan_lines
-from whisperd.store.settings import Settings as StoreSettings
-from whisperd.store.settings import declared_models
-from whisperd.store.sources import Wanted
 
 log = logging.getLogger(__name__)
 
@@ -46,15 +38,15 @@ SIGNALS_TO_STOP = (signal.SIGTERM, signal.SIGINT)
 
 
 class Daemon:
-    """Owns everything that lives long. ``run`` returns when it was told to stop, and raises what kept it from booting.
+    """Owns everything that lives long. ``run`` returns after a signal to stop, and raises what ended the boot.
 
     Args:
         loaded: the configuration to boot with.
         read_config: reads it again for a reload; raises ConfigError.
         environ: the environment.
-        notifier: how systemd hears of it.
-        sockets: where it listens for HTTP.
-        wyoming_sockets: where it listens for the Wyoming protocol.
+        notifier: sends to systemd.
+        sockets: where to listen for HTTP.
+        wyoming_sockets: where to listen for the Wyoming protocol.
     """
 
     def __init__(
@@ -67,50 +59,47 @@ class Daemon:
         sockets: Sequence[socket.socket],
         wyoming_sockets: Sequence[socket.socket] = (),
     ) -> None:
-        self._read_config = read_config
-        self._environ = environ
-        self._notifier = notifier
-        self._sockets = sockets
-        self._wyoming_sockets = wyoming_sockets
         config = loaded.config
-        self._state = State(loaded=loaded, cache_dir=str(cache_dir(config, environ)))
+        self._read_config = read_config
+        self._notifier = notifier
+        self._sockets = (sockets, wyoming_sockets)
         self._seen = config
-        self._leases = Leases()
-        self._supervision = Supervision(
-            notifier, self._state, self._leases, engine_stall_s=config.engine.stall_timeout_s
-        )
+        self._state = State(loaded=loaded, cache_dir=str(cache_dir(config, environ)))
         self._metrics = Metrics()
+        self._spool = settings.open_spool(config, environ)
+        self._leases = Leases()
+        status = Status(self._state, self._leases, self._spool)
+        self._supervision = Supervision(
+            notifier, self._state, status, self._leases, engine_stall_s=config.engine.stall_timeout_s
+        )
         work_dir = settings.conversions_dir(config, environ)
         self._loader = Loader(self._leases, ModelOpener(settings.engine_settings(config), work_dir, self._metrics))
-        self._spool = settings.open_spool(config, environ)
-        self._service = DaemonService(
+        self._snapshots = Snapshots(environ, self._state, self._leases, self._loader, self._supervision, self._metrics)
+        self._transcriber = Transcriber(self._state, self._leases, self._metrics, self._loader.load_one)
+        service = DaemonService(
             self._state,
+            status,
             self._leases,
+            self._transcriber,
             self._metrics,
-            self._spool,
-            load_one=self._loader.load_one,
             reload=self._reload_and_wait,
-            reconcile=self._reconcile,
+            reconcile=self._snapshots.reconcile_on_request,
         )
-        self._app = create_app(self._service, settings.api_settings(config, environ), self._spool, self._metrics)
-        self._server = Server(settings.server_settings(config), self._metrics)
-        self._wyoming = wyoming.Listener(
-            self._service,
+        self._front_ends = FrontEnds(
+            service,
             self._spool,
-            settings.wyoming_settings(config, lambda: self._state.loaded.config.limits.audio_s),
-            drain_s=config.server.shutdown_timeout_s,
-            meter=self._metrics,
+            config,
+            environ,
+            self._metrics,
+            audio_s=lambda: self._state.loaded.config.limits.audio_s,
         )
         self._reloads: asyncio.Queue[Waiter | None] = asyncio.Queue()
-        self._at_the_cache = asyncio.Lock()
-        self._held: Sequence[int | None] = ()
         self._stop = asyncio.Event()
-        self._cancel_store = threading.Event()
 
     async def run(self) -> None:
         """Serves until SIGTERM or SIGINT; raises Error when the default model cannot be served."""
         self._handle_signals()
-        serving = asyncio.create_task(self._serve())
+        serving = asyncio.create_task(self._front_ends.serve(*self._sockets))
         working = asyncio.create_task(self._work())
         watching = asyncio.create_task(self._supervision.watch())
         tending = asyncio.create_task(self._tend())
@@ -123,11 +112,8 @@ class Daemon:
                 task.cancel()
             outcomes = await asyncio.gather(working, stopping, watching, tending, return_exceptions=True)
             await asyncio.to_thread(self._leases.close)
-            self._service.close()
+            self._transcriber.close()
         _raise_failure(outcomes[0])
-
-    async def _serve(self) -> None:
-        await asyncio.gather(self._server.serve(self._app, self._sockets), self._wyoming.serve(self._wyoming_sockets))
 
     def _handle_signals(self) -> None:
         loop = asyncio.get_running_loop()
@@ -144,12 +130,9 @@ class Daemon:
             await self._reload([waiter for waiter in waiters if waiter is not None])
 
     async def _boot(self) -> None:
-        config = self._state.loaded.config
-        async with self._at_the_cache:
-            snapshots = await self._snapshots(config, all_or_nothing=False)
-            await self._switch(config, snapshots)
+        await self._snapshots.apply(self._state.loaded.config, all_or_nothing=False)
         await self._catch_up()
-        self._state.become("ready")
+        self._state.enter("ready")
         self._supervision.ready()
         log.info("ready: %s", self._state.note)
 
@@ -163,84 +146,6 @@ class Daemon:
             log.error("the configuration has changed during the boot and is not applied: %s", error)
             self._state.last_reload = _reload_result({}, error)
 
-    async def _switch(self, config: Config, snapshots: Mapping[str, Path]) -> None:
-        self._supervision.loading(snapshots)
-        await self._loader.switch(config, snapshots)
-        self._hold(snapshots)
-
-    def _hold(self, snapshots: Mapping[str, Path]) -> None:
-        """No ``--prune`` of any process removes what is served, even if it was given another file to read."""
-        before, self._held = self._held, [hold(path) for path in snapshots.values()]
-        for handle in before:
-            if handle is not None:
-                os.close(handle)
-
-    async def _reconcile(self, order: ReconcileOrder, tell: Emit) -> dict[str, object]:
-        """Does what a client asks of the cache; models that have moved are switched to."""
-        if self._stop.is_set():
-            raise Draining("the daemon is stopping")
-        if self._at_the_cache.locked():
-            raise CacheBusy(f"the daemon itself works on the cache: {self._state.note}; try again when it is done")
-        async with self._at_the_cache:
-            config = self._state.loaded.config
-            try:
-                work = carry_out(order, config, self._environ, tell, self._supervision.fetched)
-                report = await (work if order.check else counted(work, self._metrics))
-            finally:
-                self._supervision.fetching_ended()
-            before = self._leases.served.snapshots
-            moved = {name: path for name, path in report.snapshots.items() if before.get(name) not in (None, path)}
-            if moved and not order.check:
-                try:
-                    await self._switch(config, {**before, **moved})
-                finally:
-                    self._supervision.serving()
-        return report_members(report)
-
-    async def _snapshots(self, config: Config, *, all_or_nothing: bool) -> Mapping[str, Path]:
-        """Where the declared models are; asks the network only for what is not there."""
-        wanted = declared_models(config)
-        store = StoreSettings.from_config(config, self._environ)
-        self._supervision.note("checking the cache")
-        if not store.force:
-            started_s = time.monotonic()
-            found = await asyncio.to_thread(snapshots_without_network, wanted, store)
-            if len(found) == len(wanted):
-                self._state.problems = ()
-                self._metrics.observe_reconcile("ok", time.monotonic() - started_s)
-                return found
-        report = await self._reconciled(wanted, store)
-        failed = {result.name: result.error for result in report.results if result.error is not None}
-        for name, error in failed.items():
-            log.error("model %s: %s", name, error)
-        default = wanted[0].name
-        if failed and (all_or_nothing or default not in report.snapshots):
-            raise failed.get(default) or next(iter(failed.values()))
-        self._state.problems = tuple(f"{name}: {error}" for name, error in failed.items())
-        return report.snapshots
-
-    async def _reconciled(self, wanted: Sequence[Wanted], store: StoreSettings) -> Report:
-        """Asks the Hub and fetches. That may take an hour: when bytes come, who waits for the boot is sent away."""
-        loop = asyncio.get_running_loop()
-
-        def on_progress(progress: Progress) -> None:
-            loop.call_soon_threadsafe(self._state.wait_no_more)
-            self._supervision.fetched(progress)
-
-        try:
-            work = asyncio.to_thread(
-                reconcile,
-                wanted,
-                store,
-                on_plan=lambda plan: log.info("%s", "\n".join(plan_lines(plan))),
-                on_progress=on_progress,
-                cancel=self._cancel_store,
-            )
-            return await counted(work, self._metrics)
-        finally:
-            self._supervision.fetching_ended()
-            self._state.wait_again()
-
     async def _reload_and_wait(self) -> Mapping[str, object]:
         if self._stop.is_set():
             raise Draining("the daemon is stopping")
@@ -250,7 +155,7 @@ class Daemon:
 
     async def _reload(self, waiters: Sequence[Waiter]) -> None:
         self._notifier.reloading()
-        self._state.become("reloading")
+        self._state.enter("reloading")
         outcome: Mapping[str, object] = {}
         failure: Error | None = None
         try:
@@ -264,7 +169,7 @@ class Daemon:
             log.exception("reload failed, everything stays as it was")
         finally:
             self._state.last_reload = result = _reload_result(outcome, failure)
-            self._state.become("ready")
+            self._state.enter("ready")
             self._supervision.ready()
         self._metrics.count_reload(ok=failure is None)
         for waiter in waiters:
@@ -275,9 +180,7 @@ class Daemon:
         read = await asyncio.to_thread(self._read_config)
         self._seen = read.config
         config = _without_restart_options(old, read.config)
-        async with self._at_the_cache:
-            snapshots = await self._snapshots(config, all_or_nothing=True)
-            await self._switch(config, snapshots)
+        await self._snapshots.apply(config, all_or_nothing=True)
         self._state.loaded = replace(read, config=config)
         self._state.needs_restart = tuple(change.key for change in diff(config, read.config))
         self._apply_limits(config)
@@ -295,33 +198,32 @@ class Daemon:
         self._spool.budget_bytes = config.limits.spool_bytes
 
     async def _tend(self) -> None:
-        """Unloads models that nobody needs, and gives back what served requests have left in the memory."""
+        """Unloads idle models, and returns to the system the memory that served requests have freed."""
         leftovers = Leftovers()
         while True:
             idle_s = self._state.loaded.config.limits.model_idle_s
             if idle_s:
                 await self._loader.unload_idle(idle_s)
-            n_served = self._state.requests_done + self._state.requests_failed
-            if leftovers.due(n_served=n_served, n_active=self._state.backlog.n_requests):
+            n_served = self._state.totals.done + self._state.totals.failed
+            if leftovers.due(n_served=n_served, n_active=self._state.admissions.n_requests):
                 await asyncio.to_thread(trim)
             await asyncio.sleep(min(TEND_EVERY_S, idle_s / 4) if idle_s else TEND_EVERY_S)
 
     async def _drain(self, serving: asyncio.Task[None], failure: Error | None) -> None:
         """Accepts no more and finishes what runs, within ``server.shutdown_timeout_s``."""
         self._stop.set()
-        self._cancel_store.set()
+        self._snapshots.cancel()
         self._state.failure = str(failure) if failure else None
-        self._state.become("stopping")
+        self._state.enter("stopping")
         self._notifier.stopping()
         self._notifier.extend_timeout(self._state.loaded.config.server.shutdown_timeout_s + DRAIN_MARGIN_S)
-        self._supervision.note(f"stopping, {self._state.backlog.n_requests} requests to finish")
+        self._supervision.note(f"stopping, {self._state.admissions.n_requests} requests to finish")
         log.info("%s", self._state.note)
         while not self._reloads.empty():
             waiter = self._reloads.get_nowait()
             if waiter is not None and not waiter.done():
                 waiter.set_exception(Draining("the daemon is stopping"))
-        self._server.stop()
-        self._wyoming.stop()
+        self._front_ends.stop()
         await serving
 
 
