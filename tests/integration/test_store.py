@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from tests.integration.test_cli import whisperd
-from tests.integration.test_daemon import metrics_of, until
 from tests.support.daemon import DaemonProcess, clean_environ, running
 from tests.support.hf_export import export
 from tests.support.loopback_hub import LoopbackHub, serving
 from tests.support.speech import Clip, plain
+from tests.support.wait import until
 from whisperd.errors import RemoteError
 
 
@@ -54,7 +54,7 @@ def reconciles(daemon: DaemonProcess) -> dict[str, float]:
 
 
 def metric(daemon: DaemonProcess, series: str) -> float:
-    (line,) = [line for line in metrics_of(daemon).splitlines() if line.startswith(f"{series} ")]
+    (line,) = [line for line in daemon.metrics().splitlines() if line.startswith(f"{series} ")]
     return float(line.rpartition(" ")[2])
 
 
@@ -90,11 +90,11 @@ def test_a_model_added_by_reload(hub: LoopbackHub, tmp_path: Path, clips: dict[s
         with pytest.raises(RemoteError, match="no such repository"):
             daemon.client.reload()
         assert reconciles(daemon) == {"ok": 1, "unchecked": 0, "failed": 1, "cancelled": 0}
-        assert "whisperd_reconcile_last_run_successful 0.0" in metrics_of(daemon)
+        assert "whisperd_reconcile_last_run_successful 0.0" in daemon.metrics()
         daemon.write_config(config(hub, "org/hf", "org/ct2"))
         daemon.client.reload()
         assert reconciles(daemon) == {"ok": 2, "unchecked": 0, "failed": 1, "cancelled": 0}
-        assert "whisperd_reconcile_last_run_successful 1.0" in metrics_of(daemon)
+        assert "whisperd_reconcile_last_run_successful 1.0" in daemon.metrics()
         fetched_bytes = metric(daemon, 'whisperd_model_download_bytes_total{model="org/hf"}')
         assert fetched_bytes == sum(file.stat().st_size for file in snapshot_files(tmp_path, "org/hf"))
         revision = hub.repos["org/hf"].refs["main"]

@@ -19,9 +19,9 @@ from wyoming.audio import AudioChunk, AudioStart, AudioStop
 from wyoming.client import AsyncClient, AsyncTcpClient
 from wyoming.info import Describe, Info
 
-from tests.integration.test_daemon import metrics_of, until
 from tests.support.daemon import EMBEDDED, PATIENCE_S, DaemonProcess, clean_environ, running, write_config
 from tests.support.speech import Clip, plain
+from tests.support.wait import until
 from whisperd.client import Client
 from whisperd.serving.sockets import bind_tcp
 from whisperd.speech.units import SAMPLE_RATE_HZ
@@ -104,8 +104,8 @@ def test_over_tcp(tmp_path: Path, port: int, clips: dict[str, Clip]) -> None:
         texts = [plain(found.text) for found in asyncio.run(main())]
         assert texts[:2] + texts[3:] == [plain(clips["monkeys"].text)] * 4
         assert "monkeys" in texts[2]  # a telephone with 8 bits
-        assert f'whisperd_wyoming_requests_total{{result="ok"}} {len(shapes):.1f}' in metrics_of(daemon)
-        assert f"whisperd_wyoming_latency_seconds_count {len(shapes):.1f}" in metrics_of(daemon)
+        assert f'whisperd_wyoming_requests_total{{result="ok"}} {len(shapes):.1f}' in daemon.metrics()
+        assert f"whisperd_wyoming_latency_seconds_count {len(shapes):.1f}" in daemon.metrics()
         assert daemon.log.count("wyoming ok in ") == len(shapes)
         assert "monkeys" not in daemon.log
         assert daemon.client.status()["requests"]["done"] == len(shapes)

