@@ -1,4 +1,4 @@
-"""What models cost in memory, and how the process gives it back."""
+"""How much memory models take, and how the process returns it to the system."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ WEIGHTS = ("model.bin", "*.safetensors")
 
 
 def trim() -> None:
-    """Returns what was freed to the system, which glibc otherwise keeps for later. Elsewhere it does nothing."""
+    """Returns freed memory to the system, which glibc keeps otherwise. Without glibc it does nothing."""
     malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if malloc_trim is not None:
         malloc_trim(0)
 
 
 class Leftovers:
-    """Whether served requests have left something behind that nobody needs: freed memory that glibc keeps."""
+    """Whether requests were served since the last ``trim``, so that glibc holds memory which they have freed."""
 
     def __init__(self) -> None:
         self._n_cleared = 0
 
     def due(self, *, n_served: int, n_active: int) -> bool:
-        """Whether to ``trim`` now: requests were served since the last time, and none is there that would be slowed."""
+        """Whether to ``trim`` now: requests were served since the last time, and none runs that would be slowed."""
         if n_active or n_served == self._n_cleared:
             return False
         self._n_cleared = n_served
@@ -32,7 +32,7 @@ class Leftovers:
 def weights_bytes(snapshot: Path) -> int:
     """Size of a model's weights on disk, which is what the budget counts.
 
-    What a process grows by cannot be told apart from everything else that it does meanwhile; the file is the same each
-    time, and on the CPU int8 weights and a batch together are seldom more.
+    The growth of a process has other causes as well; the file is the same each time, and on the CPU int8 weights and a
+    batch together are seldom more.
     """
     return sum(path.stat().st_size for pattern in WEIGHTS for path in snapshot.glob(pattern))

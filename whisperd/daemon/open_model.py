@@ -95,7 +95,7 @@ def load(
     *,
     beside: bool = False,
 ) -> LoadedModel:
-    """Loads a model and runs one real inference; from then on it is opened again whenever its engine dies.
+    """Loads a model and runs one real inference; its engine is opened again whenever it fails.
 
     Where the memory is not enough, half the batch is tried, down to one window and one worker.
 
@@ -104,10 +104,10 @@ def load(
         snapshot: its files.
         settings: how the engine is opened.
         work_dir: where conversions of this cache are kept.
-        detector: finds speech for it, unless its engine does that itself.
-        meter: told what happens.
+        detector: finds speech for it, unless its engine has a detector.
+        meter: gets its events.
         opener: makes the engine.
-        beside: of models that are on their way out: less than the whole batch is no success then.
+        beside: models that leave are still in memory: an engine for less than the whole batch is a failure then.
 
     Raises:
         SourceError: the files are no model.
@@ -117,47 +117,47 @@ def load(
     started_s = time.monotonic()
     vocabulary = Vocabulary.load(snapshot)
 
-    def opened(settings: EngineSettings) -> Engine:
-        return _proven(name, opener(snapshot, vocabulary, settings, work_dir, meter))
+    def open_one(settings: EngineSettings) -> Engine:
+        return _prove(name, opener(snapshot, vocabulary, settings, work_dir, meter))
 
-    lasting = _lasting(name, opened, settings, meter, beside=beside)
-    info, took_s = lasting.info, time.monotonic() - started_s
+    engine = _resilient(name, open_one, settings, meter, beside=beside)
+    info, took_s = engine.info, time.monotonic() - started_s
     log.info("model %s ready on %s (%s) in %.1f s", name, info.device, info.compute_type, took_s)
-    if fallback := lasting.health.fallback:
-        log.warning("model %s is served by the cpu instead of the GPU: %s", name, fallback)
-    batcher, network = Batcher(lasting, name=name, meter=meter), FallbackDetector(lasting, detector)
+    if lost := engine.health.fallback:
+        log.warning("model %s is served by the cpu instead of the GPU: %s", name, lost)
+    batcher, network = Batcher(engine, name=name, meter=meter), FallbackDetector(engine, detector)
     return LoadedModel(name=name, vocabulary=vocabulary, batcher=batcher, detector=network)
 
 
-def _lasting(
-    name: str, opened: OpenWith, settings: EngineSettings, meter: ModelMeter, *, beside: bool
+def _resilient(
+    name: str, open_one: OpenWith, settings: EngineSettings, meter: ModelMeter, *, beside: bool
 ) -> ResilientEngine:
-    stand_in = partial(_fitting, name, opened, on_cpu(settings), meter)
-    has_stand_in = settings.cpu_fallback and settings.device != "cpu"
-    first = partial(opened, settings) if beside else partial(_fitting, name, opened, settings, meter)
-    engine, lost = _first(first, stand_in if has_stand_in else None, beside=beside)
+    fallback = partial(_open_fitting, name, open_one, on_cpu(settings), meter)
+    has_fallback = settings.cpu_fallback and settings.device != "cpu"
+    first = partial(open_one, settings) if beside else partial(_open_fitting, name, open_one, settings, meter)
+    engine, lost = _open_first(first, fallback if has_fallback else None, beside=beside)
     on_gpu = engine.info.device != "cpu"
     if on_gpu:
         settings = replace(settings, device="cuda")  # when a GPU that was there is gone, it is lost, also for "auto"
-    main = partial(_fitting, name, opened, settings, meter)
-    openers = Openers(main=main, fallback=stand_in if has_stand_in and (on_gpu or lost) else None)
+    main = partial(_open_fitting, name, open_one, settings, meter)
+    openers = Openers(main=main, fallback=fallback if has_fallback and (on_gpu or lost) else None)
     return ResilientEngine(engine, openers, name=name, fallback=lost, meter=meter)
 
 
-def _first(main: Open, stand_in: Open | None, *, beside: bool) -> tuple[Engine, str]:
-    """An engine, and when it is the stand-in, why."""
+def _open_first(main: Open, fallback: Open | None, *, beside: bool) -> tuple[Engine, str]:
+    """An engine, and the reason when it is the fallback."""
     try:
         return main(), ""
     except EngineError as error:
-        if stand_in is None or (beside and isinstance(error, OutOfMemory)):
+        if fallback is None or (beside and isinstance(error, OutOfMemory)):
             raise
-        return stand_in(), str(error) or "it cannot be opened"
+        return fallback(), str(error) or "it cannot be opened"
 
 
-def _fitting(name: str, opened: OpenWith, settings: EngineSettings, meter: ModelMeter) -> Engine:
+def _open_fitting(name: str, open_one: OpenWith, settings: EngineSettings, meter: ModelMeter) -> Engine:
     while True:
         try:
-            return opened(settings)
+            return open_one(settings)
         except OutOfMemory as error:
             # an engine on a GPU has tried fewer windows itself, and these options are not for it
             if settings.device == "cuda" or (settings.batch_size == 1 and settings.workers == 1):
@@ -180,8 +180,8 @@ def on_cpu(settings: EngineSettings) -> EngineSettings:
     return replace(settings, device="cpu", compute_type=compute_type)
 
 
-def _proven(name: str, engine: Engine) -> Engine:
-    """Hears and decodes a second of silence: what is wrong with the device shows here and not in a user's request."""
+def _prove(name: str, engine: Engine) -> Engine:
+    """Decodes a second of silence: a fault of the device shows here and not in a user's request."""
     try:
         _warm_up(name, engine)
     except BaseException:

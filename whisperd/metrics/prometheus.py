@@ -142,8 +142,8 @@ class Figures:
     models: Sequence[ModelFigures] = ()
 
 
-class Metrics(HttpMeter, WyomingMeter):
-    """All figures of one daemon; every method may be called from any thread."""
+class _Table:
+    """The families of FAMILIES by name, in a registry of their own."""
 
     def __init__(self) -> None:
         import prometheus_client as library
@@ -160,16 +160,7 @@ class Metrics(HttpMeter, WyomingMeter):
             )
             self._families[family.name] = made
             if len(family.labels) == 1:
-                self._expose(family)
-        self._set("build_info", 1, VERSION, platform.python_version())
-        self._set("config_last_reload_successful", 1)
-        self._set("config_last_reload_success_timestamp_seconds", time.time())
-
-    def model(self, name: str) -> ModelMeter:
-        """The meter of one model."""
-        for family in OF_MODELS:
-            self._expose(family, name)
-        return _ModelMetrics(self, name)
+                self.expose(family)
 
     def count(self, name: str, *labels: str, by: float = 1) -> None:
         """Adds to a counter."""
@@ -179,80 +170,15 @@ class Metrics(HttpMeter, WyomingMeter):
         """Adds a value to a histogram."""
         self._of(name, labels).observe(value)
 
-    def observe_request(self, route: str, method: str, status: int, duration_s: float) -> None:
-        """A request was answered ``duration_s`` after its head had arrived."""
-        self.count("http_requests", route, method, str(status))
-        self.observe("http_request_duration_seconds", duration_s, route)
-
-    def count_rejection(self, code: str) -> None:
-        """A request was answered with the error of this code."""
-        if code == "cancelled":
-            self.count("requests_cancelled")
-        else:
-            self.count("requests_rejected", code)
-
-    def observe_utterance(self, result: str, latency_s: float) -> None:
-        """An utterance was answered: ``ok`` or the code of an error, ``latency_s`` after the end of its audio."""
-        self.count("wyoming_requests", result)
-        if result == "ok":
-            self.observe("wyoming_latency_seconds", latency_s)
-        else:
-            self.count_rejection(result)
-
-    def observe_first_segment(self, model: str, wait_s: float) -> None:
-        """The first segment of a request came ``wait_s`` after its upload."""
-        self.observe("time_to_first_segment_seconds", wait_s, model)
-
-    def observe_transcript(self, model: str, transcript: Transcript, wall_s: float) -> None:
-        """A request was transcribed in ``wall_s``."""
-        self.count("audio_seconds", model, transcript.task, by=transcript.duration_s)
-        self.observe("request_audio_duration_seconds", transcript.duration_s, model)
-        self.observe("realtime_factor", transcript.duration_s / max(wall_s, 1e-3), model)
-        self.count("segments", model, by=len(transcript.segments))
-        self.count("tokens_generated", model, by=sum(len(segment.tokens) for segment in transcript.segments))
-        for outcome in OUTCOMES:
-            self.count("windows", model, outcome, by=getattr(transcript.windows, outcome))
-
-    def observe_load(self, model: str, took_s: float, *, again: bool) -> None:
-        """A model was loaded in ``took_s``; ``again`` because its engine had failed."""
-        self._set("model_load_seconds", took_s, model)
-        if again:
-            self.count("engine_restarts", model)
-
-    def count_reload(self, *, ok: bool) -> None:
-        """The configuration was read again."""
-        self.count("config_reloads", "ok" if ok else "failed")
-        self._set("config_last_reload_successful", ok)
-        if ok:
-            self._set("config_last_reload_success_timestamp_seconds", time.time())
-
-    def observe_reconcile(
-        self, result: str, wall_s: float, fetched_bytes: Mapping[str, int] = MappingProxyType({})
-    ) -> None:
-        """A reconcile ended with one of RECONCILED; ``fetched_bytes`` of each model that arrived whole."""
-        self.count("reconcile_runs", result)
-        self.observe("reconcile_duration_seconds", wall_s)
-        if result != "cancelled":  # which says nothing about the cache
-            self._set("reconcile_last_run_successful", result == "ok")
-        if result == "ok":
-            self._set("reconcile_last_success_timestamp_seconds", time.time())
-        for model, n_bytes in fetched_bytes.items():
-            self.count("model_download_bytes", model, by=n_bytes)
-
-    def render(self, accept: str, figures: Figures) -> tuple[bytes, str]:
-        """The exposition and its content type, chosen by the scraper's Accept header."""
-        self._set_figures(figures)
-        encode, content_type = self._choose_encoder(accept)
-        return encode(self._registry), content_type
-
-    def _of(self, name: str, labels: tuple[str, ...]) -> Any:
-        family = self._families[name]
-        return family.labels(*labels) if labels else family
-
-    def _set(self, name: str, value: float, *labels: str) -> None:
+    def set(self, name: str, value: float, *labels: str) -> None:
+        """Sets a gauge."""
         self._of(name, labels).set(value)
 
-    def _expose(self, family: Family, *labels: str) -> None:
+    def clear(self, name: str) -> None:
+        """Removes all series of a family."""
+        self._families[name].clear()
+
+    def expose(self, family: Family, *labels: str) -> None:
         """Exposes the known series of a family as 0."""
         metric = self._families[family.name]
         if len(family.labels) == len(labels):
@@ -261,44 +187,134 @@ class Metrics(HttpMeter, WyomingMeter):
         for value in family.known:
             metric.labels(*labels, value)
 
+    def render(self, accept: str) -> tuple[bytes, str]:
+        """The exposition and its content type."""
+        encode, content_type = self._choose_encoder(accept)
+        return encode(self._registry), content_type
+
+    def _of(self, name: str, labels: tuple[str, ...]) -> Any:
+        family = self._families[name]
+        return family.labels(*labels) if labels else family
+
+
+class Metrics(HttpMeter, WyomingMeter):
+    """All figures of one daemon; every method may be called from any thread."""
+
+    def __init__(self) -> None:
+        self._table = _Table()
+        self._table.set("build_info", 1, VERSION, platform.python_version())
+        self._table.set("config_last_reload_successful", 1)
+        self._table.set("config_last_reload_success_timestamp_seconds", time.time())
+
+    def model(self, name: str) -> ModelMeter:
+        """The meter of one model."""
+        for family in OF_MODELS:
+            self._table.expose(family, name)
+        return _ModelMetrics(self._table, name)
+
+    def observe_request(self, route: str, method: str, status: int, duration_s: float) -> None:
+        """A request was answered ``duration_s`` after its head had arrived."""
+        self._table.count("http_requests", route, method, str(status))
+        self._table.observe("http_request_duration_seconds", duration_s, route)
+
+    def count_rejection(self, code: str) -> None:
+        """A request was answered with the error of this code."""
+        if code == "cancelled":
+            self._table.count("requests_cancelled")
+        else:
+            self._table.count("requests_rejected", code)
+
+    def observe_utterance(self, result: str, latency_s: float) -> None:
+        """An utterance was answered: ``ok`` or the code of an error, ``latency_s`` after the end of its audio."""
+        self._table.count("wyoming_requests", result)
+        if result == "ok":
+            self._table.observe("wyoming_latency_seconds", latency_s)
+        else:
+            self.count_rejection(result)
+
+    def observe_first_segment(self, model: str, wait_s: float) -> None:
+        """The first segment of a request came ``wait_s`` after its upload."""
+        self._table.observe("time_to_first_segment_seconds", wait_s, model)
+
+    def observe_transcript(self, model: str, transcript: Transcript, wall_s: float) -> None:
+        """A request was transcribed in ``wall_s``."""
+        self._table.count("audio_seconds", model, transcript.task, by=transcript.duration_s)
+        self._table.observe("request_audio_duration_seconds", transcript.duration_s, model)
+        self._table.observe("realtime_factor", transcript.duration_s / max(wall_s, 1e-3), model)
+        self._table.count("segments", model, by=len(transcript.segments))
+        self._table.count("tokens_generated", model, by=sum(len(segment.tokens) for segment in transcript.segments))
+        for outcome in OUTCOMES:
+            self._table.count("windows", model, outcome, by=getattr(transcript.windows, outcome))
+
+    def observe_load(self, model: str, took_s: float, *, again: bool) -> None:
+        """A model was loaded in ``took_s``; ``again`` because its engine had failed."""
+        self._table.set("model_load_seconds", took_s, model)
+        if again:
+            self._table.count("engine_restarts", model)
+
+    def count_reload(self, *, ok: bool) -> None:
+        """The configuration was read again."""
+        self._table.count("config_reloads", "ok" if ok else "failed")
+        self._table.set("config_last_reload_successful", ok)
+        if ok:
+            self._table.set("config_last_reload_success_timestamp_seconds", time.time())
+
+    def observe_reconcile(
+        self, result: str, wall_s: float, fetched_bytes: Mapping[str, int] = MappingProxyType({})
+    ) -> None:
+        """A reconcile ended with one of RECONCILED; ``fetched_bytes`` of each model that arrived whole."""
+        self._table.count("reconcile_runs", result)
+        self._table.observe("reconcile_duration_seconds", wall_s)
+        if result != "cancelled":  # which says nothing about the cache
+            self._table.set("reconcile_last_run_successful", result == "ok")
+        if result == "ok":
+            self._table.set("reconcile_last_success_timestamp_seconds", time.time())
+        for model, n_bytes in fetched_bytes.items():
+            self._table.count("model_download_bytes", model, by=n_bytes)
+
+    def render(self, accept: str, figures: Figures) -> tuple[bytes, str]:
+        """The exposition and its content type, chosen by the scraper's Accept header."""
+        self._set_figures(figures)
+        return self._table.render(accept)
+
     def _set_figures(self, figures: Figures) -> None:
-        self._set("ready", figures.ready)
-        self._set("draining", figures.draining)
-        self._set("requests_in_flight", figures.requests)
-        self._set("queue_audio_seconds", figures.queue_audio_s)
-        self._set("spool_bytes", figures.spool_bytes)
-        self._set("spool_files", figures.spool_files)
+        self._table.set("ready", figures.ready)
+        self._table.set("draining", figures.draining)
+        self._table.set("requests_in_flight", figures.requests)
+        self._table.set("queue_audio_seconds", figures.queue_audio_s)
+        self._table.set("spool_bytes", figures.spool_bytes)
+        self._table.set("spool_files", figures.spool_files)
         for name in NOW:
-            self._families[name].clear()
+            self._table.clear(name)
         for model in figures.models:
-            self._set("model_info", 1, model.name, model.revision)
-            self._set("windows_waiting", model.waiting, model.name)
-            self._set("windows_running", model.running, model.name)
-            self._set("model_loaded", model.loaded, model.name, model.device, model.compute_type)
-            self._set("model_fallback", model.fallback, model.name)
-            self._set("model_memory_bytes", model.memory_bytes, model.name)
+            self._table.set("model_info", 1, model.name, model.revision)
+            self._table.set("windows_waiting", model.waiting, model.name)
+            self._table.set("windows_running", model.running, model.name)
+            self._table.set("model_loaded", model.loaded, model.name, model.device, model.compute_type)
+            self._table.set("model_fallback", model.fallback, model.name)
+            self._table.set("model_memory_bytes", model.memory_bytes, model.name)
 
 
 class _ModelMetrics(ModelMeter):
-    def __init__(self, metrics: Metrics, model: str) -> None:
-        self._metrics = metrics
+    def __init__(self, table: _Table, model: str) -> None:
+        self._table = table
         self._model = model
 
     def observe_wait(self, duration_s: float) -> None:
-        self._metrics.observe("queue_wait_seconds", duration_s, self._model)
+        self._table.observe("queue_wait_seconds", duration_s, self._model)
 
     def observe_batch(self, n_windows: int, duration_s: float) -> None:
-        self._metrics.observe("batch_size", n_windows, self._model)
-        self._metrics.observe("batch_duration_seconds", duration_s, self._model)
+        self._table.observe("batch_size", n_windows, self._model)
+        self._table.observe("batch_duration_seconds", duration_s, self._model)
 
     def count_halving(self, stage: Stage) -> None:
-        self._metrics.count("oom", self._model, stage)
+        self._table.count("oom", self._model, stage)
 
     def count_fallback(self, reason: str) -> None:
-        self._metrics.count("fallback", self._model, reason)
+        self._table.count("fallback", self._model, reason)
 
     def count_engine_failure(self) -> None:
-        self._metrics.count("engine_failures", self._model)
+        self._table.count("engine_failures", self._model)
 
     def count_engine_restart(self) -> None:
-        self._metrics.count("engine_restarts", self._model)
+        self._table.count("engine_restarts", self._model)

@@ -1,6 +1,6 @@
 """One thread that owns one engine: windows of all requests share its batches.
 
-Requests talk to it through tickets: a ticket's windows come back in its inbox, in the order in which they finish.
+A request has a ticket; its finished windows come back in the ticket's inbox, in the order in which they finish.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ CLOSE_TIMEOUT_S = 30.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
-    """What a batcher is doing; counts of windows, and how long ago the engine last moved."""
+    """The work of a batcher now: counts of windows, and for how long the engine has not finished any."""
 
     waiting: int
     running: int
@@ -73,11 +73,11 @@ class Ticket:
         self._inbox.put(None)
 
     def deliver(self, outcome: Outcome) -> None:
-        """Called by the batcher with each finished window."""
+        """Puts a finished window into the inbox; called by the batcher."""
         self._inbox.put(outcome)
 
     def close(self) -> None:
-        """Cancels what is still waiting or running; from any thread, and at any moment. Nothing can be queued then."""
+        """Cancels all windows that wait or run, and refuses further ones. May be called from any thread, and again."""
         self._batcher.cancel(self)
 
 
@@ -94,7 +94,7 @@ class Batcher:
     Args:
         engine: closed with the batcher.
         name: of the model, for threads and messages.
-        meter: told what happens.
+        meter: gets the events of the windows.
     """
 
     def __init__(self, engine: Engine, *, name: str, meter: ModelMeter | None = None) -> None:
@@ -107,13 +107,13 @@ class Batcher:
         self._wakeup = threading.Condition()
         self._dropped: set[int] = set()
         self._closing = False
-        self._news = False
+        self._woken = False
         self._moved_at_s = time.monotonic()
         self.failure: Error | None = None
         self._thread = threading.Thread(target=self._run, name=f"batcher-{name}", daemon=True)
         self._thread.start()
         if isinstance(engine, Wakeable):
-            engine.on_wake(self._look)
+            engine.on_wake(self._wake)
 
     @property
     def info(self) -> EngineInfo:
@@ -162,7 +162,7 @@ class Batcher:
         self._thread.join(CLOSE_TIMEOUT_S)
 
     def cancel(self, ticket: Ticket) -> None:
-        """Forgets all windows of a ticket; see ``Ticket.close``."""
+        """Drops all windows of a ticket; see ``Ticket.close``."""
         with self._wakeup:
             ticket.closed = True
             self._dropped |= self._scheduler.cancel(ticket.request_id)
@@ -176,29 +176,29 @@ class Batcher:
                 self._deliver(self._engine.step())
             self._fail(EngineError("the engine was closed"))
         except Exception as error:
-            # the outermost loop of a thread: whatever it was, nobody may wait forever for a dead engine
+            # the outermost loop of a thread: whatever it was, no request may wait forever for a failed engine
             log.exception("the engine of %s stopped", self._name)
             self.meter.count_engine_failure()
             self._fail(error if isinstance(error, Error) else EngineError(f"the engine stopped: {error!r}"))
         finally:
             self._engine.close()
 
-    def _look(self) -> None:
+    def _wake(self) -> None:
         with self._wakeup:
-            self._news = True
+            self._woken = True
             self._wakeup.notify()
 
     def _wait_for_work(self) -> bool:
         with self._wakeup:
-            self._wakeup.wait_for(lambda: self._closing or self._news or self._scheduler.busy)
-            self._news = False
+            self._wakeup.wait_for(lambda: self._closing or self._woken or self._scheduler.busy)
+            self._woken = False
             return not self._closing
 
     def _admit(self) -> None:
         with self._wakeup:
             dropped, self._dropped = frozenset(self._dropped), set()
             self._share_slots()
-            taken = [self._started(turn) for turn in self._scheduler.take(self._engine.free_slots)]
+            taken = [self._start(turn) for turn in self._scheduler.take(self._engine.free_slots)]
             if taken and self._scheduler.running == len(taken):
                 self._moved_at_s = time.monotonic()
         if dropped:
@@ -207,12 +207,12 @@ class Batcher:
             self._engine.admit(taken)
 
     def _share_slots(self) -> None:
-        """Each time, since another engine may have taken the place of the first."""
+        """Called before each step: another engine may have replaced the first one, with other slots."""
         info = self._engine.info
         self._scheduler.most_bulk = info.slots - info.spare_slots
         self._scheduler.bulk_slots = self._scheduler.most_bulk if info.spare_slots else info.slots // 2
 
-    def _started(self, turn: Turn) -> Window:
+    def _start(self, turn: Turn) -> Window:
         queued = self._windows[turn.window_id]
         self.meter.observe_wait(time.monotonic() - queued.since_s)
         return replace(queued.window, lane=turn.lane)

@@ -5,9 +5,9 @@ A request's own windows leave in the order in which they came, except that a win
 first: its request waits for it already.
 
 Two rings of requests: interactive ones go before bulk ones, but after ``INTERACTIVE_RUN`` windows in a row one of bulk
-gets its turn, so that nobody starves. While interactive windows are about, bulk ones hold no more than ``bulk_slots``,
-and never more than ``most_bulk``: the next short request finds room at once, instead of behind a whole batch of an
-hour-long file.
+gets its turn, so that no request starves. While interactive windows wait or ran lately, bulk ones hold no more than
+``bulk_slots``, and never more than ``most_bulk``: the next short request finds a free slot at once, instead of waiting
+for a whole batch of an hour-long file.
 
     submit -> waiting -> take -> running -> finish
                   └────────── cancel ──────────┘
@@ -26,7 +26,7 @@ CALM_WINDOWS = 16  # so many bulk windows after the last interactive one, bulk m
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Turn:
-    """A window whose turn it is."""
+    """A window that runs next."""
 
     window_id: int
     lane: Lane
@@ -67,7 +67,7 @@ class Scheduler:
     """Windows waiting and running, by request. Every method costs no more than the windows it touches.
 
     Args:
-        bulk_slots: the most that bulk windows hold while interactive ones are about; at least 1. It may change.
+        bulk_slots: the most that bulk windows hold while interactive ones wait or ran lately; at least 1. May change.
         most_bulk: the most that they hold at any time, likewise; None: all slots.
     """
 
@@ -102,7 +102,7 @@ class Scheduler:
         return bool(self._interactive) or self._bulk_may_run()
 
     def submit(self, request_id: int, window_id: int, *, bulk: bool = False, again: bool = False) -> None:
-        """A window asks for a slot; ``again`` puts it before the others of its request."""
+        """Adds a window that waits for a slot; ``again`` puts it before the others of its request."""
         (self._bulk if bulk else self._interactive).add(request_id, window_id, first=again)
 
     def take(self, slots: int) -> tuple[Turn, ...]:
@@ -116,12 +116,12 @@ class Scheduler:
         return tuple(turns)
 
     def finish(self, window_id: int) -> None:
-        """The engine is done with a window; unknown ids (cancelled ones) are ignored."""
+        """Removes a window that the engine has finished; unknown ids (cancelled ones) are ignored."""
         _, bulk = self._running.pop(window_id, (None, False))
         self._bulk_running -= bulk
 
     def cancel(self, request_id: int) -> frozenset[int]:
-        """Forgets a request; returns its windows that are still running, for the engine to drop."""
+        """Removes a request; returns its windows that are still running, for the engine to drop."""
         self._interactive.drop(request_id)
         self._bulk.drop(request_id)
         running = frozenset(window for window, (owner, _) in self._running.items() if owner == request_id)
