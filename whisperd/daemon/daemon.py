@@ -38,7 +38,7 @@ SIGNALS_TO_STOP = (signal.SIGTERM, signal.SIGINT)
 
 
 class Daemon:
-    """Owns everything that lives long. ``run`` returns after a signal to stop, and raises what ended the boot.
+    """Owns all long-lived objects. ``run`` returns after a signal to stop, and raises what ended the boot.
 
     Args:
         loaded: the configuration to boot with.
@@ -248,7 +248,7 @@ def _reload_result(outcome: Mapping[str, object], failure: Error | None) -> Mapp
 
 
 def _failure(working: asyncio.Task[None]) -> Error | None:
-    """What ended the work, if it was an error that has words for users."""
+    """The error that ended the work, if it has a message for users."""
     error = working.exception() if working.done() and not working.cancelled() else None
     return error if isinstance(error, Error) else None
 

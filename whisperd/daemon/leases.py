@@ -50,7 +50,7 @@ class Leases:
             self._release(instance)
 
     def swap(self, served: ServedModels) -> None:
-        """Serves these models from now on; instances that are not among them close as soon as nobody holds them."""
+        """Serves these models from now on; instances that are not among them close as soon as no request holds them."""
         with self._lock:
             before, after = _instances(self._served), _instances(served)
             for instance in after:
@@ -81,7 +81,7 @@ class Leases:
             return True
 
     def idle(self) -> list[tuple[str, float]]:
-        """Models in memory that nobody holds, and for how many seconds nobody did, the longest first."""
+        """Models in memory that no request holds, with the seconds since one did, the longest first."""
         with self._lock:
             now_s = self._clock()
             free = [

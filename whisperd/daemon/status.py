@@ -19,7 +19,7 @@ from whisperd.transcription.model import LoadedModel
 from whisperd.version import VERSION
 
 RETRY_AFTER_S = 2.0
-SPOOL_RETRY_AFTER_S = 30.0  # somebody has to make room
+SPOOL_RETRY_AFTER_S = 30.0  # an administrator has to make room
 ERROR_CHARS = 140  # systemd's line has 256, and the models should be on it too
 
 

@@ -62,7 +62,7 @@ class Transcriber:
 
     async def _transcribe(self, job: Job) -> Transcript:
         """Makes a second attempt where the engine failed before the client got a segment."""
-        name = await self._loaded(job.model)
+        name = await self._load(job.model)
         relay = ProgressRelay(job, self._state.loaded.config.limits.queue_audio_s, self._metrics, name)
         try:
             transcript = await self._attempt(job, relay)
@@ -91,12 +91,12 @@ class Transcriber:
     async def _lease(self, model: str | None, stack: ExitStack) -> LoadedModel:
         """A model that stays open as long as ``stack``; a reload may replace it between the two steps."""
         while True:
-            name = await self._loaded(model)
+            name = await self._load(model)
             with suppress(ModelLoading):
                 return stack.enter_context(self._leases.lease(name))
 
-    async def _loaded(self, model: str | None) -> str:
-        """The name of a model that is in memory now; a reload may give the name to another one meanwhile."""
+    async def _load(self, model: str | None) -> str:
+        """Loads the model that a request means, if need be, and returns its name; a reload may change it meanwhile."""
         name = self._leases.served.resolve(model)
         while name not in self._leases.served.loaded or self._has_failed(name):
             await self._load_one(name)

@@ -23,7 +23,7 @@ from whisperd.transcription.model import LoadedModel
 from whisperd.transcription.windows import SampleBuffer, cuts
 
 BATCHES_AHEAD = 2  # windows of one request in memory, in multiples of the engine's slots: one runs, one waits
-INTERACTIVE_S = 60.0  # longer audio is bulk: nobody sits and waits for it as for an answer
+INTERACTIVE_S = 60.0  # longer audio is bulk: no user waits for it as for an answer
 INTERACTIVE_WINDOWS = 2  # audio whose length is not known becomes bulk behind so many windows
 
 
