@@ -11,22 +11,42 @@ import pytest
 
 from tests.support.fakes import written
 from tests.support.models import House, ScriptedOpener, ready_state
+from whisperd.daemon.models import ModelInstance
 from whisperd.daemon.snapshots import Snapshots
 from whisperd.daemon.state import State
 from whisperd.daemon.systemd import Supervision
-from whisperd.errors import CacheBusy, Draining, RequestError
+from whisperd.errors import CacheBusy, Draining, OutOfMemory, RequestError
 from whisperd.metrics.prometheus import Metrics
 from whisperd.notify import Notifier
 from whisperd.serving.interface import ReconcileOrder
 from whisperd.speech.tokenizer import Vocabulary
 from whisperd.speech.vad import SpeechDetector
+from whisperd.store.cache import is_held
+
+
+class WatchingOpener(ScriptedOpener):
+    """Knows of each snapshot that it opens whether it was held then."""
+
+    def __init__(self, vocabulary: Vocabulary, detector: SpeechDetector) -> None:
+        super().__init__(vocabulary, detector, [lambda window: written(vocabulary, window, " x")] * 9)
+        self.held: dict[str, bool] = {}
+        self.fits = True
+
+    def open(self, name: str, snapshot: Path, *, again: bool = False, beside: bool = False) -> ModelInstance:
+        self.held[name] = is_held(snapshot)
+        if not self.fits:
+            raise OutOfMemory(f"{name} does not fit")
+        return super().open(name, snapshot, again=again, beside=beside)
 
 
 @pytest.fixture
-def house(tmp_path: Path, snapshot: Path, vocabulary: Vocabulary, detector: SpeechDetector) -> Iterator[House]:
-    found = House(
-        tmp_path, snapshot, ScriptedOpener(vocabulary, detector, [lambda window: written(vocabulary, window, " x")] * 9)
-    )
+def opener(vocabulary: Vocabulary, detector: SpeechDetector) -> WatchingOpener:
+    return WatchingOpener(vocabulary, detector)
+
+
+@pytest.fixture
+def house(tmp_path: Path, snapshot: Path, opener: WatchingOpener) -> Iterator[House]:
+    found = House(tmp_path, snapshot, opener)
     yield found
     found.close()
 
@@ -58,6 +78,19 @@ def test_what_a_request_has_made_complete_is_served(house: House, state: State, 
     assert report["exit_code"] == 0
     assert house.loaded == {"a", "b"}
     assert state.problems == ()
+
+
+def test_what_is_served_is_held(house: House, state: State, opener: WatchingOpener) -> None:
+    """No prune removes a snapshot from before it is loaded; one that was not loaded is let go."""
+    found, paths = snapshots(house, state), [house.snapshots[name] for name in ("a", "b")]
+    opener.fits = False
+    with pytest.raises(OutOfMemory):
+        house.run(found.apply(state.loaded.config, all_or_nothing=True))
+    assert not any(map(is_held, paths))
+    opener.fits = True
+    house.run(found.apply(state.loaded.config, all_or_nothing=True))
+    assert opener.held == {"a": True, "b": True}
+    assert all(map(is_held, paths))
 
 
 def test_a_check_changes_nothing(house: House, state: State) -> None:

@@ -120,14 +120,17 @@ class Snapshots:
 
     async def _switch(self, config: Config, snapshots: Mapping[str, Path]) -> None:
         self._supervision.note_loading(snapshots)
-        await self._loader.switch(config, snapshots)
-        self._hold(snapshots)
-
-    def _hold(self, snapshots: Mapping[str, Path]) -> None:
-        handles = [hold(path) for path in snapshots.values()]
-        before, self._held = self._held, [handle for handle in handles if handle is not None]
-        for handle in before:
-            os.close(handle)
+        held = [handle for handle in map(hold, snapshots.values()) if handle is not None]
+        try:
+            await self._loader.switch(config, snapshots)
+        except asyncio.CancelledError:
+            self._held = [*self._held, *held]  # the switch goes on in its thread; the next one lets go of these
+            raise
+        except Exception:
+            _close(held)
+            raise
+        before, self._held = self._held, held
+        _close(before)
 
     async def _find(self, config: Config, *, all_or_nothing: bool) -> Mapping[str, Path]:
         """The snapshots of the declared models; the network is used only for those that are not there."""
@@ -209,6 +212,11 @@ class Snapshots:
         fetched_bytes = {one.name: one.fetched_bytes for one in report.results if one.fetched_bytes}
         self._metrics.observe_reconcile(_result(report), time.monotonic() - started_s, fetched_bytes)
         return report
+
+
+def _close(handles: Sequence[int]) -> None:
+    for handle in handles:
+        os.close(handle)
 
 
 def _ordered(order: ReconcileOrder, store: Settings) -> Settings:
