@@ -31,17 +31,16 @@ def shown(spool: Spool) -> Status:
 @contextmanager
 def removed(directory: Path) -> Iterator[str]:
     directory.rmdir()
-    yield "No such file or directory"
+    yield "cannot be written (No such file or directory)"
     directory.mkdir()
 
 
 @contextmanager
 def full(directory: Path) -> Iterator[str]:
     with small(directory, "size=1m"):
-        with (directory / "another file").open("wb") as file, suppress(OSError):
+        with (directory / "another file").open("wb", buffering=0) as file, suppress(OSError):
             while True:
                 file.write(bytes(4096))
-                file.flush()
         yield "has no room left"
 
 
