@@ -440,8 +440,13 @@ def _stream(container: InputContainer, request: AudioRequest) -> AudioStream:
     known = [stream for stream in streams if stream.codec_context is not None]
     if not known:
         raise AudioError(f"{label} is compressed with a codec that whisperd cannot decode")
-    # the bit of AV_DISPOSITION_DEFAULT; releases of PyAV disagree about its class
-    return next((stream for stream in known if int(getattr(stream, "disposition", 0)) & 1), known[0])
+    return next(filter(_is_default, known), known[0])
+
+
+def _is_default(stream: AudioStream) -> bool:
+    """Whether the container marks the track as the default one (AV_DISPOSITION_DEFAULT)."""
+    flags = getattr(stream, "disposition", 0)  # a Flag before PyAV 17, an IntFlag since
+    return bool(int(getattr(flags, "value", flags)) & 1)
 
 
 def _asked_for(streams: list[AudioStream], track: int | str, label: str) -> AudioStream:
