@@ -25,6 +25,7 @@ from whisperd.engine.factory import EngineSettings
 from whisperd.metrics.prometheus import Metrics
 from whisperd.serving.interface import Chunking, Emit, Job, ReconcileOrder
 from whisperd.serving.spool import Spool
+from whisperd.speech.audio import InProcessDecoder
 from whisperd.speech.fallback import Options
 from whisperd.speech.tokenizer import Vocabulary
 from whisperd.speech.transcript import Transcript
@@ -106,7 +107,7 @@ class House:
     def service(self, state: State, metrics: Metrics | None = None) -> Iterator[DaemonService]:
         """The daemon's service on these models; its coroutines belong into ``run``."""
         counted = metrics or Metrics()
-        transcriber = Transcriber(state, self.leases, counted, self.loader.load_one)
+        transcriber = Transcriber(state, self.leases, counted, InProcessDecoder(), self.loader.load_one)
         try:
             yield DaemonService(
                 state,

@@ -62,6 +62,7 @@ PASSING = (429, 503)
 @click.option("--max-line-count", type=click.IntRange(1, 4), help="The same with so many lines.")
 @click.option("--prompt", help="Text that the audio continues: names, spelling, style.")
 @click.option("--hotwords", help="Words and names that are likely, with commas between them.")
+@click.option("--audio-track", help="Audio track: a number from 0, or a language (the default one).")
 @click.option("--temperature", type=float, help="0: Whisper's ladder of attempts.")
 @click.option("--beam-size", type=int, help="Beams at temperature 0.")
 @click.option("--vad-filter/--no-vad-filter", default=None, help="Transcribe only what sounds like speech.")
@@ -184,6 +185,14 @@ def _another_way() -> Iterator[None]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class _Answer:
+    """What came of one file; ``transcript`` is None when files of it were written."""
+
+    transcript: Transcript | None
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
     """What is the same for every file of a batch."""
 
@@ -208,15 +217,15 @@ class Job:
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _ask(self, path: Path) -> Transcript | None:
+    def _ask(self, path: Path) -> _Answer:
         """The transcript, when it goes to stdout; files are written here, so that an interrupted batch has them."""
         with _opened(path) as file:
             transcript = self._answer(path, file)
         if self.output.directory is None:
-            return transcript
+            return _Answer(transcript=transcript, warnings=transcript.warnings)
         for target in self.output.write(path, transcript):
             click.echo(f"{path} -> {target}", err=True)
-        return None
+        return _Answer(transcript=None, warnings=transcript.warnings)
 
     def _answer(self, path: Path, file: BinaryIO) -> Transcript:
         from whisperd.speech.formats import from_verbose_json
@@ -233,10 +242,10 @@ class Job:
 
         return from_verbose_json(_patiently(once, file, self.stop))
 
-    def _deliver(self, path: Path, future: Future[Transcript | None]) -> int:
+    def _deliver(self, path: Path, future: Future[_Answer]) -> int:
         """Waits for one file; its failure is told, and the others go on."""
         try:
-            transcript = future.result()
+            answer = future.result()
         except DaemonUnreachable:
             raise  # the other files would meet the same
         except Error as error:
@@ -244,11 +253,13 @@ class Job:
             return exit_code(error)
         except OSError as error:
             return _tell(path, error, self.output)
-        if transcript is not None and not self.live:
+        if answer.transcript is not None and not self.live:
             if len(self.output.names) > 1:
                 click.echo(f"==> {path} <==")
-            click.echo(written(transcript, self.output.formats[0], self.output.layout), nl=False)
-        return 0
+            click.echo(written(answer.transcript, self.output.formats[0], self.output.layout), nl=False)
+        for warning in answer.warnings:
+            click.echo(f"whisperd: {path}: warning: {warning}", err=True)
+        return ExitCode.BAD_DATA if answer.warnings else 0
 
 
 def _tell(path: Path, error: OSError, output: Output) -> int:
@@ -275,7 +286,7 @@ def _patiently(ask: Callable[[], dict[str, Any]], file: BinaryIO, stop: threadin
 
 def _fields(given: Mapping[str, Any]) -> dict[str, str]:
     """Options that were given, as fields of the HTTP interface."""
-    names = ("model", "language", "prompt", "hotwords", "temperature", "beam_size")
+    names = ("model", "language", "prompt", "hotwords", "audio_track", "temperature", "beam_size")
     fields = {name: str(given[name]) for name in names if given[name] is not None}
     if given["word_timestamps"] or _layout(given) is not None:
         fields["word_timestamps"] = "true"

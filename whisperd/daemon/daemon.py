@@ -27,6 +27,7 @@ from whisperd.errors import Draining, Error
 from whisperd.logs import set_level
 from whisperd.metrics.prometheus import Metrics
 from whisperd.notify import Notifier
+from whisperd.speech.isolation import IsolatedDecoder
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +76,8 @@ class Daemon:
         work_dir = settings.conversions_dir(config, environ)
         self._loader = Loader(self._leases, ModelOpener(settings.engine_settings(config), work_dir, self._metrics))
         self._snapshots = Snapshots(environ, self._state, self._leases, self._loader, self._supervision, self._metrics)
-        self._transcriber = Transcriber(self._state, self._leases, self._metrics, self._loader.load_one)
+        self._decoder = IsolatedDecoder(environ)
+        self._transcriber = Transcriber(self._state, self._leases, self._metrics, self._decoder, self._loader.load_one)
         service = DaemonService(
             self._state,
             status,
@@ -99,6 +101,7 @@ class Daemon:
     async def run(self) -> None:
         """Serves until SIGTERM or SIGINT; raises Error when the default model cannot be served."""
         self._handle_signals()
+        self._decoder.start()
         serving = asyncio.create_task(self._front_ends.serve(*self._sockets))
         working = asyncio.create_task(self._work())
         watching = asyncio.create_task(self._supervision.watch())
@@ -113,6 +116,7 @@ class Daemon:
             outcomes = await asyncio.gather(working, stopping, watching, tending, return_exceptions=True)
             await asyncio.to_thread(self._leases.close)
             self._transcriber.close()
+            await asyncio.to_thread(self._decoder.close)
         _raise_failure(outcomes[0])
 
     def _handle_signals(self) -> None:

@@ -15,6 +15,7 @@ from whisperd.daemon.state import State
 from whisperd.errors import EngineError, ModelLoading
 from whisperd.metrics.prometheus import Metrics
 from whisperd.serving.interface import Job
+from whisperd.speech.audio import Decoder
 from whisperd.speech.transcript import Segment, Transcript
 from whisperd.transcription.model import LoadedModel
 from whisperd.transcription.request import Listener, Transcription
@@ -31,15 +32,22 @@ class Transcriber:
         state: the configuration of the moment, and the totals.
         leases: the models.
         metrics: counts transcripts.
+        decoder: opens the audio of jobs.
         load_one: loads a declared model that is not in memory.
     """
 
     def __init__(
-        self, state: State, leases: Leases, metrics: Metrics, load_one: Callable[[str], Awaitable[None]]
+        self,
+        state: State,
+        leases: Leases,
+        metrics: Metrics,
+        decoder: Decoder,
+        load_one: Callable[[str], Awaitable[None]],
     ) -> None:
         self._state = state
         self._leases = leases
         self._metrics = metrics
+        self._decoder = decoder
         self._load_one = load_one
         self._threads = ThreadPoolExecutor(THREADS_MAX, thread_name_prefix="request")
 
@@ -85,6 +93,8 @@ class Transcriber:
                 listener=relay.listener(),
                 max_audio_s=config.limits.audio_s,
                 bulk=job.bulk,
+                track=job.track,
+                decoder=self._decoder,
             )
             return await self._run(transcription, job)
 

@@ -86,7 +86,8 @@ class Job:
 
     ``admission`` is what ``admit`` returned for it. ``audio`` stands at its beginning and stays open until
     ``transcribe`` has ended. A ``model`` of None is the default one; a ``bulk`` of None goes by the length of the
-    audio. The callbacks may be called from any thread.
+    audio; a ``track`` is the number of an audio track or its language, None the default one. The callbacks may be
+    called from any thread.
     """
 
     admission: Admission
@@ -97,6 +98,7 @@ class Job:
     chunking: Chunking
     request_id: str
     bulk: bool | None = None
+    track: int | str | None = None
     on_segment: Callable[[Segment], None] = lambda _: None
     on_progress: Callable[[float, float | None], None] = lambda _done_s, _total_s: None
 

@@ -35,6 +35,7 @@ READ_ERRORS_MAX = 100  # in a row, without one packet: the file cannot be read o
 RATES_HZ = range(1_000, 1_000_000)  # outside of it no speech is left, and a header is damaged or hostile
 SCAN_S = 600.0  # how much of a file of floats is read to find its scale
 MICROSECONDS = 1_000_000
+TAGS = (b"ID3", b"TAG", b"APETAGEX")  # between MP3s that were joined; no damage
 ID3_BYTES = 10  # the head of a tag, with its size
 XING_BYTES = 4096  # where an MP3's first frame, with its table of contents, lies
 XING_SLACK = 17 / 16  # ffmpeg takes a larger file for a joined one
@@ -191,6 +192,7 @@ class _Recording:
         self._section: _Section | None = None
         self._n_decoded = 0
         self._silence_s = self._holes_s = 0.0
+        self._n_holes = 0
         self.warnings: tuple[str, ...] = ()
 
     def blocks(self) -> Iterator[Samples]:
@@ -207,6 +209,7 @@ class _Recording:
             lost_s=max(self._silence_s, self._damage.lost_s),
             n_damaged=self._damage.n_packets,
             holes_s=self._holes_s,
+            n_holes=self._n_holes,
         )
         if found.is_mostly_missing:
             raise AudioError(f"most of {label} is missing: {'; '.join(found.warnings)}")
@@ -257,7 +260,9 @@ class _Recording:
             yield from self._finished()
             self._silence_s += hole_s * damaged
             # sound may begin later than the picture
-            self._holes_s += hole_s * (not damaged and self._n_decoded > 1)
+            is_inside = not damaged and self._n_decoded > 1
+            self._holes_s += hole_s * is_inside
+            self._n_holes += is_inside
             left = round(hole_s * SAMPLE_RATE_HZ)
             while left > 0:
                 yield np.zeros(min(left, BLOCK_SAMPLES), np.float32)
@@ -394,6 +399,8 @@ def _packets(container: InputContainer, stream: AudioStream, damage: _Damage) ->
             for packet in container.demux(stream):
                 n_errors = 0
                 yield packet
+        except MemoryError:
+            raise
         except FFmpegError:
             n_errors += 1
             damage.is_new = True
@@ -409,10 +416,12 @@ def _frames_of(packet: Any) -> list[AudioFrame] | None:
 
     try:
         return packet.decode()  # type: ignore[no-any-return]
+    except MemoryError:
+        raise
     except EOFError:
         return []
     except (FFmpegError, ValueError):
-        return None
+        return [] if bytes(memoryview(packet)[: len(TAGS[-1])]).startswith(TAGS) else None
 
 
 def _origin_s(container: InputContainer) -> float:
@@ -561,6 +570,8 @@ def _translated(label: str) -> Iterator[None]:
 
     try:
         yield
+    except MemoryError:
+        raise
     except (av.error.FFmpegError, ValueError, EOFError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise AudioError(f"{label} is not audio that whisperd can read ({reason}); it reads {FORMATS}") from error

@@ -150,6 +150,7 @@ def from_verbose_json(whole: Mapping[str, Any]) -> Transcript:
         duration_s=whole["duration"],
         segments=tuple(_segment(segment, words) for segment in whole["segments"]),
         windows=WindowStatistics(**own.get("windows", {})),
+        warnings=tuple(whole.get("warnings", ())),
     )
 
 

@@ -15,6 +15,7 @@ UNBOUNDED_HOLE_S = 600.0  # the longest believed where nothing tells a hole from
 OVERLAP_S = 10.0  # stamps that lag by up to this wait until the sound is where they are; ffmpeg's dts_delta_threshold
 BEGINNING_S = 0.5  # a stamp up to here, behind later ones, is that of another beginning
 MISSING_S = 1.0  # less than this is an encoder's padding, and no reason for a warning
+MANY_HOLES = 3  # fewer are pauses of a recorder; more are lost packets
 MISSING_MOST = 2 / 3  # of what is in the file: an answer that leaves out more would mislead
 
 
@@ -76,6 +77,7 @@ class Completeness:
     lost_s: float = 0.0
     n_damaged: int = 0
     holes_s: float = 0.0
+    n_holes: int = 0
 
     @property
     def missing_s(self) -> float:
@@ -100,8 +102,8 @@ class Completeness:
             packets = f"{self.n_damaged} damaged packet{'s' * (self.n_damaged != 1)}"
             silence = f"; {self.silence_s:.1f} s of silence stand for them" if self.silence_s else ""
             found.append(f"{packets} with {self.lost_s:.1f} s of audio could not be decoded{silence}")
-        if self.holes_s > MISSING_S:
-            found.append(f"the file holds no audio for {self.holes_s:.1f} s between its timestamps; silence is there")
+        if self.holes_s > MISSING_S and self.n_holes >= MANY_HOLES:
+            found.append(f"the file lacks {self.holes_s:.1f} s of audio in {self.n_holes} gaps; silence stands there")
         return tuple(found)
 
     @property

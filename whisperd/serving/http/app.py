@@ -100,6 +100,7 @@ class Audio:
             chunking=parameters.chunking,
             request_id=context.request_id,
             bulk=parameters.bulk,
+            track=parameters.track,
         )
         last = deadline(parameters.timeout_s, request.headers, elapsed_s=context.wall_s, stream=parameters.stream)
         try:

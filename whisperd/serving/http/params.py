@@ -29,6 +29,7 @@ SHOWN_CHARACTERS = 80  # of a client's own words in a message
 CHUNKING = "chunking_strategy"
 CHUNKING_MEMBER = re.compile(rf"{CHUNKING}\[(\w+)\]")
 CHUNKING_TYPE = "server_vad"
+TRACK = re.compile(r"[0-9]{1,4}|[A-Za-z-]{2,40}", re.ASCII)
 # OpenAI's name -> ours, the largest value, whether it is a whole number
 CHUNKING_MEMBERS: Mapping[str, tuple[str, float, bool]] = {
     "threshold": ("threshold", 1.0, False),
@@ -50,6 +51,7 @@ class Parameters:
     chunking: Chunking = field(default_factory=Chunking)
     layout: Layout | None = None
     bulk: bool | None = None
+    track: int | str | None = None
     timeout_s: float | None = None
     stream: bool = False
     segments: bool = True
@@ -141,6 +143,7 @@ def _parameters(given: Mapping[str, Any], defaults: Options) -> Parameters:
         chunking=_chunking(given),
         layout=layout,
         bulk=PRIORITIES[given.get("priority", "auto")],
+        track=given.get("audio_track"),
         timeout_s=given.get("timeout"),
         stream=given.get("stream", False),
         segments=set(given.get("timestamp_granularities", ())) != {"word"},
@@ -265,6 +268,13 @@ def _language(text: str) -> str | None:
     return None if text.strip().lower() == "auto" else language_code(_cut(text))
 
 
+def _track(text: str) -> int | str:
+    name = text.strip()
+    if not TRACK.fullmatch(name):
+        raise ValueError(text)
+    return int(name) if name.isdecimal() else name.lower()
+
+
 def _words(text: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in text.split(",") if word.strip())
 
@@ -367,6 +377,7 @@ FIELDS: Mapping[str, Field] = {
     "max_line_width": Field(expects="a whole number from 10 to 200", read=_whole(10, 200)),
     "max_line_count": Field(expects="a whole number from 1 to 4", read=_whole(1, 4)),
     "priority": _choice(PRIORITIES),
+    "audio_track": Field(expects="the number of an audio track, from 0, or its language", read=_track),
     "timeout": Field(expects=f"seconds from 0.1 to {TIMEOUT_MAX_S}", read=_between(0.1, TIMEOUT_MAX_S)),
     "beam_size": Field(expects=f"a whole number from 1 to {CANDIDATES_MAX}", read=_whole(1, CANDIDATES_MAX)),
     "best_of": Field(expects=f"a whole number from 1 to {CANDIDATES_MAX}", read=_whole(1, CANDIDATES_MAX)),
