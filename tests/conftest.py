@@ -28,6 +28,8 @@ QUICK_RETRY_S = 0.02
 # how fast examples come is a matter of the machine and of what else runs on it
 hypothesis.settings.register_profile("whisperd", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("whisperd")
+# for a run whose subject is Python or a library, not the property: --hypothesis-profile=quick
+hypothesis.settings.register_profile("quick", hypothesis.settings.get_profile("whisperd"), max_examples=20)
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 EXTRAS = ("embedded", "wyoming", "test")
+OPTIONS = ("-q", "-p", "no:cacheprovider", "--hypothesis-profile=quick")  # the properties are tested by the other run
 LEFT_OUT = ("tests/integration", "tests/systemd")
 LINTERS = ("mypy", "ruff", "import-linter", "coverage", "pytest-cov", "types-")  # no test needs them
 NEWEST_MINOR = 20  # of Python 3; a version that does not exist is not found
@@ -66,8 +67,7 @@ def main() -> int:
         listed = subprocess.run([inside, "-m", "pip", "freeze"], capture_output=True, text=True, check=True).stdout
         sys.stdout.write(f"--- Python {major}.{minor} with {', '.join(listed.split())}\n")
         sys.stdout.flush()
-        options = ["-q", "-p", "no:cacheprovider", *(f"--ignore={path}" for path in LEFT_OUT)]
-        command = [str(inside), "-m", "pytest", *options, "tests"]
+        command = [str(inside), "-m", "pytest", *OPTIONS, *(f"--ignore={path}" for path in LEFT_OUT), "tests"]
         return subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False).returncode
 
 
