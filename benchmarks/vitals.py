@@ -7,7 +7,8 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from whisperd.serving.schema import RequestStatus
 
 MIB = 1 << 20
 HOUR_S = 3600.0
@@ -53,7 +54,7 @@ class Limits:
     n_clients: int
 
 
-def take(pid: int, requests: dict[str, Any], at_s: float) -> Sample:
+def take(pid: int, requests: RequestStatus, at_s: float) -> Sample:
     """Takes a sample of a process; ``requests`` are the daemon's own figures."""
     directory = Path(f"/proc/{pid}")
     rollup = _kibibytes(directory / "smaps_rollup")

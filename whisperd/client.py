@@ -11,9 +11,12 @@ import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from whisperd.errors import DaemonUnreachable, Error, RemoteError, RequestError, SocketPermissionError
+
+if TYPE_CHECKING:
+    from whisperd.serving.schema import Model, Models, Reload, Report, Status
 
 Json = dict[str, Any]
 OnEvent = Callable[[str, Json], None]
@@ -45,14 +48,13 @@ class Client:
         for connection in tuple(self._open):
             connection.cut()
 
-    def status(self) -> Json:
+    def status(self) -> Status:
         """Figures for people."""
-        return self._call("GET", "/v1/whisperd/status")
+        return cast("Status", self._call("GET", "/v1/whisperd/status"))
 
-    def models(self) -> list[Json]:
+    def models(self) -> list[Model]:
         """The declared models, the default one first."""
-        found: list[Json] = self._call("GET", "/v1/models")["data"]
-        return found
+        return cast("Models", self._call("GET", "/v1/models"))["data"]
 
     def ready(self) -> bool:
         """Whether requests are served now; a daemon that still loads says no."""
@@ -64,11 +66,11 @@ class Client:
             return False
         return True
 
-    def reload(self) -> Json:
+    def reload(self) -> Reload:
         """Makes the daemon read its configuration again; returns what changed."""
-        return self._call("POST", "/v1/whisperd/reload")
+        return cast("Reload", self._call("POST", "/v1/whisperd/reload"))
 
-    def reconcile(self, order: Mapping[str, Any], on_event: OnEvent) -> Json:
+    def reconcile(self, order: Mapping[str, Any], on_event: OnEvent) -> Report:
         """Makes the daemon work on its cache; returns its report.
 
         Args:
@@ -79,7 +81,7 @@ class Client:
             with self._translated():
                 connection.request("POST", "/v1/whisperd/reconcile", json.dumps(order))
                 response = _response(connection)
-            return self._listen(response, on_event, last="whisperd.report")
+            return cast("Report", self._listen(response, on_event, last="whisperd.report"))
 
     def transcribe(
         self,

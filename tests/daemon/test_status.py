@@ -64,7 +64,7 @@ def test_a_spool_that_takes_no_upload(spool: Spool, spoil: object) -> None:
         assert not readiness.ready
         assert not readiness.draining
         assert readiness.retry_after_s > 1
-        for text in (readiness.reason, *status.as_dict()["problems"], status.line()):  # type: ignore[misc]
+        for text in (readiness.reason, *status.as_dict()["problems"], status.line()):
             assert f"the spool directory {spool.directory}" in text
             assert cause in text
         with pytest.raises(SpoolFull):

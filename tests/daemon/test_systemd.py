@@ -174,7 +174,7 @@ def test_the_line(state: State, tiny: LoadedModel) -> None:
     state.enter("ready")
     assert status.line().startswith("downloading org/a: 3 % of 9 MB; serving tiny (cpu, ")
     state.downloads = ""
-    state.last_reload = {"ok": False, "error": "x" * 1000}
+    state.last_reload = {"ok": False, "at": 0.0, "error": "x" * 1000}
     line = status.line()
     assert line.startswith("last reload failed: xxx")
     assert "; serving tiny (cpu, " in line[:200]

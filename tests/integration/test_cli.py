@@ -176,16 +176,16 @@ def test_a_batch(daemon: DaemonProcess, clips: dict[str, Clip], tmp_path: Path) 
     assert names == ["one.srt", "one.txt", "sub/three.srt", "sub/three.txt", "sub/two.srt", "sub/two.txt"]
     assert all(plain(path.read_text()).endswith(plain(clips["monkeys"].text)) for path in found)
     (tmp_path / "out/sub/two.srt").unlink()
-    done = daemon.client.status()["requests"]["done"]
+    n_done = daemon.client.status()["requests"]["done"]
     second = whisperd(daemon.directory, *batch)
     assert second.returncode == 0
     assert "2 of 3 files have their results already" in second.stderr
-    assert daemon.client.status()["requests"]["done"] == done + 1
+    assert daemon.client.status()["requests"]["done"] == n_done + 1
     assert (tmp_path / "out/sub/two.srt").exists()
     assert whisperd(daemon.directory, *batch).returncode == 0
-    assert daemon.client.status()["requests"]["done"] == done + 1
+    assert daemon.client.status()["requests"]["done"] == n_done + 1
     assert whisperd(daemon.directory, *batch, "--overwrite").returncode == 0
-    assert daemon.client.status()["requests"]["done"] == done + 4
+    assert daemon.client.status()["requests"]["done"] == n_done + 4
 
 
 def test_live_lines(daemon: DaemonProcess, clips: dict[str, Clip]) -> None:
@@ -259,7 +259,7 @@ def test_partial_failure(daemon: DaemonProcess, clips: dict[str, Clip], tmp_path
     missing = whisperd(daemon.directory, "transcribe", tmp_path / "nothing.wav")
     assert (missing.returncode, missing.stdout) == (66, "")
     assert "nothing.wav: No such file" in missing.stderr
-    done = daemon.client.status()["requests"]["done"]
+    n_done = daemon.client.status()["requests"]["done"]
     nowhere = whisperd(daemon.directory, "transcribe", clips["monkeys"].path, "-d", "/proc/nowhere")
     assert (nowhere.returncode, nowhere.stderr) == (
         73,
@@ -270,7 +270,7 @@ def test_partial_failure(daemon: DaemonProcess, clips: dict[str, Clip], tmp_path
         73,
         "warning: transcribe -o /proc/nowhere is now -d /proc/nowhere; -o sets an option",
     )
-    assert daemon.client.status()["requests"]["done"] == done, "it was known before anything was sent"
+    assert daemon.client.status()["requests"]["done"] == n_done, "it was known before anything was sent"
     wrong = whisperd(daemon.directory, "transcribe", clips["monkeys"].path, "-m", "gpt-5")
     assert wrong.returncode == 2
     assert "no model 'gpt-5'" in wrong.stderr

@@ -21,7 +21,7 @@ OWN_PROCESS = f'models = ["{EMBEDDED}"]\n[engine]\nown_process = true'
 
 
 def engine_pid(daemon: DaemonProcess) -> int:
-    return int(daemon.client.status()["models"][0]["engine_pid"])
+    return int(str(daemon.client.status()["models"][0]["engine_pid"]))
 
 
 def figure(daemon: DaemonProcess, name: str) -> float:

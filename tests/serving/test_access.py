@@ -11,7 +11,7 @@ import httpx2
 import pytest
 
 from tests.support.api import AUDIO, URL, client_of, error_of
-from tests.support.service_fake import MODEL, TEXT, TRANSCRIPT, Daemon, FakeService, serving
+from tests.support.service_fake import MODEL, STATUS, TEXT, TRANSCRIPT, Daemon, FakeService, serving
 from whisperd.errors import ConfigError, Problem
 from whisperd.serving.http import create_app
 from whisperd.serving.interface import ApiSettings, Readiness
@@ -76,7 +76,7 @@ def test_the_log_line(client: httpx2.Client, whisperd: Daemon) -> None:
 
 def test_reload(client: httpx2.Client, whisperd: Daemon) -> None:
     """The daemon's own user may reload; a configuration with mistakes is refused in its own words."""
-    assert client.post("/v1/whisperd/reload").json() == {"changed": []}
+    assert client.post("/v1/whisperd/reload").json()["changed"] == []
     whisperd.service.reload_error = ConfigError(Problem(where="whisperd.toml", key="models", message="is empty"))
     response = client.post("/v1/whisperd/reload")
     assert (response.status_code, error_of(response)["code"]) == (500, "config_error")
@@ -96,7 +96,7 @@ def test_an_order_without_end(client: httpx2.Client, whisperd: Daemon) -> None:
 
 def test_status(client: httpx2.Client) -> None:
     """Status is the service's own JSON."""
-    assert client.get("/v1/whisperd/status").json() == {"models": [MODEL], "queued": 0}
+    assert client.get("/v1/whisperd/status").json() == STATUS
 
 
 @pytest.mark.parametrize("peer", [(1, os.geteuid() + 12_345, 1), None])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -39,7 +41,11 @@ def test_served(client: httpx2.Client, whisperd: Daemon) -> None:
     assert set(found["paths"]) == routes
     identifiers = [operation["operationId"] for path in found["paths"].values() for operation in methods(path)]
     assert len(identifiers) == len(set(identifiers))
-    assert set(found["components"]["schemas"]) == {"Error", "Transcript"}
+    references = set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(found)))
+    assert references <= set(found["components"]["schemas"])
+    assert found["components"]["schemas"]["Status"]["properties"]["requests"] == {
+        "$ref": "#/components/schemas/RequestStatus"
+    }
 
 
 def methods(path: dict[str, Any]) -> list[dict[str, Any]]:

@@ -24,6 +24,7 @@ from whisperd.daemon.transcriber import Transcriber
 from whisperd.engine.factory import EngineSettings
 from whisperd.metrics.prometheus import Metrics
 from whisperd.serving.interface import Chunking, Emit, Job, ReconcileOrder
+from whisperd.serving.schema import Reload, Report
 from whisperd.serving.spool import Spool
 from whisperd.speech.audio import InProcessDecoder
 from whisperd.speech.fallback import Options
@@ -166,9 +167,9 @@ def _linked(snapshot: Path, target: Path) -> Path:
     return target
 
 
-async def _no_reload() -> dict[str, Any]:
-    return {}
+async def _no_reload() -> Reload:
+    return {"ok": True, "at": 0.0, "error": None}
 
 
-async def _no_order(_order: ReconcileOrder, _emit: Emit) -> dict[str, Any]:
-    return {}
+async def _no_order(_order: ReconcileOrder, _emit: Emit) -> Report:
+    return {"exit_code": 0, "wall_s": 0.0, "plan": [], "removed": [], "models": [], "lines": []}

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import queue
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +18,7 @@ from starlette.types import ASGIApp
 from whisperd.daemon.admission import Admissions
 from whisperd.errors import Error, ModelNotFound
 from whisperd.metrics import HttpMeter
+from whisperd.serving import schema
 from whisperd.serving.http import create_app
 from whisperd.serving.http.app import refuse_unready
 from whisperd.serving.http.server import Server
@@ -70,6 +71,20 @@ TRANSCRIPT = Transcript(
 TEXT = "Hello there. General <Kenobi> & Zoë."
 
 
+STATUS: schema.Status = {
+    "version": "0.1.0",
+    "pid": 1,
+    "phase": "ready",
+    "note": "ready",
+    "uptime_s": 1.5,
+    "config": {"file": None, "values": {}, "needs_restart": [], "warnings": [], "last_reload": None},
+    "cache_dir": "/nowhere",
+    "problems": [],
+    "models": [{"name": MODEL, "source": MODEL, "revision": None, "loaded": False, "failure": None}],
+    "requests": {"active": 0, "waiting_audio_s": 0.0, "done": 0, "failed": 0, "audio_s": 0.0},
+}
+
+
 class FakeService:
     """Reads the audio, emits the segments of ``transcript`` and returns it; can wait or fail."""
 
@@ -114,8 +129,8 @@ class FakeService:
     def device(self, model: str | None) -> str | None:
         return None if model == "nope" else "cpu (fallback)"
 
-    def status(self) -> Mapping[str, object]:
-        return {"models": [MODEL], "queued": 0}
+    def status(self) -> schema.Status:
+        return STATUS
 
     def metrics(self, accept: str) -> tuple[bytes, str]:
         assert isinstance(accept, str)
@@ -136,17 +151,17 @@ class FakeService:
             self.cancelled.set()
             raise
 
-    async def reload(self) -> Mapping[str, object]:
+    async def reload(self) -> schema.Reload:
         if self.reload_error is not None:
             raise self.reload_error
-        return {"changed": []}
+        return {"ok": True, "at": 1.8e9, "error": None, "changed": [], "needs_restart": [], "warnings": []}
 
-    async def reconcile(self, order: ReconcileOrder, tell: Emit) -> dict[str, Any]:
+    async def reconcile(self, order: ReconcileOrder, emit: Emit) -> schema.Report:
         self.orders.append(order)
         if self.reload_error is not None:
             raise self.reload_error
-        tell("whisperd.plan", {"lines": ["  = a", "No changes."]})
-        return {"exit_code": 0, "lines": []}
+        emit("whisperd.plan", {"lines": ["  = a", "No changes."], "pending": False})
+        return {"exit_code": 0, "wall_s": 0.1, "plan": ["  = a"], "removed": [], "models": [], "lines": []}
 
     def release(self) -> None:
         """Ends the waiting; from any thread."""

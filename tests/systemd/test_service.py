@@ -156,7 +156,7 @@ def test_the_engine_is_killed(service: Service, clips: dict[str, Clip]) -> None:
     since = service.machine.cursor()
     with service.load(clips["monkeys"]) as load:
         (model,) = service.client.status()["models"]
-        inside = int(model["engine_pid"])
+        inside = int(str(model["engine_pid"]))
         assert service.machine.run("cat", f"/proc/{inside}/oom_score_adj").stdout.strip() == "500"
         service.machine.run("sh", "-c", f"kill -9 {inside}")
         service.machine.journal_until(since, "was killed (SIGKILL): out of memory?", "3")

@@ -156,8 +156,8 @@ def _ask(daemon: Client, order: Mapping[str, Any], as_json: bool) -> NoReturn:
                 shown.show(found["name"], model, all_, found["n_models"])
 
         report = daemon.reconcile(order, on_event)
-    lines = report.pop("lines")
-    _tell(json.dumps(report) if as_json else lines)
+    printed = {name: value for name, value in report.items() if name != "lines"}
+    _tell(json.dumps(printed) if as_json else report["lines"])
     sys.exit(report["exit_code"])
 
 

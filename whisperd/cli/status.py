@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from whisperd.cli.options import client, config_options, socket_option
+
+if TYPE_CHECKING:
+    from whisperd.serving.schema import ModelStatus, Status
 
 ANSWER_TIMEOUT_S = 10.0
 RELOAD_TIMEOUT_S = 24 * 3600.0  # a reload may have to fetch a large model first
@@ -56,14 +59,14 @@ def reload(config_file: Path | None, overrides: Sequence[str], socket_file: Path
     click.echo("reloaded" if outcome["changed"] else "reloaded, nothing changed")
 
 
-def _status_lines(found: Mapping[str, Any]) -> Iterator[str]:
+def _status_lines(found: Status) -> Iterator[str]:
     requests, settings = found["requests"], found["config"]
     yield f"whisperd {found['version']}, pid {found['pid']}, up {found['uptime_s']:.0f} s"
     yield f"{found['phase']:9} {found['note']}"
     yield f"config    {settings['file'] or 'built-in defaults'}"
     last = settings["last_reload"]
     if last is not None:
-        yield f"reload    {'ok' if last['ok'] else 'failed: ' + last['error']}"
+        yield "reload    ok" if last["ok"] else f"reload    failed: {last['error']}"
     for key in settings["needs_restart"]:
         yield f"restart   {key} waits for a restart"
     for warning in settings["warnings"]:
@@ -78,7 +81,7 @@ def _status_lines(found: Mapping[str, Any]) -> Iterator[str]:
     )
 
 
-def _model_line(model: Mapping[str, Any]) -> str:
+def _model_line(model: ModelStatus) -> str:
     if model["failure"]:
         return f"{model['name']} DOWN: {model['failure']}; it is being opened again"
     if not model["loaded"]:

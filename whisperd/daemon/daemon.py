@@ -27,11 +27,12 @@ from whisperd.errors import Draining, Error
 from whisperd.logs import set_level
 from whisperd.metrics.prometheus import Metrics
 from whisperd.notify import Notifier
+from whisperd.serving.schema import Changes, Reload
 from whisperd.speech.isolation import IsolatedDecoder
 
 log = logging.getLogger(__name__)
 
-Waiter = asyncio.Future[Mapping[str, object]]
+Waiter = asyncio.Future[Reload]
 
 DRAIN_MARGIN_S = 5.0  # beyond server.shutdown_timeout_s: closing the engines
 TEND_EVERY_S = 10.0
@@ -148,9 +149,9 @@ class Daemon:
                 await self._apply_changes()
         except Error as error:
             log.error("the configuration has changed during the boot and is not applied: %s", error)
-            self._state.last_reload = _reload_result({}, error)
+            self._state.last_reload = _reload_result(None, error)
 
-    async def _reload_and_wait(self) -> Mapping[str, object]:
+    async def _reload_and_wait(self) -> Reload:
         if self._stop.is_set():
             raise Draining("the daemon is stopping")
         waiter: Waiter = asyncio.get_running_loop().create_future()
@@ -160,7 +161,7 @@ class Daemon:
     async def _reload(self, waiters: Sequence[Waiter]) -> None:
         self._notifier.reloading()
         self._state.enter("reloading")
-        outcome: Mapping[str, object] = {}
+        outcome: Changes | None = None
         failure: Error | None = None
         try:
             outcome = await self._apply_changes()
@@ -179,7 +180,7 @@ class Daemon:
         for waiter in waiters:
             _settle(waiter, result, failure)
 
-    async def _apply_changes(self) -> dict[str, object]:
+    async def _apply_changes(self) -> Changes:
         old = self._state.loaded.config
         read = await asyncio.to_thread(self._read_config)
         self._seen = read.config
@@ -237,7 +238,7 @@ def _without_restart_options(old: Config, new: Config) -> Config:
     return new.model_copy(update={name: getattr(old, name) for name in tables})
 
 
-def _settle(waiter: Waiter, result: Mapping[str, object], failure: Error | None) -> None:
+def _settle(waiter: Waiter, result: Reload, failure: Error | None) -> None:
     """Answers a request for a reload, unless its client has gone."""
     if waiter.done():
         return
@@ -247,8 +248,9 @@ def _settle(waiter: Waiter, result: Mapping[str, object], failure: Error | None)
         waiter.set_exception(failure)
 
 
-def _reload_result(outcome: Mapping[str, object], failure: Error | None) -> Mapping[str, object]:
-    return {"ok": failure is None, "at": time.time(), "error": str(failure) if failure else None, **outcome}
+def _reload_result(changes: Changes | None, failure: Error | None) -> Reload:
+    result: Reload = {"ok": failure is None, "at": time.time(), "error": str(failure) if failure else None}
+    return result if changes is None else {**result, **changes}
 
 
 def _failure(working: asyncio.Task[None]) -> Error | None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Sequence
 
 from whisperd.daemon.leases import Leases
 from whisperd.daemon.settings import decode_options
@@ -12,6 +11,7 @@ from whisperd.daemon.status import Status
 from whisperd.daemon.transcriber import Transcriber
 from whisperd.errors import Draining, ModelLoading
 from whisperd.metrics.prometheus import Metrics
+from whisperd.serving import schema
 from whisperd.serving.interface import Admission, Emit, Job, ModelCard, Readiness, ReconcileOrder
 from whisperd.speech.fallback import Options
 from whisperd.speech.transcript import Transcript
@@ -40,8 +40,8 @@ class DaemonService:
         transcriber: Transcriber,
         metrics: Metrics,
         *,
-        reload: Callable[[], Awaitable[Mapping[str, object]]],
-        reconcile: Callable[[ReconcileOrder, Emit], Awaitable[dict[str, Any]]],
+        reload: Callable[[], Awaitable[schema.Reload]],
+        reconcile: Callable[[ReconcileOrder, Emit], Awaitable[schema.Report]],
     ) -> None:
         self._state = state
         self._status = status
@@ -99,18 +99,18 @@ class DaemonService:
         """The device of a model, for a response's header; None when it is not in memory."""
         return self._status.device(model)
 
-    def status(self) -> Mapping[str, object]:
-        """Figures for people, JSON-able."""
+    def status(self) -> schema.Status:
+        """Figures for people."""
         return self._status.as_dict()
 
     def metrics(self, accept: str) -> tuple[bytes, str]:
         """Figures for Prometheus and their content type, chosen by an Accept header."""
         return self._metrics.render(accept, self._status.figures())
 
-    async def reload(self) -> Mapping[str, object]:
+    async def reload(self) -> schema.Reload:
         """Reads the configuration again; raises Error when anything stays as it was."""
         return await self._reload()
 
-    async def reconcile(self, order: ReconcileOrder, emit: Emit) -> dict[str, Any]:
+    async def reconcile(self, order: ReconcileOrder, emit: Emit) -> schema.Report:
         """Works on the cache; raises Error when it could not even begin."""
         return await self._reconcile(order, emit)

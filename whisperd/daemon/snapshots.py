@@ -13,6 +13,7 @@ import time
 from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import cast
 
 from whisperd.config import Config
 from whisperd.daemon.leases import Leases
@@ -22,6 +23,7 @@ from whisperd.daemon.systemd import Supervision
 from whisperd.errors import CacheBusy, Cancelled, Draining, Error, RequestError, SourceError
 from whisperd.metrics.prometheus import Metrics
 from whisperd.reference import parse
+from whisperd.serving import schema
 from whisperd.serving.interface import Emit, ReconcileOrder
 from whisperd.store.plan import CachePlan
 from whisperd.store.reconcile import Progress, Report, hold, reconcile, snapshots_without_network
@@ -78,10 +80,10 @@ class Snapshots:
             snapshots = await self._find(config, all_or_nothing=all_or_nothing)
             await self._switch(config, snapshots)
 
-    async def reconcile_on_request(self, order: ReconcileOrder, emit: Emit) -> dict[str, object]:
+    async def reconcile_on_request(self, order: ReconcileOrder, emit: Emit) -> schema.Report:
         """Does what a client asks of the cache, and switches to declared models whose snapshot is another one then.
 
-        Returns the report, JSON-able. A cancelled task ends when the cache is left alone.
+        Returns the report. A cancelled task ends when the cache is left alone.
 
         Raises:
             Draining: the daemon is stopping.
@@ -102,7 +104,7 @@ class Snapshots:
                 self._supervision.clear_progress()
             if not order.check:
                 await self._switch_moved(config, report.snapshots)
-        return {**report.as_dict(), "lines": report.lines()}
+        return cast("schema.Report", {**report.as_dict(), "lines": report.lines()})
 
     async def _switch_moved(self, config: Config, found: Mapping[str, Path]) -> None:
         before = self._leases.served.snapshots
@@ -243,7 +245,7 @@ def _wanted(order: ReconcileOrder, config: Config) -> Sequence[Wanted]:
         raise RequestError(f"not a declared model, and not a reference: {error}", param="models") from error
 
 
-def _plan(plan: CachePlan) -> dict[str, object]:
+def _plan(plan: CachePlan) -> schema.Plan:
     return {"lines": plan_lines(plan), "pending": plan.pending}
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 from whisperd.config import Loaded
 from whisperd.daemon.admission import Admissions
+from whisperd.serving.schema import Reload
 
 Phase = Literal["starting", "ready", "reloading", "stopping"]
 
@@ -41,7 +41,7 @@ class State:
     downloads: str = ""
     started_s: float = field(default_factory=time.time)
     needs_restart: tuple[str, ...] = ()
-    last_reload: Mapping[str, object] | None = None
+    last_reload: Reload | None = None
     problems: tuple[str, ...] = ()
     admissions: Admissions = field(default_factory=Admissions)
     totals: Totals = field(default_factory=Totals)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 from whisperd.config import ModelTable, effective
 from whisperd.daemon.leases import Leases
@@ -13,6 +13,7 @@ from whisperd.daemon.state import State
 from whisperd.engine.base import EngineHealth, EngineInfo
 from whisperd.errors import ModelLoading, ModelNotFound
 from whisperd.metrics.prometheus import Figures, ModelFigures
+from whisperd.serving import schema
 from whisperd.serving.interface import ModelCard, Readiness
 from whisperd.serving.spool import Spool
 from whisperd.transcription.model import LoadedModel
@@ -64,8 +65,8 @@ class Status:
         device = found.batcher.info.device
         return f"{device} (fallback)" if found.batcher.health.fallback else device
 
-    def as_dict(self) -> dict[str, object]:
-        """Figures for people, JSON-able."""
+    def as_dict(self) -> schema.Status:
+        """Figures for people."""
         state = self._state
         return {
             "version": VERSION,
@@ -145,16 +146,21 @@ class Status:
             memory_bytes=model.memory_bytes,
         )
 
-    def _model(self, card: ModelCard) -> Mapping[str, object]:
-        common: dict[str, object] = {"name": card.id, "source": card.source, "revision": card.revision}
+    def _model(self, card: ModelCard) -> schema.ModelStatus:
         model = self._leases.served.loaded.get(card.id)
-        if model is None:
-            return common | {"loaded": False, "failure": None}
-        info, health, load = model.batcher.info, model.batcher.health, model.batcher.load
-        failure = failure_of(model)
-        return common | {
-            "loaded": not failure,
+        failure = failure_of(model) if model is not None else ""
+        common: schema.ModelStatus = {
+            "name": card.id,
+            "source": card.source,
+            "revision": card.revision,
+            "loaded": model is not None and not failure,
             "failure": failure or None,
+        }
+        if model is None:
+            return common
+        info, health, load = model.batcher.info, model.batcher.health, model.batcher.load
+        return {
+            **common,
             "fallback": health.fallback or None,
             "engine_pid": health.pid,
             "engine_restarts": health.restarts,

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO, NamedTuple, Protocol, Self
 
+from whisperd.serving.schema import Reload, Report, Status
 from whisperd.speech.fallback import Options
 from whisperd.speech.transcript import Segment, Transcript
 
@@ -138,8 +139,8 @@ class Service(Protocol):
         """Where a model computes now, as in ``cuda`` or ``cpu (fallback)``; None when it is not in memory."""
         ...
 
-    def status(self) -> Mapping[str, object]:
-        """Figures for people, JSON-able."""
+    def status(self) -> Status:
+        """Figures for people."""
         ...
 
     def metrics(self, accept: str) -> tuple[bytes, str]:
@@ -154,12 +155,12 @@ class Service(Protocol):
         """Does the job; cancelling the task cancels the work, and ends only when the audio is no longer read."""
         ...
 
-    async def reload(self) -> Mapping[str, object]:
+    async def reload(self) -> Reload:
         """Reads the configuration again; raises Error when anything stays as it was."""
         ...
 
-    async def reconcile(self, order: ReconcileOrder, emit: Emit) -> dict[str, Any]:
-        """Works on the cache and returns the report, JSON-able; ``emit`` may be called from any thread.
+    async def reconcile(self, order: ReconcileOrder, emit: Emit) -> Report:
+        """Works on the cache and returns the report; ``emit`` may be called from any thread.
 
         Cancelling the task ends the work at once, and nothing is half done.
         """

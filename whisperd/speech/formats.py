@@ -145,7 +145,7 @@ def from_verbose_json(whole: Mapping[str, Any]) -> Transcript:
     own = whole.get("x_whisperd", {})
     return Transcript(
         task=whole["task"],
-        language=own.get("language") or language_code(whole["language"]),
+        language=own["language"] if "language" in own else language_code(whole["language"]),
         language_probability=own.get("language_probability", 1.0),
         duration_s=whole["duration"],
         segments=tuple(_segment(segment, words) for segment in whole["segments"]),

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from http import HTTPStatus
-from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -19,6 +18,7 @@ from starlette.types import Receive, Scope, Send
 
 from whisperd.errors import DeadlineExceeded, Draining, ModelLoading
 from whisperd.metrics import HttpMeter
+from whisperd.serving import schema
 from whisperd.serving.http.access import Guard, refuse_stranger
 from whisperd.serving.http.deadline import deadline, silence_s
 from whisperd.serving.http.events import stream, while_connected
@@ -187,7 +187,7 @@ def refuse_unready(service: Service) -> None:
         raise kind(readiness.reason or "not ready", retry_after_s=readiness.retry_after_s)
 
 
-def _card(card: ModelCard) -> dict[str, Any]:
+def _card(card: ModelCard) -> schema.Model:
     return {
         "id": card.id,
         "object": "model",

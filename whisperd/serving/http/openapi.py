@@ -1,15 +1,24 @@
-"""The interface as an OpenAPI document, made from the same table that reads the forms."""
+"""The interface as an OpenAPI document, made from the table that reads the forms and the types of the wire."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
+from pydantic import TypeAdapter
+
+from whisperd.serving import schema
 from whisperd.serving.http.params import FIELDS, Field
 from whisperd.serving.http.reconcile import OrderBody
 from whisperd.version import VERSION
 
 Json = dict[str, Any]
 
+BODIES: tuple[type[Any], ...] = (
+    schema.Error, schema.Health, schema.Model, schema.Models, schema.Reload, schema.Status,
+    schema.Transcription, schema.VerboseTranscription, schema.Delta, schema.Done, schema.Progress,
+    schema.Plan, schema.Download, schema.Report,
+)  # fmt: skip
+EVENTS = "Events: whisperd.plan (Plan), whisperd.progress (Download), whisperd.report (Report)."
 ERRORS = {
     "400": "A field is missing or wrong, or the audio cannot be decoded.",
     "404": "No such model.",
@@ -45,33 +54,45 @@ def description() -> Json:
         "paths": {
             "/v1/audio/transcriptions": {"post": _audio("Transcribe", "The text in the language that is spoken.")},
             "/v1/audio/translations": {"post": _audio("Translate", "The text in English.")},
-            "/v1/models": {"get": _get("Models", "The declared models, the default one first.")},
-            "/v1/models/{id}": {"get": _get("Model", "One model, by name or alias.", "404") | {"parameters": [_ID]}},
-            "/v1/whisperd/status": {"get": _get("Status", "Figures for people.")},
+            "/v1/models": {"get": _get("Models", "The declared models, the default one first.", schema.Models)},
+            "/v1/models/{id}": {
+                "get": _get("Model", "One model, by name or alias.", schema.Model, "404") | {"parameters": [_ID]}
+            },
+            "/v1/whisperd/status": {"get": _get("Status", "Figures for people.", schema.Status)},
             "/v1/whisperd/reload": {
-                "post": _operation("Reload", "Reads the configuration again.", "What changed.", "403", "500")
+                "post": _operation(
+                    "Reload", "Reads the configuration again.", "What changed.", schema.Reload, "403", "500"
+                )
             },
             "/v1/whisperd/reconcile": {"post": _reconcile()},
-            "/openapi.json": {"get": _get("OpenApi", "This document.")},
+            "/openapi.json": {"get": _get("OpenApi", "This document.", None)},
             "/metrics": {"get": _text("Metrics", "Figures for Prometheus.")},
-            "/livez": {"get": _get("Live", "200 while the daemon answers.")},
-            "/readyz": {"get": _get("Ready", "200 when a request sent now would be served.", "503")},
-            "/healthz": {"get": _get("Healthz", "The same as /readyz.", "503")},
-            "/health": {"get": _get("Health", "The same as /readyz.", "503")},
+            "/livez": {"get": _get("Live", "200 while the daemon answers.", schema.Health)},
+            "/readyz": {"get": _get("Ready", "200 when a request sent now would be served.", schema.Health, "503")},
+            "/healthz": {"get": _get("Healthz", "The same as /readyz.", schema.Health, "503")},
+            "/health": {"get": _get("Health", "The same as /readyz.", schema.Health, "503")},
         },
-        "components": {"schemas": {"Error": _ERROR, "Transcript": _TRANSCRIPT}},
+        "components": {"schemas": _schemas()},
     }
+
+
+def _schemas() -> Json:
+    """The types of the wire by their names, with those that they are made of."""
+    named: list[tuple[str, Literal["serialization"], TypeAdapter[Any]]]
+    named = [(kind.__name__, "serialization", TypeAdapter(kind)) for kind in BODIES]
+    _, found = TypeAdapter.json_schemas(named, ref_template="#/components/schemas/{model}")
+    return dict(found["$defs"])
 
 
 def _audio(name: str, summary: str) -> Json:
     properties: Json = {"file": {"type": "string", "format": "binary", "description": "Audio in any container."}}
     for field_name, field in FIELDS.items():
-        properties[f"{field_name}[]" if field.array else field_name] = _schema(field)
+        properties[f"{field_name}[]" if field.array else field_name] = _field(field)
     form = {"type": "object", "required": ["file"], "properties": properties, "additionalProperties": False}
-    operation = _operation(name, summary, "The transcript.", *ERRORS)
+    operation = _operation(name, summary, "The transcript.", None, *ERRORS)
     operation["requestBody"] = {"required": True, "content": {"multipart/form-data": {"schema": form}}}
     operation["responses"]["200"]["content"] = {
-        "application/json": {"schema": {"$ref": "#/components/schemas/Transcript"}},
+        "application/json": {"schema": {"anyOf": [_ref(schema.Transcription), _ref(schema.VerboseTranscription)]}},
         "text/plain": {"schema": {"type": "string"}},
         "text/vtt": {"schema": {"type": "string"}},
         "text/event-stream": {"schema": {"type": "string"}},
@@ -81,13 +102,15 @@ def _audio(name: str, summary: str) -> Json:
 
 
 def _reconcile() -> Json:
-    operation = _operation("Reconcile", "Brings the cache into the declared state.", "Events.", "400", "403", "500")
+    operation = _operation(
+        "Reconcile", "Brings the cache into the declared state.", EVENTS, None, "400", "403", "413", "500"
+    )
     operation["requestBody"] = {"content": {"application/json": {"schema": OrderBody.model_json_schema()}}}
     operation["responses"]["200"]["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
     return operation
 
 
-def _schema(field: Field) -> Json:
+def _field(field: Field) -> Json:
     one: Json = {"type": "string"}
     if field.choices:
         one["enum"] = list(field.choices)
@@ -96,54 +119,27 @@ def _schema(field: Field) -> Json:
     return one | {"description": f"{field.expects[:1].upper()}{field.expects[1:]}."}
 
 
-def _get(name: str, summary: str, *errors: str) -> Json:
-    return _operation(name, summary, summary, *errors)
+def _get(name: str, summary: str, body: type[Any] | None, *errors: str) -> Json:
+    return _operation(name, summary, summary, body, *errors)
 
 
 def _text(name: str, summary: str) -> Json:
-    operation = _operation(name, summary, summary)
+    operation = _operation(name, summary, summary, None)
     operation["responses"]["200"]["content"] = {"text/plain": {"schema": {"type": "string"}}}
     return operation
 
 
-def _operation(name: str, summary: str, found: str, *errors: str) -> Json:
-    error = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
-    responses: Json = {"200": {"description": found, "content": {"application/json": {"schema": {"type": "object"}}}}}
+def _operation(name: str, summary: str, found: str, body: type[Any] | None, *errors: str) -> Json:
+    error = {"application/json": {"schema": _ref(schema.Error)}}
+    shape = {"type": "object"} if body is None else _ref(body)
+    responses: Json = {"200": {"description": found, "content": {"application/json": {"schema": shape}}}}
     texts = ERRORS | {"403": "This user may not do it."}
     responses |= {status: {"description": texts[status], "content": error} for status in errors}
     return {"operationId": name[:1].lower() + name[1:], "summary": summary, "responses": responses}
 
 
+def _ref(body: type[Any]) -> Json:
+    return {"$ref": f"#/components/schemas/{body.__name__}"}
+
+
 _ID: Json = {"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}
-_NULLABLE_TEXT: Json = {"type": ["string", "null"]}
-_ERROR: Json = {
-    "type": "object",
-    "required": ["error"],
-    "properties": {
-        "error": {
-            "type": "object",
-            "required": ["message", "type", "param", "code"],
-            "properties": {
-                "message": {"type": "string"},
-                "type": {"type": "string"},
-                "param": _NULLABLE_TEXT,
-                "code": {"type": "string"},
-            },
-        }
-    },
-}
-_TRANSCRIPT: Json = {
-    "type": "object",
-    "required": ["text"],
-    "properties": {
-        "text": {"type": "string"},
-        "usage": {"type": "object"},
-        "logprobs": {"type": "array", "items": {"type": "object"}},
-        "task": {"type": "string"},
-        "language": {"type": "string"},
-        "duration": {"type": "number"},
-        "segments": {"type": "array", "items": {"type": "object"}},
-        "words": {"type": "array", "items": {"type": "object"}},
-        "x_whisperd": {"type": "object"},
-    },
-}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from pydantic import BaseModel, ConfigDict, ValidationError
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive, Scope, Send
@@ -13,6 +11,7 @@ from whisperd.serving.http.access import refuse_stranger
 from whisperd.serving.http.events import DONE, EventQueue, event, send_events, while_connected
 from whisperd.serving.http.middleware import RequestContext
 from whisperd.serving.interface import ReconcileOrder, Service
+from whisperd.serving.schema import Report
 
 ORDER_BYTES = 64 * 1024  # the longest body; a list of a thousand models fits
 
@@ -88,5 +87,5 @@ def _order(body: bytes) -> ReconcileOrder:
     return ReconcileOrder(**members, models=None if models is None else tuple(models))
 
 
-def _report(report: dict[str, Any]) -> bytes:
+def _report(report: Report) -> bytes:
     return event("whisperd.report", **report) + DONE
