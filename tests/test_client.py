@@ -312,7 +312,7 @@ def test_a_daemon_that_says_nothing(tmp_path: Path) -> None:
     hang = threading.Event()
     with misbehaving(tmp_path / "s", lambda _: (hang.wait(PATIENCE_S), None)[1]):
         try:
-            with pytest.raises(DaemonUnreachable, match=r"said nothing for 0\.05 s"):
+            with pytest.raises(DaemonUnreachable, match=r"sent nothing for 0\.05 s"):
                 Client(tmp_path / "s", 0.05).status()
         finally:
             hang.set()

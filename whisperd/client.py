@@ -1,4 +1,4 @@
-"""The daemon as a command sees it: HTTP over its Unix socket, with nothing but the standard library."""
+"""Client of the daemon: HTTP over its Unix socket, with the standard library alone."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ if TYPE_CHECKING:
 Json = dict[str, Any]
 OnEvent = Callable[[str, Json], None]
 
-HOST = "whisperd"  # HTTP wants a name; over a Unix socket nobody looks at it
+HOST = "whisperd"  # HTTP requires a Host header; over a Unix socket it is not checked
 CHUNK_BYTES = 256 * 1024
 TRANSCRIPTIONS = "/v1/audio/transcriptions"
 TRANSLATIONS = "/v1/audio/translations"
 
 
 class Client:
-    """Talks to the daemon on one socket; each call is one connection.
+    """Sends requests to the daemon at one socket; each call opens a connection.
 
     Args:
-        socket_path: where the daemon listens.
-        timeout_s: the longest silence to bear; None waits for ever. A stream is never silent for more than a few
-            seconds while the daemon lives.
+        socket_path: the socket of the daemon.
+        timeout_s: the longest silence of the daemon; None waits for ever. In a stream the daemon sends an event or a
+            comment every few seconds.
 
-    Every call raises DaemonUnreachable, SocketPermissionError, or RemoteError with what the daemon said.
+    Every call raises DaemonUnreachable, SocketPermissionError, or RemoteError with the message of the daemon.
     """
 
     def __init__(self, socket_path: Path, timeout_s: float | None = None) -> None:
@@ -44,12 +44,12 @@ class Client:
         self._open: set[_Connection] = set()
 
     def abort(self) -> None:
-        """Cuts all connections, from another thread: the daemon cancels what they asked for, and calls raise."""
+        """Closes all connections, from another thread: the daemon cancels their requests, and the calls raise."""
         for connection in tuple(self._open):
             connection.cut()
 
     def status(self) -> Status:
-        """Figures for people."""
+        """The status of the daemon."""
         return cast("Status", self._call("GET", "/v1/whisperd/status"))
 
     def models(self) -> list[Model]:
@@ -57,7 +57,7 @@ class Client:
         return cast("Models", self._call("GET", "/v1/models"))["data"]
 
     def ready(self) -> bool:
-        """Whether requests are served now; a daemon that still loads says no."""
+        """True if the daemon serves requests now; False while it loads."""
         try:
             self._call("GET", "/readyz")
         except RemoteError as error:
@@ -67,15 +67,15 @@ class Client:
         return True
 
     def reload(self) -> Reload:
-        """Makes the daemon read its configuration again; returns what changed."""
+        """Reloads the configuration of the daemon; returns what changed."""
         return cast("Reload", self._call("POST", "/v1/whisperd/reload"))
 
     def reconcile(self, order: Mapping[str, Any], on_event: OnEvent) -> Report:
-        """Makes the daemon work on its cache; returns its report.
+        """Reconciles the cache of the daemon; returns its report.
 
         Args:
             order: ``check``, ``force``, ``verify``, ``update``, ``prune``, ``models``.
-            on_event: hears ``whisperd.plan`` and ``whisperd.progress``.
+            on_event: called with the events ``whisperd.store.plan`` and ``whisperd.progress``.
         """
         with self._connected() as connection:
             with self._translated():
@@ -92,14 +92,14 @@ class Client:
         on_event: OnEvent,
         translate: bool = False,
     ) -> Json:
-        """Sends one file and listens; returns its ``verbose_json`` with ``x_whisperd``.
+        """Transcribes one file; returns its ``verbose_json`` with ``x_whisperd``.
 
         Args:
-            file: audio in any container, from its position on; a pipe is sent as it comes.
-            filename: for messages.
+            file: audio in any container, from its position on; a pipe is sent while it is read.
+            filename: name of the file in messages.
             fields: form fields as in the HTTP API.
             on_event: called with the type and the data of every event.
-            translate: into English.
+            translate: to English.
         """
         form = _Form(file, filename, {**fields, "stream": "true"})
         with self._connected() as connection:
@@ -129,7 +129,7 @@ class Client:
             if "error" in event:
                 raise _remote_error(response.status, json.dumps(event).encode())
             kind = event.pop("type")
-            on_event(kind, event)  # what it raises is none of the daemon's doing, so it stands outside of _translated
+            on_event(kind, event)  # outside of _translated: its errors are not those of the connection
             if kind == last:
                 found = event
         if found is None:
@@ -142,12 +142,12 @@ class Client:
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
-        """Tells trouble with the connection in terms of the daemon."""
+        """Translates errors of the connection to DaemonUnreachable."""
         try:
             yield
         except TimeoutError as error:
             raise DaemonUnreachable(
-                f"the daemon at {self._path} said nothing for {self._timeout_s:g} s; see: journalctl -u whisperd"
+                f"the daemon at {self._path} sent nothing for {self._timeout_s:g} s; see: journalctl -u whisperd"
             ) from error
         except (http.client.HTTPException, ConnectionError) as error:
             raise self._lost() from error
@@ -155,7 +155,7 @@ class Client:
     def _lost(self) -> DaemonUnreachable:
         return DaemonUnreachable(
             f"the daemon at {self._path} closed the connection before it had answered; "
-            "it was stopped or died, see: journalctl -u whisperd"
+            "it was stopped or crashed, see: journalctl -u whisperd"
         )
 
 
@@ -170,7 +170,7 @@ class _Connection(http.client.HTTPConnection):
         try:
             self.sock.connect(os.fspath(self._path))
         except PermissionError as error:
-            raise SocketPermissionError(_who_may(self._path)) from error
+            raise SocketPermissionError(_explain_permission(self._path)) from error
         except OSError as error:
             raise DaemonUnreachable(
                 f"no daemon answers at {self._path} ({error.strerror or error}); "
@@ -178,13 +178,13 @@ class _Connection(http.client.HTTPConnection):
             ) from error
 
     def cut(self) -> None:
-        """Ends the connection under the hands of whoever reads from it."""
+        """Ends the connection while another thread reads from it."""
         with suppress(OSError, AttributeError):
             self.sock.shutdown(socket.SHUT_RDWR)
 
 
-def _who_may(path: Path) -> str:
-    """Why this user may not, and what the user can do about it."""
+def _explain_permission(path: Path) -> str:
+    """The message for a socket that this user may not use, with what to do."""
     import grp
 
     try:
@@ -204,7 +204,7 @@ def _who_may(path: Path) -> str:
 
 
 class _Form:
-    """A multipart form whose file is sent as it is read."""
+    """A multipart form whose file is sent while it is read."""
 
     def __init__(self, file: BinaryIO, filename: str, fields: Mapping[str, str]) -> None:
         self._boundary = os.urandom(16).hex()
@@ -216,7 +216,7 @@ class _Form:
         self._file_bytes = _remaining_bytes(file)
 
     def send(self, connection: http.client.HTTPConnection, path: str) -> None:
-        """Sends until everything is out or the daemon has answered, which it may do at any time."""
+        """Sends the form, until its end or until the daemon answers, which it may do at any time."""
         connection.putrequest("POST", path)
         connection.putheader("Content-Type", f"multipart/form-data; boundary={self._boundary}")
         connection.putheader("X-Whisperd-Events", "1")
@@ -249,7 +249,7 @@ class _Form:
         yield self._after
 
     def _exactly(self, n_bytes: int) -> Iterator[bytes]:
-        """What was promised: a file that grows meanwhile is cut, one that shrinks is an error."""
+        """Yields the announced number of bytes of a file that may have grown; raises RequestError if it has shrunk."""
         while n_bytes:
             piece = self._file.read(min(CHUNK_BYTES, n_bytes))
             if not piece:
@@ -278,7 +278,7 @@ def _chunk(data: bytes) -> bytes:
 
 
 def _quoted(text: str) -> str:
-    """As browsers do it, so that no name can end its header."""
+    """Quotes a name as browsers do, so that it cannot end its header."""
     return text.replace('"', "%22").replace("\r", "%0D").replace("\n", "%0A")
 
 
@@ -290,7 +290,7 @@ def _response(connection: http.client.HTTPConnection) -> http.client.HTTPRespons
 
 
 def _next_event(response: http.client.HTTPResponse) -> Json | None:
-    """The data of the next event, which the daemon writes on one line; None at ``[DONE]``."""
+    """Reads the data of the next event, one line; None at ``[DONE]``."""
     for line in response:
         name, _, value = line.rstrip(b"\r\n").partition(b": ")
         if name == b"data":
@@ -321,7 +321,7 @@ def _remote_error(status: int, body: bytes, retry_after_ms: str | None = None) -
 
 
 def _exit_code(status: int, code: str) -> int:
-    """What the daemon's own error would have made its command exit with."""
+    """The exit code of the error class with this code."""
     known = {kind.code: kind.exit_code for kind in _kinds(Error)}
     by_status = 2 if http.client.BAD_REQUEST <= status < http.client.INTERNAL_SERVER_ERROR else 1
     return known.get(code, by_status)

@@ -13,7 +13,7 @@
     │   └── AudioTooLong
     ├── StoreError               the cache could not be brought into the declared state
     │   ├── SourceError          a model reference leads nowhere (missing directory, package, file)
-    │   ├── HubError             the Hub said no, or could not be asked
+    │   ├── HubError             the Hub refused, or could not be reached
     │   │   ├── HubAuthError  GatedError  RepoNotFound  RevisionNotFound
     │   │   └── HubUnreachable  HubRateLimited  HubServerError
     │   ├── DiskFull  CachePermissionError  IntegrityError
@@ -26,7 +26,7 @@
     │   └── SocketPermissionError
     ├── OutputError              stdout cannot be written: it is closed, or its disk is full
     ├── RemoteError              the daemon answered with an error (client side)
-    └── Cancelled                the caller went away or pressed Ctrl-C
+    └── Cancelled                the client disconnected or pressed Ctrl-C
         └── DeadlineExceeded
 
 Only ``cli.main`` and the HTTP handler catch ``Error``.
@@ -60,7 +60,7 @@ class ExitCode(IntEnum):
 
 
 class Error(Exception):
-    """Base of everything whisperd raises on purpose."""
+    """Base of all errors that whisperd raises on purpose."""
 
     exit_code: ClassVar[int] = ExitCode.FAILED
     http_status: ClassVar[int] = 500
@@ -148,7 +148,7 @@ class PeerNotAllowed(RequestError):
 
 
 class HostNotAllowed(RequestError):
-    """A request over TCP came by a name, or from a web page, that is not this daemon's."""
+    """A request over TCP has a Host or an Origin that is not this daemon's."""
 
     http_status = 403
     type = "permission_error"
@@ -156,7 +156,7 @@ class HostNotAllowed(RequestError):
 
 
 class InvalidApiKey(RequestError):
-    """A request over TCP came without the key."""
+    """A request over TCP has no key, or a wrong one."""
 
     exit_code = ExitCode.NO_PERMISSION
     http_status = 401
@@ -193,7 +193,7 @@ class SourceError(StoreError):
 
 
 class HubError(StoreError):
-    """The Hub refused, or could not be asked."""
+    """The Hub refused, or could not be reached."""
 
     code = "hub_error"
 
@@ -205,13 +205,13 @@ class HubAuthError(HubError):
 
 
 class GatedError(HubAuthError):
-    """The repository asks for its conditions to be accepted first."""
+    """The conditions of the repository must be accepted first."""
 
     code = "hub_gated"
 
 
 class RepoNotFound(HubError):
-    """The Hub knows no such repository (or hides it from this token)."""
+    """The Hub has no such repository, or hides it from this token."""
 
     code = "repo_not_found"
 
@@ -229,7 +229,7 @@ class HubUnreachable(HubError):
 
 
 class HubRateLimited(HubError):
-    """The Hub asked to come back later."""
+    """The Hub limits the rate of requests."""
 
     code = "hub_rate_limited"
 
@@ -281,7 +281,7 @@ class OutOfMemory(EngineError):
 
 
 class Unavailable(Error):
-    """Not now; ``retry_after_s`` says when it is worth asking again."""
+    """The request cannot be served now; ``retry_after_s`` is when to repeat it."""
 
     exit_code = ExitCode.TRY_AGAIN
     http_status = 503
@@ -340,14 +340,14 @@ class OutputError(Error):
 
 
 class RemoteError(Error):
-    """The daemon answered with an error; keeps what it said.
+    """The daemon answered with an error.
 
     Args:
-        message: the daemon's own words.
+        message: the message of the daemon.
         status: HTTP status of the answer.
         code: OpenAI error code of the answer.
-        exit_code: what the command should exit with.
-        retry_after_s: when to ask again, if the daemon said so.
+        exit_code: the exit code of the command.
+        retry_after_s: when to repeat the request, if the daemon named a time.
     """
 
     def __init__(
@@ -367,7 +367,7 @@ class RemoteError(Error):
 
 
 class Cancelled(Error):
-    """The caller went away or pressed Ctrl-C."""
+    """The client disconnected or pressed Ctrl-C."""
 
     exit_code = ExitCode.INTERRUPTED
     http_status = 499
@@ -375,7 +375,7 @@ class Cancelled(Error):
 
 
 class DeadlineExceeded(Cancelled):
-    """It was not done in the time that its caller gave it."""
+    """The request was not finished by its deadline."""
 
     exit_code = ExitCode.TRY_AGAIN
     http_status = 504

@@ -1,4 +1,4 @@
-"""What the log looks like: lines for people on a terminal, priorities for the journal."""
+"""Format of the log: plain lines on a terminal, priorities and fields in the journal."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ QUIET = ("httpx", "httpx2", "uvicorn", "asyncio", "huggingface_hub")
 
 
 class JournalFormatter(logging.Formatter):
-    """The journal knows time, unit and process by itself; each line carries its priority."""
+    """Formats records for the stderr of a service: a priority, and no time, unit or process, which the journal adds."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Every line of a message with several gets the prefix, or the rest would lose its priority."""
+        """Formats a record; each line of a message gets the priority."""
         prefix = f"<{_priority(record)}>"
         return "\n".join(prefix + line for line in super().format(record).splitlines())
 
 
 class JournalHandler(logging.Handler):
-    """Writes entries with fields; a message of several lines stays one entry.
+    """Sends records to the journal as entries with fields; a message of several lines is one entry.
 
     Args:
-        fallback: gets what the journal does not take.
+        fallback: handles the records that the journal does not accept.
         address: the journal's socket.
     """
 
@@ -79,7 +79,7 @@ class SecretFilter(logging.Filter):
 
 
 def entry(record: logging.LogRecord, message: str) -> bytes:
-    """A record in the journal's native protocol; ``record.fields`` are fields of its own."""
+    """Encodes a record in the journal's native protocol, with the extra fields in ``record.fields``."""
     fields = {
         "MESSAGE": message[:MESSAGE_CHARS],
         "PRIORITY": _priority(record),
@@ -116,14 +116,14 @@ def configure(level: str, log_format: LogFormat, environ: Mapping[str, str], *, 
 
 
 def set_level(level: str) -> None:
-    """The least serious messages that are shown; libraries only speak up when something is wrong."""
+    """Sets the level; libraries log warnings and errors only."""
     logging.getLogger().setLevel(level.upper())
     for name in QUIET:
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def leads_to_journal(environ: Mapping[str, str]) -> bool:
-    """Whether stderr is the journal's stream, as systemd.exec(5) says to find out."""
+    """True if stderr is the journal's stream; by the test that systemd.exec(5) describes."""
     try:
         found = os.fstat(sys.stderr.fileno())
     except (OSError, ValueError):

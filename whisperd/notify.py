@@ -24,12 +24,12 @@ SEND_TIMEOUT_S = 1.0  # a service manager that does not read must not hold the d
 
 
 class Notifier:
-    """The service manager's socket; without one every method does nothing.
+    """Sends messages to the service manager; without its socket every method does nothing.
 
-    Takes NOTIFY_SOCKET out of the environment of this process, so that no child speaks in the daemon's name.
+    Removes NOTIFY_SOCKET from the environment of this process, so that no child process notifies in its place.
 
     Attributes:
-        watchdog_s: how often ``watchdog`` should be called, half of what systemd tolerates; None when it does not ask.
+        watchdog_s: interval at which to call ``watchdog``, half of the limit of systemd; None without a limit.
     """
 
     def __init__(self, environ: Mapping[str, str]) -> None:
@@ -39,42 +39,42 @@ class Notifier:
 
     @property
     def enabled(self) -> bool:
-        """Whether a service manager listens."""
+        """True if there is a service manager."""
         return self._channel is not None
 
     def ready(self, status: str | None = None) -> None:
-        """Serving; also the end of every reload, good or bad."""
+        """Reports that the daemon serves, at the start and at the end of every reload, successful or not."""
         self._send("READY=1")
         if status is not None:
             self.status(status)
 
     def reloading(self) -> None:
-        """A reload begins; ``ready`` must follow whatever happens, or ``systemctl reload`` hangs."""
+        """Reports the begin of a reload; ``ready`` must follow in any case, or ``systemctl reload`` hangs."""
         now_usec = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
         self._send(f"RELOADING=1\nMONOTONIC_USEC={now_usec}")
 
     def stopping(self) -> None:
-        """No new work is taken."""
+        """Reports that the daemon stops."""
         self._send("STOPPING=1")
 
     def status(self, text: str) -> None:
-        """The line that ``systemctl status`` shows."""
+        """Sets the line that ``systemctl status`` shows."""
         self._send(f"STATUS={_one_line(text)}")
 
     def errno(self, code: int) -> None:
-        """Why the daemon is about to exit, as a number of ``errno``."""
+        """Reports why the daemon exits, as a number of ``errno``."""
         self._send(f"ERRNO={code}")
 
     def extend_timeout(self, seconds: float) -> None:
-        """Asks for that much more time, counted from now, to start, reload or stop."""
+        """Extends the time to start, reload or stop to so many seconds from now."""
         self._send(f"EXTEND_TIMEOUT_USEC={int(seconds * USEC_PER_S)}")
 
     def watchdog(self) -> None:
-        """Still alive."""
+        """Resets the watchdog."""
         self._send("WATCHDOG=1")
 
     def close(self) -> None:
-        """Says nothing more."""
+        """Closes the socket; later calls do nothing."""
         if self._channel is not None:
             self._channel.socket.close()
             self._channel = None
@@ -117,7 +117,7 @@ def _one_line(text: str) -> str:
 
 
 def _watchdog_s(environ: Mapping[str, str]) -> float | None:
-    """Half of WATCHDOG_USEC, if it is meant for this very process."""
+    """Half of WATCHDOG_USEC, if it is meant for this process."""
     if environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
         return None
     limit_usec = environ.get("WATCHDOG_USEC", "")

@@ -1,4 +1,4 @@
-"""The command line. Home of click. Everything heavy is imported inside the command that needs it."""
+"""The command line. Home of click. Each command imports what is heavy when it runs."""
 
 from __future__ import annotations
 

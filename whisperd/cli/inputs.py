@@ -1,4 +1,4 @@
-"""From what was typed to the files that it means, and what their results are called."""
+"""Finds the files that the arguments of a command name, and names their results."""
 
 from __future__ import annotations
 
@@ -52,10 +52,10 @@ SUFFIXES = frozenset(
 
 
 def expand(given: Iterable[Path]) -> Mapping[Path, Path]:
-    """Every file once, in order, with the name of its result relative to the output directory, without an ending.
+    """Maps every file, once and in order, to the path of its result below the output directory, without a suffix.
 
-    Directories are searched to the bottom, and their structure is kept; patterns that the shell has left alone are
-    looked up. Raises UsageError for a directory without recordings, and when two results would have one name.
+    Directories are searched recursively and keep their structure; patterns that the shell has not expanded are
+    expanded. Raises UsageError for a directory without recordings, and when two results would have one name.
     """
     found: dict[Path, Path] = {}
     for path in given:
@@ -88,7 +88,7 @@ def _recordings(directory: Path) -> Iterator[Path]:
 
 
 def _distinct(found: Mapping[Path, Path]) -> Mapping[Path, Path]:
-    """Without their endings where that is enough to tell them apart."""
+    """Removes the suffixes where the names differ without them."""
     stems = Counter(_stem(name) for name in found.values())
     names = {path: name if stems[_stem(name)] > 1 else _stem(name) for path, name in found.items()}
     twice = [name for name, count in Counter(names.values()).items() if count > 1]
@@ -102,5 +102,5 @@ def _stem(name: Path) -> Path:
 
 
 def count_stdin(given: Sequence[Path]) -> int:
-    """How often stdin is asked for."""
+    """The number of arguments that name stdin."""
     return list(given).count(STDIN)

@@ -1,4 +1,4 @@
-"""What several commands share: options, the configuration, the client, figures for people."""
+"""Options that several commands share, and what follows from them: the configuration, the client, messages."""
 
 from __future__ import annotations
 
@@ -40,35 +40,35 @@ def warn_of_renamed(command: str, former: str, value: str) -> None:
 
 
 def socket_option(command: Command) -> Command:
-    """``--socket``, for commands that talk to the daemon."""
-    # whoever may not use it hears from the client why
+    """Adds ``--socket``, for commands that talk to the daemon."""
+    # readable=False: the client explains a missing permission
     path = click.Path(path_type=Path, readable=False)
     return click.option("--socket", "socket_file", type=path, help="Socket of the daemon.")(command)
 
 
 def read_config(config_file: Path | None, overrides: Sequence[str]) -> Loaded:
-    """The configuration in effect; raises ConfigError."""
+    """Reads the configuration in effect; raises ConfigError."""
     from whisperd.config import load
 
     return load(config_file, overrides, environ=os.environ, cwd=Path.cwd())
 
 
 def read_checked_config(config_file: Path | None, overrides: Sequence[str]) -> Loaded:
-    """The configuration in effect, checked against this machine; raises ConfigError."""
+    """Reads the configuration in effect and checks it on this machine; raises ConfigError."""
     from whisperd.config import check
 
     return check(read_config(config_file, overrides), os.environ)
 
 
 def client(socket_file: Path | None, config_file: Path | None, overrides: Sequence[str], timeout_s: float) -> Client:
-    """A client of the daemon that the options point to."""
+    """Makes a client of the daemon that the options name."""
     from whisperd.client import Client
 
     return Client(socket_file or daemon_socket(config_file, overrides), timeout_s)
 
 
 def daemon_socket(config_file: Path | None, overrides: Sequence[str]) -> Path:
-    """Where the daemon should be. The system's own is looked for where this user runs none."""
+    """The socket of this user's daemon, or of the system's where this user runs none."""
     from whisperd.config import socket_path
 
     config = read_config(config_file, overrides).config
@@ -96,5 +96,5 @@ def without_secrets(text: str) -> str:
 
 
 def exit_code(error: Error) -> int:
-    """What a command exits with; an error of the daemon brings its own."""
+    """The code that a command exits with; an error of the daemon carries its own."""
     return int(getattr(error, "remote_exit_code", error.exit_code))

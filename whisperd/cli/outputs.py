@@ -1,4 +1,4 @@
-"""Where transcripts go: stdout, or files that are there whole or not at all."""
+"""Writes transcripts to stdout or to files, which are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FORMATS = ("txt", "srt", "vtt", "tsv", "json")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Output:
-    """The files of a batch: a directory, or stdout (None)."""
+    """The output of a batch: formats, and a directory or stdout (None)."""
 
     formats: tuple[str, ...]
     directory: Path | None
@@ -28,21 +28,21 @@ class Output:
     layout: Layout | None = None
 
     def targets(self, path: Path) -> list[Path]:
-        """The files that a recording becomes, in the order of the formats."""
+        """The output files of a recording, in the order of the formats."""
         if self.directory is None:
             return []
         name = self.names[path]
         return [self.directory / name.with_name(f"{name.name}.{kind}") for kind in self.formats]
 
     def prepare(self) -> None:
-        """Makes the directory; raises OSError where nothing could be written, before anything is sent."""
+        """Makes the directory, before anything is sent; raises OSError if it cannot be written."""
         if self.directory is not None:
             self.directory.mkdir(parents=True, exist_ok=True)
             if not os.access(self.directory, os.W_OK | os.X_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self.directory))
 
     def is_done(self, path: Path) -> bool:
-        """Whether all of them are there already."""
+        """True if all output files of a recording exist."""
         targets = self.targets(path)
         return bool(targets) and all(target.is_file() for target in targets)
 
@@ -55,7 +55,7 @@ class Output:
 
 
 def written(transcript: Transcript, kind: str, layout: Layout | None = None) -> str:
-    """A transcript in one of the file formats; ``layout`` is for subtitles."""
+    """Formats a transcript; ``layout`` is for subtitles."""
     from whisperd.speech import formats
 
     writers: Mapping[str, Callable[[Transcript], str]] = {

@@ -1,4 +1,4 @@
-"""Progress on the terminal: bars of downloads, and of a batch of files with its lines of text."""
+"""Progress on the terminal: bars of downloads, and the bar and lines of text of a batch of files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BAR = "{desc}: {percentage:3.0f}% {bar} {n:.0f}/{total:.0f} s, {remaining} left"
 
 
 class Progress:
-    """Hears the events of all files of a batch, from any thread.
+    """Shows the events of all files of a batch, which may come from any thread.
 
     Args:
         bar: shows seconds of audio; None shows nothing.
@@ -34,7 +34,7 @@ class Progress:
         self._seen: dict[str, tuple[float, float]] = {}  # file -> seconds done and in all
 
     def listener(self, key: str, label: str) -> OnEvent:
-        """What to call with the events of one file; ``label`` stands before its lines."""
+        """Returns the callback for the events of one file; ``label`` stands before its lines."""
 
         def on_event(kind: str, data: dict[str, Any]) -> None:
             if kind == "whisperd.progress":
@@ -64,7 +64,7 @@ class Progress:
 
 @contextmanager
 def progress(description: str, *, shown: bool, live: bool) -> Iterator[Progress]:
-    """Shows a bar where it is wanted."""
+    """Shows a bar of the batch while the block runs, if ``shown``."""
     if not shown:
         yield Progress(None, live=live)
         return
@@ -82,14 +82,14 @@ class Bars:
         self._lock = threading.Lock()
 
     def show(self, name: str, model: tuple[int, int], run: tuple[int, int], n_models: int) -> None:
-        """How far a model is, and all; each as bytes that are there and bytes that are wanted."""
+        """Moves the bars of a model and of the run; both as bytes fetched and bytes in all."""
         with self._lock:
             self._set(name, *model)
             if n_models > 1 and sys.stderr.isatty():
                 self._set(ALL, *run)
 
     def close(self) -> None:
-        """Leaves them as they are."""
+        """Closes the bars, which stay on the screen."""
         for bar in self._bars.values():
             bar.close()
 
@@ -103,7 +103,7 @@ class Bars:
 
 @contextmanager
 def bars() -> Iterator[Bars]:
-    """Bars that are closed at the end."""
+    """Yields bars and closes them at the end of the block."""
     shown = Bars()
     try:
         yield shown

@@ -1,4 +1,4 @@
-"""``whisperd reconcile``: bring the cache into the declared state, now; by the daemon where one owns that cache."""
+"""``whisperd reconcile``: brings the cache into the declared state, through the daemon if one uses that cache."""
 
 from __future__ import annotations
 
@@ -40,7 +40,9 @@ SILENCE_TIMEOUT_S = 120.0  # the daemon sends a comment every few seconds
 @click.option("--force", is_flag=True, help="Fetch every file anew.")
 @click.option("--verify", is_flag=True, help="Hash every file, not only those that changed.")
 @click.option("--update", is_flag=True, help="Move to the newest commit of each branch.")
-@click.option("--prune", is_flag=True, help="Remove what whisperd has fetched and nobody declares any more.")
+@click.option(
+    "--prune", is_flag=True, help="Remove what whisperd has fetched and the configuration no longer declares."
+)
 @click.option("-m", "--model", "names", multiple=True, help="Only this model, declared or any reference; repeatable.")
 @click.option("--cache-dir", type=click.Path(path_type=Path, file_okay=False), help="Another cache.")
 @click.option(
@@ -80,7 +82,7 @@ def reconcile(
     models = _chosen(loaded.config, declared_models(loaded.config), names)
     alone = bool(overrides or cache_dir or export_dir or import_dir)
     if not alone and (daemon := _daemon_of(store.cache_dir, config_file)) is not None:
-        _ask(daemon, {**flags, "models": [_reference_of(model) for model in models] if names else None}, as_json)
+        _order(daemon, {**flags, "models": [_reference_of(model) for model in models] if names else None}, as_json)
     store = replace(
         store,
         check=flags["check"],
@@ -91,22 +93,22 @@ def reconcile(
         cache_dir=cache_dir.absolute() if cache_dir else store.cache_dir,
         import_dir=import_dir,
     )
-    report = _do(models, store, as_json=as_json)
-    _tell(json.dumps(report.as_dict()) if as_json else report.lines())
+    report = _reconcile(models, store, as_json=as_json)
+    _print(json.dumps(report.as_dict()) if as_json else report.lines())
     if export_dir is not None and report.exit_code == 0 and not flags["check"]:
         _export(models, store, export_dir)
     sys.exit(report.exit_code)
 
 
-def _do(models: Sequence[Wanted], store: Settings, *, as_json: bool) -> Report:
-    """In this process, and as the owner of the cache."""
+def _reconcile(models: Sequence[Wanted], store: Settings, *, as_json: bool) -> Report:
+    """Reconciles in this process, as the user who owns the cache."""
     from whisperd.store.reconcile import become_owner
     from whisperd.store.reconcile import reconcile as run
     from whisperd.store.report import plan_lines
 
     def on_plan(plan: CachePlan) -> None:
         if not as_json:
-            _tell(plan_lines(plan))
+            _print(plan_lines(plan))
 
     become_owner(store.cache_dir)
     with _interruptible() as cancel, bars() as shown:
@@ -131,7 +133,7 @@ def _export(models: Sequence[Wanted], store: Settings, directory: Path) -> None:
 
 
 def _daemon_of(cache_dir: Path, config_file: Path | None) -> Client | None:
-    """A daemon that answers and works on this cache."""
+    """A client of a daemon that answers and uses this cache."""
     from whisperd.client import Client
 
     path = daemon_socket(config_file, ())
@@ -144,30 +146,30 @@ def _daemon_of(cache_dir: Path, config_file: Path | None) -> Client | None:
     return Client(path, SILENCE_TIMEOUT_S) if found.get("cache_dir") == str(cache_dir) else None
 
 
-def _ask(daemon: Client, order: Mapping[str, Any], as_json: bool) -> NoReturn:
-    """Lets the daemon do it. Ctrl-C closes the connection, and the daemon stops at once."""
+def _order(daemon: Client, order: Mapping[str, Any], as_json: bool) -> NoReturn:
+    """Sends the order to the daemon. Ctrl-C closes the connection, and the daemon cancels the order."""
     with bars() as shown:
 
         def on_event(kind: str, found: dict[str, Any]) -> None:
             if kind == "whisperd.plan" and not as_json:
-                _tell(found["lines"])
+                _print(found["lines"])
             elif kind == "whisperd.progress":
                 model, all_ = ((found[key]["done_bytes"], found[key]["total_bytes"]) for key in ("model", "run"))
                 shown.show(found["name"], model, all_, found["n_models"])
 
         report = daemon.reconcile(order, on_event)
     printed = {name: value for name, value in report.items() if name != "lines"}
-    _tell(json.dumps(printed) if as_json else report["lines"])
+    _print(json.dumps(printed) if as_json else report["lines"])
     sys.exit(report["exit_code"])
 
 
-def _tell(lines: Sequence[str]) -> None:
+def _print(lines: Sequence[str]) -> None:
     for line in [lines] if isinstance(lines, str) else lines:
         click.echo(without_secrets(line))
 
 
 def _chosen(config: Config, models: Sequence[Wanted], names: Sequence[str]) -> Sequence[Wanted]:
-    """The declared models that ``-m`` names, by any of their names, or references that are not declared."""
+    """The models of ``-m``: declared ones by any of their names, others by their reference."""
     if not names:
         return models
     known = {
@@ -195,7 +197,7 @@ def _reference_of(model: Wanted) -> str:
 
 @contextmanager
 def _interruptible() -> Iterator[threading.Event]:
-    """Set by Ctrl-C and SIGTERM: downloads end at once, and nothing is left half done."""
+    """Yields an event that Ctrl-C and SIGTERM set; downloads then end at once, and nothing is left half done."""
     cancel = threading.Event()
 
     def on_signal(_number: int, _frame: FrameType | None) -> None:

@@ -1,4 +1,4 @@
-"""``whisperd serve``: the daemon itself."""
+"""``whisperd serve``: runs the daemon."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def serve(config_file: Path | None, overrides: Sequence[str]) -> None:
         inherited = inherited_sockets(os.environ)
         _run(config_file, overrides, notifier, inherited)
     except Error as error:
-        _say_why(error, notifier)
+        _notify(error, notifier)
         _turn_away(error, inherited, lambda: read_checked_config(config_file, overrides))
         raise
     finally:
@@ -108,7 +108,7 @@ def _unix_socket(path: Path, config: Config, purpose: str = "") -> socket.socket
 
 
 def _tcp_sockets(config: Config) -> Sequence[socket.socket]:
-    """Where it is asked for."""
+    """The TCP listener, if the configuration has one."""
     if not config.server.tcp:
         return ()
     from whisperd.serving.sockets import bind_tcp
@@ -119,7 +119,7 @@ def _tcp_sockets(config: Config) -> Sequence[socket.socket]:
 
 
 def _wyoming_sockets(config: Config, passed: Sequence[socket.socket]) -> Sequence[socket.socket]:
-    """What systemd has passed, or else where it is asked for."""
+    """The sockets that systemd has passed, else the one that the configuration names."""
     address = config.server.wyoming
     if not (passed or address):
         return ()
@@ -136,14 +136,14 @@ def _wyoming_sockets(config: Config, passed: Sequence[socket.socket]) -> Sequenc
     return (listener,)
 
 
-def _say_why(error: Error, notifier: Notifier) -> None:
+def _notify(error: Error, notifier: Notifier) -> None:
     notifier.status(str(error))
     if isinstance(error, ConfigError):
         notifier.errno(errno.EINVAL)
 
 
 def _turn_away(error: Error, inherited: Sequence[Inherited], read: Callable[[], object]) -> None:
-    """Tells those who wait in a socket that the daemon has not served."""
+    """Answers the clients that wait in inherited sockets with the error."""
     waiting = [one.socket for one in inherited if one.name != WYOMING and one.socket.fileno() >= 0]
     if not waiting:
         return

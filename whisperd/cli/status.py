@@ -1,4 +1,4 @@
-"""``whisperd status``, ``models`` and ``reload``: short questions to the running daemon."""
+"""``whisperd status``, ``models`` and ``reload``: short requests to the running daemon."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RELOAD_TIMEOUT_S = 24 * 3600.0  # a reload may have to fetch a large model first
 @socket_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def status(config_file: Path | None, overrides: Sequence[str], socket_file: Path | None, as_json: bool) -> None:
-    """Show what the daemon is doing."""
+    """Show the state of the daemon."""
     found = client(socket_file, config_file, overrides, ANSWER_TIMEOUT_S).status()
     click.echo(json.dumps(found) if as_json else "\n".join(_status_lines(found)))
 

@@ -1,4 +1,4 @@
-"""A daemon of one's own: another process and the same program as in production, for as long as a command needs it."""
+"""A daemon in a process of its own, which runs as long as one command needs it."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ MESSAGE_BYTES = 8192
 
 
 @contextmanager
-def private_daemon(directory: Path, arguments: Sequence[str], on_status: Callable[[str], None]) -> Iterator[Path]:
-    """A ready daemon; stopped with SIGTERM, as systemd does it. Yields its socket, which is in ``directory``.
+def temporary_daemon(directory: Path, arguments: Sequence[str], on_status: Callable[[str], None]) -> Iterator[Path]:
+    """Starts a daemon, waits until it is ready, yields its socket, and stops it with SIGTERM as systemd does.
 
     Args:
-        directory: empty, and removed by the caller.
-        arguments: of ``whisperd serve``.
-        on_status: hears what the daemon says about itself until it is ready.
+        directory: an empty directory for its sockets, which the caller removes.
+        arguments: arguments of ``whisperd serve``.
+        on_status: called with each status line of the daemon until it is ready.
     """
     socket_path, notify_path = directory / "whisperd.sock", directory / "notify.sock"
     own = [
@@ -46,7 +46,7 @@ def private_daemon(directory: Path, arguments: Sequence[str], on_status: Callabl
         )
         try:
             _wait_until_ready(notify, process, on_status)
-            threading.Thread(target=_ignore, args=(notify,), daemon=True).start()
+            threading.Thread(target=_drop, args=(notify,), daemon=True).start()
             yield socket_path
         finally:
             code = stop(process, STOP_TIMEOUT_S)
@@ -57,7 +57,7 @@ def private_daemon(directory: Path, arguments: Sequence[str], on_status: Callabl
 def _wait_until_ready(
     notify: socket.socket, process: subprocess.Popen[bytes], on_status: Callable[[str], None]
 ) -> None:
-    """Listens as systemd would. There is no deadline: a first start may fetch a model, and says so."""
+    """Receives notifications as systemd does. There is no deadline: a first start may fetch a model."""
     notify.settimeout(POLL_S)
     while process.poll() is None:
         try:
@@ -71,15 +71,15 @@ def _wait_until_ready(
     raise NotStarted(process.returncode)
 
 
-def _ignore(notify: socket.socket) -> None:
-    """Reads what the daemon goes on to say, since a full socket would make it wait."""
+def _drop(notify: socket.socket) -> None:
+    """Receives and drops further notifications, because a full socket would block the daemon."""
     while notify.fileno() >= 0:
         with suppress(OSError):
             notify.recv(MESSAGE_BYTES)
 
 
 class NotStarted(Error):
-    """The daemon ended before it was ready; it has said why on stderr."""
+    """The daemon ended before it was ready; its message is on stderr."""
 
     def __init__(self, code: int) -> None:
         super().__init__("the daemon did not start")

@@ -1,4 +1,4 @@
-"""``whisperd transcribe``: files to text through the daemon."""
+"""``whisperd transcribe``: transcribes files with the daemon."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from whisperd.cli.inputs import STDIN, count_stdin, expand
 from whisperd.cli.options import client, config_options, exit_code, socket_option, warn_of_renamed
 from whisperd.cli.outputs import FORMATS, Output, written
 from whisperd.cli.progress import Progress, progress
-from whisperd.cli.temporary_daemon import private_daemon
+from whisperd.cli.temporary_daemon import temporary_daemon
 from whisperd.errors import (
     Cancelled,
     DaemonUnreachable,
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from whisperd.speech.subtitles import Layout
     from whisperd.speech.transcript import Transcript
 
-SILENCE_S = 120.0  # the daemon sends a sign of life every few seconds
+SILENCE_S = 120.0  # the daemon sends an event or a comment every few seconds
 ATTEMPTS = 20  # for a daemon that is busy and says when to come back
 PASSING = (429, 503)
 
@@ -52,14 +52,16 @@ PASSING = (429, 503)
 @click.option(
     "-d", "--output-dir", "directory", type=click.Path(path_type=Path, file_okay=False), help="Write files there."
 )
-@click.option("--overwrite", is_flag=True, help="Transcribe again what has its files already.")
+@click.option("--overwrite", is_flag=True, help="Transcribe files again whose results exist.")
 @click.option("-j", "--jobs", type=click.IntRange(1, 256), default=1, help="Files at the same time (1).")
-@click.option("--live", is_flag=True, help="Print each line with its times as soon as it is known.")
+@click.option("--live", is_flag=True, help="Print each segment with its times as soon as it is decoded.")
 @click.option("--standalone", is_flag=True, help="Start a daemon for this command alone.")
 @click.option("--word-timestamps", is_flag=True, help="Times of words (in json).")
-@click.option("--readable", is_flag=True, help="Subtitles of two lines of 42 characters, there long enough to be read.")
-@click.option("--max-line-width", type=click.IntRange(10, 200), help="The same with lines of this length.")
-@click.option("--max-line-count", type=click.IntRange(1, 4), help="The same with so many lines.")
+@click.option("--readable", is_flag=True, help="Subtitles of two lines of 42 characters, shown long enough to be read.")
+@click.option(
+    "--max-line-width", type=click.IntRange(10, 200), help="The same, with lines of at most so many characters."
+)
+@click.option("--max-line-count", type=click.IntRange(1, 4), help="The same, with at most so many lines.")
 @click.option("--prompt", help="Text that the audio continues: names, spelling, style.")
 @click.option("--hotwords", help="Words and names that are likely, with commas between them.")
 @click.option("--audio-track", help="Audio track: a number from 0, or a language (the default one).")
@@ -82,8 +84,8 @@ def transcribe(  # click passes each option as an argument
 ) -> None:
     """Transcribe audio and video files, or stdin ("-"), in any container.
 
-    FILE may be a directory, which is searched to the bottom, or a pattern. Text goes to stdout. With several formats or
-    an output directory files are written; what has its files already is skipped, so that a batch can be resumed.
+    FILE may be a directory, which is searched recursively, or a pattern. Text goes to stdout. With several formats or
+    an output directory, files are written; inputs whose files exist are skipped, so that a batch can be resumed.
     """
     overrides, directory = _former_output_dir(overrides, directory)
     output = replace(plan_output(files, formats, directory), layout=_layout(given))
@@ -109,7 +111,7 @@ def transcribe(  # click passes each option as an argument
 
 
 def plan_output(files: Sequence[Path], formats: Sequence[str], directory: Path | None) -> Output:
-    """Where everything will go; raises UsageError before anything is sent."""
+    """Plans the output files; raises UsageError before anything is sent."""
     chosen = FORMATS if "all" in formats else tuple(dict.fromkeys(formats)) or ("txt",)
     if directory is None and len(chosen) > 1:
         directory = Path()
@@ -136,7 +138,7 @@ def _layout(given: Mapping[str, Any]) -> Layout | None:
 
 
 def _wanted(output: Output, *, overwrite: bool) -> list[Path]:
-    """The files that have no results yet; says how many have."""
+    """The files to transcribe: all, or those without results; prints how many are skipped."""
     wanted = [path for path in output.names if overwrite or not output.is_done(path)]
     done = len(output.names) - len(wanted)
     if done:
@@ -147,7 +149,7 @@ def _wanted(output: Output, *, overwrite: bool) -> list[Path]:
 
 
 def common_code(codes: Sequence[int]) -> int:
-    """0 when all went well; the common code when all failed alike; else 1."""
+    """The code of all files if it is the same for each; else 1."""
     kinds = set(codes) or {0}
     return kinds.pop() if len(kinds) == 1 else 1
 
@@ -157,7 +159,7 @@ def _daemon(
     standalone: bool, socket_file: Path | None, config_file: Path | None, overrides: Sequence[str], *, quiet: bool
 ) -> Iterator[Client]:
     if not standalone:
-        with _another_way():
+        with _hinting_at_standalone():
             yield client(socket_file, config_file, overrides, SILENCE_S)
         return
     from whisperd.client import Client
@@ -169,13 +171,13 @@ def _daemon(
         if _shows_progress(quiet):
             click.echo(text, err=True)
 
-    with tempfile.TemporaryDirectory(prefix="whisperd-") as name, private_daemon(Path(name), arguments, say) as path:
+    with tempfile.TemporaryDirectory(prefix="whisperd-") as name, temporary_daemon(Path(name), arguments, say) as path:
         yield Client(path, SILENCE_S)
 
 
 @contextmanager
-def _another_way() -> Iterator[None]:
-    """Who has no daemon does not need one."""
+def _hinting_at_standalone() -> Iterator[None]:
+    """Adds the hint at ``--standalone`` to the error that no daemon answers."""
     try:
         yield
     except SocketPermissionError:
@@ -186,7 +188,7 @@ def _another_way() -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Answer:
-    """What came of one file; ``transcript`` is None when files of it were written."""
+    """The result of one file; ``transcript`` is None if its output files were written."""
 
     transcript: Transcript | None
     warnings: tuple[str, ...]
@@ -194,7 +196,7 @@ class _Answer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """What is the same for every file of a batch."""
+    """A batch of files and what is the same for each of them."""
 
     client: Client
     fields: Mapping[str, str]
@@ -205,29 +207,29 @@ class Job:
     stop: threading.Event = field(default_factory=threading.Event)
 
     def run(self, files: Sequence[Path], n_parallel: int) -> list[int]:
-        """Transcribes all, some at the same time; delivers in order. Returns the exit code of each."""
+        """Transcribes all files, ``n_parallel`` at a time, and prints in order; returns the exit code of each."""
         pool = ThreadPoolExecutor(n_parallel)
-        futures = {path: pool.submit(self._ask, path) for path in files}
+        futures = {path: pool.submit(self._transcribe, path) for path in files}
         try:
-            return [self._deliver(path, future) for path, future in futures.items()]
-        except BaseException:  # Ctrl-C above all: the daemon cancels what nobody listens to any more
+            return [self._finish(path, future) for path, future in futures.items()]
+        except BaseException:  # Ctrl-C above all: the daemon cancels a request whose connection is cut
             self.stop.set()
             self.client.abort()
             raise
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _ask(self, path: Path) -> _Answer:
-        """The transcript, when it goes to stdout; files are written here, so that an interrupted batch has them."""
+    def _transcribe(self, path: Path) -> _Answer:
+        """Transcribes a file. Writes its output files, or keeps the transcript that goes to stdout."""
         with _opened(path) as file:
-            transcript = self._answer(path, file)
+            transcript = self._request(path, file)
         if self.output.directory is None:
             return _Answer(transcript=transcript, warnings=transcript.warnings)
         for target in self.output.write(path, transcript):
             click.echo(f"{path} -> {target}", err=True)
         return _Answer(transcript=None, warnings=transcript.warnings)
 
-    def _answer(self, path: Path, file: BinaryIO) -> Transcript:
+    def _request(self, path: Path, file: BinaryIO) -> Transcript:
         from whisperd.speech.formats import from_verbose_json
 
         label = f"{path}: " if len(self.output.names) > 1 else ""
@@ -240,10 +242,10 @@ class Job:
                 file, filename=path.name, fields=self.fields, on_event=on_event, translate=self.translate
             )
 
-        return from_verbose_json(_patiently(once, file, self.stop))
+        return from_verbose_json(_retry(once, file, self.stop))
 
-    def _deliver(self, path: Path, future: Future[_Answer]) -> int:
-        """Waits for one file; its failure is told, and the others go on."""
+    def _finish(self, path: Path, future: Future[_Answer]) -> int:
+        """Waits for a file and prints its transcript or its error; returns its exit code."""
         try:
             answer = future.result()
         except DaemonUnreachable:
@@ -252,7 +254,7 @@ class Job:
             click.echo(f"whisperd: {path}: {error}", err=True)
             return exit_code(error)
         except OSError as error:
-            return _tell(path, error, self.output)
+            return _report(path, error, self.output)
         if answer.transcript is not None and not self.live:
             if len(self.output.names) > 1:
                 click.echo(f"==> {path} <==")
@@ -262,8 +264,8 @@ class Job:
         return ExitCode.BAD_DATA if answer.warnings else 0
 
 
-def _tell(path: Path, error: OSError, output: Output) -> int:
-    """Says which file could not be read or written."""
+def _report(path: Path, error: OSError, output: Output) -> int:
+    """Prints which file could not be read or written; returns the exit code."""
     if error.filename is None or Path(error.filename) == path:
         click.echo(f"whisperd: {path}: {error.strerror}", err=True)
         return ExitCode.NO_INPUT
@@ -271,8 +273,8 @@ def _tell(path: Path, error: OSError, output: Output) -> int:
     return ExitCode.CANNOT_CREATE
 
 
-def _patiently(ask: Callable[[], dict[str, Any]], file: BinaryIO, stop: threading.Event) -> dict[str, Any]:
-    """Comes back when a busy daemon says so, with a file that can be sent again."""
+def _retry(ask: Callable[[], dict[str, Any]], file: BinaryIO, stop: threading.Event) -> dict[str, Any]:
+    """Repeats a request that a busy daemon has refused, at the time that it names, if the file can be sent again."""
     for _ in range(ATTEMPTS - 1):
         try:
             return ask()
@@ -285,7 +287,7 @@ def _patiently(ask: Callable[[], dict[str, Any]], file: BinaryIO, stop: threadin
 
 
 def _fields(given: Mapping[str, Any]) -> dict[str, str]:
-    """Options that were given, as fields of the HTTP interface."""
+    """The fields of the HTTP request that the given options set."""
     names = ("model", "language", "prompt", "hotwords", "audio_track", "temperature", "beam_size")
     fields = {name: str(given[name]) for name in names if given[name] is not None}
     if given["word_timestamps"] or _layout(given) is not None:

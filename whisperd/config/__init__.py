@@ -1,4 +1,4 @@
-"""The declared options, where they are found, and what the environment adds."""
+"""The configuration: its options, where their values are found, and what follows from the environment."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ class Option:
 
 
 def options() -> Iterator[Option]:
-    """Every option in the order of its declaration, those of the top level first."""
+    """All options in the order of their declaration, those of the top level first."""
     for name, field in Config.model_fields.items():
         if (table := table_of(field)) is None:
             yield _option(name, field)
@@ -42,7 +42,7 @@ def options() -> Iterator[Option]:
 
 
 def table_of(field: FieldInfo) -> type[BaseModel] | None:
-    """The table that a field of Config stands for, None for an option."""
+    """The table that a field of Config holds; None for a plain option."""
     kind = field.annotation
     return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
 
@@ -88,7 +88,7 @@ def _type_name(annotation: object) -> str:
 
 
 def toml_text(value: object) -> str:
-    """One line of TOML that reads back as the same value; an option that is not set reads ``""``."""
+    """Formats a value as one line of TOML, which parses to the same value; an option that is not set is ``""``."""
     if value is None:
         return '""'
     if isinstance(value, bool):
@@ -109,7 +109,7 @@ def _inline_table(table: dict[str, object]) -> str:
 
 
 def shown(key: str, value: object) -> str:
-    """The value for a message: short, and hidden where it may be a secret."""
+    """A value as a message quotes it: shortened, and hidden if it may be a secret."""
     text = toml_text(value)
     if SECRET.search(key) or SECRET_VALUE.search(text):
         return "a value that is not shown"

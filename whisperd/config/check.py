@@ -44,7 +44,7 @@ def check(loaded: Loaded, environ: Mapping[str, str]) -> Loaded:
 
 
 def warnings(config: Config, environ: Mapping[str, str]) -> Iterator[str]:
-    """What works and is hardly meant."""
+    """Yields what works but is probably a mistake."""
     address = endpoint(config, environ)
     if not offline(config, environ) and _is_readable_on_the_way(address) and (found := token(environ)):
         yield (
@@ -107,14 +107,14 @@ def _group(config: Config) -> Iterator[Finding]:
 
 
 def _existing(path: Path) -> Path | None:
-    """The path itself or the nearest directory above it that exists; None where this user may not look."""
+    """The path or its nearest existing parent; None if this user may not look there."""
     with suppress(OSError):
         return next(one for one in (path, *path.parents) if os.path.lexists(one))
     return None
 
 
 def _is_directory(path: Path) -> bool:
-    """False also where this user may not look."""
+    """True for a directory; False also if this user may not look there."""
     with suppress(OSError):
         return path.is_dir()
     return False

@@ -1,6 +1,6 @@
-"""What the environment says where whisperd.toml says nothing: the names that the Hugging Face world already uses.
+"""Values that follow from the environment where whisperd.toml has none, by the variables of the Hugging Face tools.
 
-Pure functions of a mapping. A variable that is set to nothing counts as not set.
+Pure functions of a mapping. An empty variable counts as not set.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ def home(environ: Mapping[str, str]) -> Path:
 
 
 def expand(text: str, environ: Mapping[str, str]) -> Path:
-    """A path with a leading ``~`` replaced."""
+    """Replaces a leading ``~`` by the home directory."""
     return home(environ) / text[2:] if text == "~" or text.startswith("~/") else Path(text)
 
 
 def cache_dir(config: Config, environ: Mapping[str, str]) -> Path:
-    """The Hugging Face cache to use. huggingface_hub looks at two of these variables no more; whisperd still does."""
+    """The Hugging Face cache. Two of the variables are former ones, which huggingface_hub no longer reads."""
     return _cache_dir(config, environ)[0]
 
 
 def cache_dir_origin(config: Config, environ: Mapping[str, str]) -> str:
-    """What named the cache: ``cache_dir``, a variable, or ``default``."""
+    """What set the cache: ``cache_dir``, a variable, or ``default``."""
     return _cache_dir(config, environ)[1]
 
 
@@ -59,7 +59,7 @@ def offline_variable(environ: Mapping[str, str]) -> str | None:
 
 
 def socket_path(config: Config, environ: Mapping[str, str], *, uid: int) -> Path:
-    """Where the daemon of this user listens, unless systemd passes it a socket."""
+    """The socket of this user's daemon, unless systemd passes one."""
     if chosen := config.server.socket or environ.get("WHISPERD_SOCKET"):
         return expand(chosen, environ)
     if directories := environ.get("RUNTIME_DIRECTORY"):
@@ -72,7 +72,7 @@ def socket_path(config: Config, environ: Mapping[str, str], *, uid: int) -> Path
 
 
 def spool_dir(config: Config, environ: Mapping[str, str]) -> Path:
-    """Where uploads wait: on disk, since ``/tmp`` is often memory."""
+    """The directory of uploads. Not ``/tmp``, which is often in memory."""
     return expand(config.server.spool_dir or "/var/tmp", environ)  # noqa: S108 - files there are made without a name
 
 

@@ -1,4 +1,4 @@
-"""From files, the environment and -o to one Config: finding, merging by option, and every mistake at once."""
+"""Loads the configuration: finds the file, merges it with ``-o`` and variables, and reports all mistakes at once."""
 
 from __future__ import annotations
 
@@ -31,15 +31,16 @@ WHISPER_MODEL = "$WHISPER_MODEL"
 OVERRIDE = "-o"
 DEFAULT = "default"
 
-# Old option -> the one that took its place; the old name is read, with a warning.
+# Former option -> the one that took its place; the former name is read, with a warning.
 RENAMED: dict[str, str] = {}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loaded:
-    """A valid configuration and where it comes from.
+    """A valid configuration and its sources.
 
-    ``origins`` says of every option, by its dotted key, who set it: ``default``, a file, ``-o`` or a variable.
+    ``origins`` maps the dotted key of each option to what set it: ``default``, a file, ``-o`` or a variable.
+    ``shadowed`` are files that were found and not read.
     """
 
     config: Config
@@ -51,7 +52,7 @@ class Loaded:
 
     @property
     def header(self) -> str:
-        """One line for the log: which file, which overrides, which files were passed over."""
+        """One line for the log: the file, the overrides, and the files that were not read."""
         line = f"config: {self.path or 'built-in defaults'}"
         if self.overrides:
             line += f" ({', '.join(f'-o {text}' for text in self.overrides)})"
@@ -62,7 +63,7 @@ class Loaded:
 
 @dataclass(slots=True)
 class Draft:
-    """The configuration while its sources are put together: what is set, by whom, and what is wrong so far."""
+    """A configuration that is being merged: the values, what set each, and the mistakes so far."""
 
     document: dict[str, Any] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=dict)
@@ -72,7 +73,7 @@ class Draft:
     warnings: list[str] = field(default_factory=list)
 
     def read(self, path: Path, named_by: str) -> None:
-        """Takes over what a file says."""
+        """Adds the options of a file."""
         try:
             text = read_small(path, FILE_BYTES).decode("utf-8-sig")
             document = tomli.loads(text)
@@ -91,7 +92,7 @@ class Draft:
             self.put_all(document, str(path))
 
     def override(self, text: str, origin: str) -> None:
-        """Takes over one ``key=value``."""
+        """Adds one ``key=value``."""
         try:
             keys, value = parse_override(text)
         except ConfigError as error:
@@ -102,7 +103,7 @@ class Draft:
             self.put_all(value, origin, keys)
 
     def put_all(self, value: object, origin: str, above: tuple[str, ...] = ()) -> None:
-        """Sets each option of a table; a new name wins over its old one."""
+        """Sets each option of a table; the new name of an option wins over its former one."""
         for keys, leaf in sorted(_leaves(value, above), key=lambda found: ".".join(found[0]) not in RENAMED):
             self.put(keys, leaf, origin)
 
@@ -137,14 +138,14 @@ class Draft:
         return next((self.origins[key] for key in reversed(self.origins) if key.startswith(inside)), None)
 
     def wrong(self, where: str, message: str, key: str = "") -> None:
-        """Notes a mistake and goes on."""
+        """Records a mistake."""
         self.problems.append(Problem(where=where, key=key, message=message))
 
 
 def load(
     explicit: Path | None = None, overrides: Sequence[str] = (), *, environ: Mapping[str, str], cwd: Path
 ) -> Loaded:
-    """The configuration in effect; ConfigError carries every problem.
+    """Loads the configuration in effect; raises ConfigError with every problem.
 
     Args:
         explicit: the file of ``-c``.
@@ -175,7 +176,7 @@ def load(
 
 
 def find(explicit: Path | None, environ: Mapping[str, str], cwd: Path) -> tuple[Path | None, tuple[Path, ...], str]:
-    """The file to read, the files that it hides, and a hint at who named it; a named file need not exist."""
+    """The file to read, the files that it shadows, and a hint at what named it; a named file need not exist."""
     if explicit is not None:
         return cwd / explicit, (), "; check -c"
     if named := environ.get("WHISPERD_CONFIG"):
@@ -185,13 +186,13 @@ def find(explicit: Path | None, environ: Mapping[str, str], cwd: Path) -> tuple[
 
 
 def search_path(environ: Mapping[str, str], cwd: Path) -> tuple[Path, ...]:
-    """Where a whisperd.toml that nobody named may be; the first one found is the only one read."""
+    """The places of a whisperd.toml without ``-c``; only the first one that exists is read."""
     user = Path(environ.get("XDG_CONFIG_HOME") or home(environ) / ".config")
     return cwd / "whisperd.toml", user / "whisperd/whisperd.toml", Path("/etc/whisperd/whisperd.toml")
 
 
 def parse_override(text: str) -> tuple[tuple[str, ...], object]:
-    """``decode.beam_size=1`` as ``(("decode", "beam_size"), 1)``; raises ConfigError.
+    """Parses ``decode.beam_size=1`` to ``(("decode", "beam_size"), 1)``; raises ConfigError.
 
     The right side is TOML; a bare word that is not TOML is a string.
     """
@@ -214,7 +215,7 @@ def parse_override(text: str) -> tuple[tuple[str, ...], object]:
 
 
 def _addopts(draft: Draft, text: str) -> tuple[str, ...]:
-    """The ``key=value`` of each ``-o`` in a line of options that may hold nothing else."""
+    """The ``key=value`` of each ``-o`` in $WHISPERD_ADDOPTS, which may hold no other options."""
     try:
         words = iter(shlex.split(text))
     except ValueError as error:
@@ -232,7 +233,7 @@ def _addopts(draft: Draft, text: str) -> tuple[str, ...]:
 
 
 def _default_model(draft: Draft, named: str) -> None:
-    """Fills in the model where none is declared, or says that the declaration hides WHISPER_MODEL."""
+    """Sets the model if none is declared; else warns that the declaration overrules WHISPER_MODEL."""
     if draft.document.get("models") not in (None, ()):
         if named:
             draft.warnings.append(f"{WHISPER_MODEL} is ignored: {draft.where(('models',))} declares the models")
@@ -256,7 +257,7 @@ def _validate(draft: Draft) -> Config:
 
 
 def _refusal(draft: Draft) -> Problem | None:
-    """The one problem of a file that is meant for another version: its other mistakes may be none."""
+    """The only problem of a file for another version of whisperd, whose other mistakes may be none there."""
     wanted = draft.document.get("requires")
     if not isinstance(wanted, str):
         return None

@@ -1,4 +1,4 @@
-"""Every option of whisperd.toml, declared once: type, default, bounds, help, and when a change takes effect."""
+"""All options of whisperd.toml, each declared once: type, default, bounds, help, and when a change takes effect."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Reload = Literal["live", "restart"]
 
 
 def option(default: Any, *, reload: Reload, help: str, **bounds: Any) -> Any:
-    """A field with its help text; ``reload`` says whether SIGHUP is enough for a change."""
+    """Declares an option. ``reload``: ``live`` if a reload applies a change, ``restart`` if a restart is needed."""
     return Field(default=default, description=help, json_schema_extra={"reload": reload}, **bounds)
 
 
@@ -106,16 +106,16 @@ Temperature = Annotated[float, Field(ge=0, le=1)]
 
 
 class ServerTable(Table):
-    """The socket that people and programs talk to."""
+    """Listeners and connections."""
 
     socket: PathText = option(
         None, reload="restart", help="Path of the Unix socket; a socket that systemd passes comes first."
     )
     socket_mode: Mode = option("0660", reload="restart", help="Permissions of a socket that whisperd makes.")
     socket_group: Text = option(None, reload="restart", help="Group of a socket that whisperd makes.")
-    spool_dir: PathText = option(None, reload="restart", help="Where uploads wait, on disk (/var/tmp).")
+    spool_dir: PathText = option(None, reload="restart", help="Directory of uploads, on disk (/var/tmp).")
     shutdown_timeout_s: float = option(
-        60.0, reload="restart", ge=0, le=3600, help="How long running requests may go on after a stop."
+        60.0, reload="restart", ge=0, le=3600, help="How long running requests may continue after a stop."
     )
     header_timeout_s: float = option(
         10.0, reload="restart", ge=0.1, le=3600, help="How long a client may take to send its headers."
@@ -136,8 +136,8 @@ class ServerTable(Table):
     wyoming: WyomingAddress = option(
         None,
         reload="restart",
-        help='Speak the Wyoming protocol at "127.0.0.1:10300" or "unix:/path" (whisperd[wyoming]); it knows no keys: '
-        "whoever reaches it may transcribe.",
+        help='Speak the Wyoming protocol at "127.0.0.1:10300" or "unix:/path" (whisperd[wyoming]); it has no keys: '
+        "every client that can connect may transcribe.",
     )
 
     @model_validator(mode="after")
@@ -148,7 +148,7 @@ class ServerTable(Table):
 
 
 class EngineTable(Table):
-    """Where and how models compute."""
+    """Device and batches of the engine."""
 
     device: Literal["auto", "cpu", "cuda"] = option(
         "auto",
@@ -202,27 +202,27 @@ class EngineTable(Table):
     own_process: bool = option(
         False,
         reload="restart",
-        help="Run the cpu's engine in a process of its own, as that of a GPU always is: when it dies or is killed for "
-        "memory, the daemon opens it again and loses no request. It costs a second process.",
+        help="Run the cpu's engine in a process of its own, as that of a GPU always is: when it crashes or is killed "
+        "for memory, the daemon starts it again and loses no request. It costs a second process.",
     )
     cpu_fallback: bool = option(
         False,
         reload="restart",
-        help="While a GPU that was there cannot be used, serve on the cpu and say so everywhere; "
-        "false: answer 503 until it is back.",
+        help="While a GPU that was present cannot be used, serve on the cpu and report it; "
+        "false: answer 503 until the GPU is back.",
     )
     stall_timeout_s: float = option(
         300.0,
         reload="restart",
         ge=0.1,
         le=86400,
-        help="When no batch ends for this long while some run, the engine hangs: its own process is replaced, or "
-        "without one systemd restarts the daemon.",
+        help="An engine that runs batches and finishes none for so long counts as hung: its process is replaced, or, "
+        "if it has none of its own, systemd restarts the daemon.",
     )
 
 
 class DecodeTable(Table):
-    """How text is found, unless a request says otherwise."""
+    """Decoding, unless a request sets its own values."""
 
     beam_size: int = option(1, reload="live", ge=1, le=32, help="Beams at temperature 0; 1 is greedy.")
     best_of: int = option(5, reload="live", ge=1, le=32, help="Samples at temperatures above 0; the likeliest wins.")
@@ -249,22 +249,22 @@ class DecodeTable(Table):
         le=1,
         help="Above it, a text that is not likely either is taken for silence; 1.0: never.",
     )
-    prompt: Text = option(None, reload="live", help="Text that every window sees as if it had been said before.")
+    prompt: Text = option(None, reload="live", help="Text that precedes every window, as if it had been spoken.")
 
 
 class VadTable(Table):
-    """Finding speech, so that silence costs nothing."""
+    """Voice activity detection."""
 
-    filter: bool = option(True, reload="live", help="Transcribe only what sounds like speech.")
-    threshold: float = option(0.5, reload="live", ge=0, le=1, help="Probability from which sound counts as speech.")
-    min_silence_ms: int = option(
-        160, reload="live", ge=0, le=60_000, help="A silence shorter than this does not end speech."
+    filter: bool = option(True, reload="live", help="Transcribe only speech.")
+    threshold: float = option(
+        0.5, reload="live", ge=0, le=1, help="Probability of speech from which a sound counts as speech."
     )
-    speech_pad_ms: int = option(400, reload="live", ge=0, le=15_000, help="Sound kept on both sides of speech.")
+    min_silence_ms: int = option(160, reload="live", ge=0, le=60_000, help="A shorter silence does not end speech.")
+    speech_pad_ms: int = option(400, reload="live", ge=0, le=15_000, help="Audio kept before and after speech.")
 
 
 class LimitsTable(Table):
-    """What one daemon takes on before it refuses."""
+    """Limits beyond which requests are refused."""
 
     upload_bytes: int = option(2 * GIB, reload="live", ge=1024, help="Largest upload (2 GiB).")
     audio_s: float = option(21600.0, reload="live", ge=1, help="Longest audio (6 hours).")
@@ -280,11 +280,14 @@ class LimitsTable(Table):
         0,
         reload="live",
         ge=0,
-        help="Most that the weights of loaded models may have together, as on disk; the least recently used one makes "
-        "room. 0: no limit.",
+        help="Most that the weights of loaded models may have together, as on disk; the least recently used one is "
+        "unloaded. 0: no limit.",
     )
     model_idle_s: float = option(
-        0.0, reload="live", ge=0, help="Models that nobody used for so long leave the memory until asked for. 0: never."
+        0.0,
+        reload="live",
+        ge=0,
+        help="Models that are not used for so long are unloaded until the next request. 0: never.",
     )
 
     @model_validator(mode="after")
@@ -298,18 +301,18 @@ class LimitsTable(Table):
 
 
 class ReconcileTable(Table):
-    """Bringing the cache into the declared state."""
+    """Reconciling the cache with this file."""
 
     endpoint: Url = option(None, reload="live", help="Address of the Hub or a mirror (https://huggingface.co).")
-    offline: bool = option(False, reload="live", help="Never ask the Hub; the cache must be complete.")
+    offline: bool = option(False, reload="live", help="Never connect to the Hub; the cache must be complete.")
     verify: bool = option(False, reload="live", help="Hash every file at each reconcile, not only new ones.")
     metadata_timeout_s: float = option(10.0, reload="live", ge=0.1, le=600, help="How long the Hub may take to answer.")
     stall_timeout_s: float = option(
-        60.0, reload="live", ge=1, le=3600, help="A download that makes no progress for this long is given up."
+        60.0, reload="live", ge=1, le=3600, help="A download without progress for so long is aborted."
     )
     parallel: int = option(2, reload="live", ge=1, le=16, help="Models downloaded at the same time.")
     prune: bool = option(
-        False, reload="live", help="Remove what whisperd has fetched and this file does not declare any more."
+        False, reload="live", help="Remove what whisperd has fetched and this file no longer declares."
     )
     max_cache_bytes: int = option(
         0, reload="live", ge=0, help="Refuse downloads that would make the whole cache larger than this (0: no limit)."
@@ -317,7 +320,7 @@ class ReconcileTable(Table):
 
 
 class LogTable(Table):
-    """What the log looks like."""
+    """Format of the log."""
 
     format: Literal["auto", "plain", "journal"] = option(
         "auto", reload="restart", help="auto: journal where stderr leads to the journal."
@@ -325,13 +328,13 @@ class LogTable(Table):
 
 
 class Config(Table):
-    """The whole of whisperd.toml."""
+    """All of whisperd.toml."""
 
     requires: Text = option(None, reload="live", help='Versions of whisperd that may read this file, as in ">=0.1".')
     models: tuple[ModelTable, ...] = option(
         (), reload="live", help="What is kept on disk and served; the first is the default."
     )
-    force: bool = option(False, reload="live", help="Fetch every file anew at each reconcile.")
+    force: bool = option(False, reload="live", help="Fetch every file anew at each start, reload and reconcile.")
     cache_dir: PathText = option(
         None, reload="restart", help="A plain Hugging Face cache, shared with other tools (~/.cache/huggingface/hub)."
     )

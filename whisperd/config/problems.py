@@ -1,4 +1,4 @@
-"""What pydantic found wrong, in the words of whisperd.toml, and the lines where it stands."""
+"""Turns the errors of pydantic into problems that name the option, the line, and what was expected."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Keys = tuple[str | int, ...]
 HEADER = re.compile(r"\s*(\[\[?)\s*([\w.\"'\s-]+?)\s*\]\]?\s*(?:#.*)?$")
 ASSIGNMENT = re.compile(r"\s*([\w.\"'-]+(?:\s*\.\s*[\w\"'-]+)*)\s*=")
 
-# pydantic's name of a mistake -> what was expected, with its context filled in
+# Type of a pydantic error -> what was expected, a format of the error's context.
 EXPECTED = {
     "string_type": "a string",
     "int_type": "an integer",
@@ -38,7 +38,7 @@ EXPECTED = {
 
 
 def explain(errors: Iterable[ErrorDetails], where: Callable[[Keys], str]) -> Iterator[Problem]:
-    """One Problem for each mistake; ``where`` says in which file and line, or option, a key was set."""
+    """Yields one Problem for each error; ``where`` returns the file and line, or the option, that set a key."""
     for error in errors:
         keys = error["loc"]
         yield Problem(where=where(keys), key=key_text(keys), message=_message(error))
@@ -66,7 +66,7 @@ def _message(error: ErrorDetails) -> str:
 
 
 def unknown(keys: Keys) -> str:
-    """What to say of a key that no table declares."""
+    """The message for a key that no table declares."""
     name = str(keys[-1])
     if SECRET.search(name):
         return "unknown option; a token belongs in the systemd credential hf-token or in $HF_TOKEN, never in a file"
@@ -94,8 +94,8 @@ def _did_you_mean(name: str, known: Iterable[str]) -> str:
 def lines_of(text: str) -> dict[Keys, int]:
     """The line of each key and table header, counted from 1.
 
-    A glance at the text and not a parse: enough for the way people write TOML, and only for messages. A key inside
-    an inline table or an array is found at the line of the option that holds it.
+    Found by regular expressions and not by a parser, which is enough for messages. A key inside an inline table or an
+    array has the line of the option that holds it.
     """
     lines: dict[Keys, int] = {}
     table: Keys = ()

@@ -23,7 +23,7 @@ INTRODUCTION = """\
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Effective:
-    """The value of an option as TOML text, who set it, and when a change takes effect."""
+    """The value of an option as TOML text, what set it, and when a change takes effect."""
 
     key: str
     value: str
@@ -42,7 +42,7 @@ class Change:
 
 
 def effective(loaded: Loaded) -> tuple[Effective, ...]:
-    """Every option as it is in effect."""
+    """The values of all options."""
     return tuple(
         Effective(
             key=option.key,
@@ -64,9 +64,9 @@ def diff(old: Config, new: Config) -> tuple[Change, ...]:
 
 
 def render(chosen: Mapping[str, object] = MappingProxyType({})) -> str:
-    """The whisperd.toml that is shipped: all options with their help, all but ``models`` commented out.
+    """Renders the shipped whisperd.toml: all options with their help, all but ``models`` commented out.
 
-    ``chosen`` are options, by their dotted key, that are set to another value than their default.
+    ``chosen`` maps dotted keys to values that the file sets.
     """
     declared = {option.key: option for option in options()}
     parts = [INTRODUCTION]
@@ -80,7 +80,7 @@ def render(chosen: Mapping[str, object] = MappingProxyType({})) -> str:
 
 
 def model_text(model: ModelTable) -> str:
-    """A model as it would stand in whisperd.toml, in the shortest form."""
+    """Formats a declared model in the shortest form that whisperd.toml can have."""
     reference = model.source.shortest
     further = {
         key: value

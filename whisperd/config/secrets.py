@@ -1,4 +1,4 @@
-"""Secrets: where they are found, whether they can be used, and how a text is freed of them."""
+"""Secrets: finds them, checks them, and strikes them out of a text."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def tcp_key(config: Config, environ: Mapping[str, str]) -> str | None:
 
 
 def check_secret(data: bytes, *, where: str, key: str) -> str:
-    """The secret in the content of a file or variable; raises ConfigError that does not quote it."""
+    """Checks the content of a file or variable and returns the secret; raises ConfigError that does not quote it."""
     text = data.strip().decode("latin-1")
     if PRINTABLE.fullmatch(text):
         return text
@@ -68,7 +68,7 @@ def check_secret(data: bytes, *, where: str, key: str) -> str:
 
 
 def known_secrets(config: Config, environ: Mapping[str, str]) -> frozenset[str]:
-    """Every text that must not be shown: all sources of secrets, valid or not, whole and in their lines and words."""
+    """All texts that must not be shown: the content of each source, valid or not, and its lines and words."""
     found = [data for _, data in _token_sources(environ)]
     if config.server.tcp_key_file is not None:
         found.append(_read(expand(config.server.tcp_key_file, environ)))
@@ -78,7 +78,7 @@ def known_secrets(config: Config, environ: Mapping[str, str]) -> frozenset[str]:
 
 
 def hide(text: str, secrets: Iterable[str]) -> str:
-    """The text with each secret struck out, also where it is quoted as in Python or in an address."""
+    """Strikes each secret out of a text, also in the quoted forms of Python and of addresses."""
     forms = {form for secret in secrets for form in (secret, repr(secret)[1:-1], quote(secret, safe=""))}
     for form in sorted(forms, key=len, reverse=True):
         text = text.replace(form, HIDDEN)
@@ -86,7 +86,7 @@ def hide(text: str, secrets: Iterable[str]) -> str:
 
 
 def _token_sources(environ: Mapping[str, str]) -> Iterator[tuple[str, bytes]]:
-    """Where a token may be and what is there, the first one that counts first."""
+    """Yields each place of a token and its content, the place that counts first."""
     if directory := environ.get("CREDENTIALS_DIRECTORY"):
         yield f"systemd credential {CREDENTIAL}", _read(Path(directory) / CREDENTIAL)
     for name in TOKEN_VARIABLES:
@@ -97,7 +97,7 @@ def _token_sources(environ: Mapping[str, str]) -> Iterator[tuple[str, bytes]]:
 
 
 def _read(path: Path) -> bytes:
-    """The content of a small file; nothing where it cannot be read."""
+    """Reads a small file; empty if it cannot be read."""
     try:
         return read_small(path, SECRET_BYTES)
     except OSError:

@@ -1,4 +1,4 @@
-"""What each part of the house needs to know of the configuration: the only place that reads it for them."""
+"""Translates the tables of the configuration to the settings of the daemon's parts."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ CONVERSIONS = ".whisperd/converted"  # beside the models of the cache, where no 
 
 
 def conversions_dir(config: Config, environ: Mapping[str, str]) -> Path:
-    """Where converted checkpoints are kept."""
+    """The directory of converted checkpoints."""
     return declared.cache_dir(config, environ) / CONVERSIONS
 
 
 def engine_settings(config: Config) -> EngineSettings:
-    """How engines are opened."""
+    """The settings that engines are opened with."""
     engine = config.engine
     return EngineSettings(
         device=engine.device,
@@ -42,7 +42,7 @@ def engine_settings(config: Config) -> EngineSettings:
 
 
 def decode_options(config: Config) -> Options:
-    """How a request is decoded that says nothing about it."""
+    """The decoding options of a request that sets none."""
     decode = config.decode
     return Options(
         prompt=decode.prompt,
@@ -56,7 +56,7 @@ def decode_options(config: Config) -> Options:
 
 
 def cut_options(config: Config, chunking: Chunking) -> CutOptions:
-    """How audio is cut; a request may say otherwise."""
+    """The segmentation options; those of a request come first."""
     vad = config.vad
     return CutOptions(
         skip_silence=vad.filter if chunking.vad_filter is None else chunking.vad_filter,
@@ -73,7 +73,7 @@ def open_spool(config: Config, environ: Mapping[str, str]) -> Spool:
 
 
 def api_settings(config: Config, environ: Mapping[str, str]) -> ApiSettings:
-    """Limits of the HTTP interface."""
+    """The settings of the HTTP interface; raises ConfigError for a key file that cannot be used."""
     return ApiSettings(
         tcp_hosts=config.server.tcp_hosts,
         tcp_key=declared.tcp_key(config, environ),
@@ -81,14 +81,14 @@ def api_settings(config: Config, environ: Mapping[str, str]) -> ApiSettings:
 
 
 def wyoming_settings(config: Config, audio_s: Callable[[], float]) -> wyoming.Settings:
-    """Patience with clients of the Wyoming protocol; ``audio_s`` is asked for the limit of the moment."""
+    """The timeouts of the Wyoming protocol; ``audio_s`` returns the current limit of audio."""
     return wyoming.Settings(
         event_s=config.server.header_timeout_s, idle_s=config.server.idle_timeout_s, audio_s=audio_s
     )
 
 
 def server_settings(config: Config) -> ServerSettings:
-    """Patience of the server."""
+    """The timeouts of the HTTP server."""
     return ServerSettings(
         header_timeout_s=config.server.header_timeout_s,
         keep_alive_s=round(config.server.idle_timeout_s),
