@@ -86,3 +86,29 @@ def test_the_time_to_come_back_follows_the_speed() -> None:
     with pytest.raises(QueueFull, match=r"500 s of audio wait already and this is 650 s more") as caught:
         admissions.enter(9).announce(650, 1000)
     assert caught.value.retry_after_s == pytest.approx(3.0)
+
+
+@pytest.mark.parametrize("seconds_each", [0.05, 1.0, 10.0, 500.0])
+def test_refused_clients_do_not_come_back_together(seconds_each: float) -> None:
+    """128 clients that are refused in one moment are spread over the time in which there will be room."""
+    now_s = 0.0
+    admissions = Admissions(lambda: now_s)
+    first = admissions.enter(1)
+    first.begin()
+    first.announce(1000, 1000)
+    now_s = seconds_each * 10
+    first.progress(10 * 100)  # a tenth of a second of work for each second of audio
+    first.announce(1000 + 100, 10_000)
+    waits = []
+    for _ in range(128):
+        with pytest.raises(QueueFull) as caught:
+            admissions.enter(1)
+        waits.append(caught.value.retry_after_s)
+    assert waits[0] == pytest.approx(min(max(seconds_each, RETRY_AFTER_MIN_S), RETRY_AFTER_MAX_S / 2))
+    assert all(RETRY_AFTER_MIN_S <= wait <= RETRY_AFTER_MAX_S for wait in waits)
+    in_one_second = max(sum(start <= wait < start + 1 for wait in waits) for start in map(int, waits))
+    assert in_one_second <= max(8, 1 / seconds_each + 1)
+    now_s += 1000
+    with pytest.raises(QueueFull) as caught:
+        admissions.enter(1)
+    assert caught.value.retry_after_s <= RETRY_AFTER_MAX_S / 2

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from tests.support.fakes import FakeEngine, Script
 from tests.support.speech import Clip, wav
+from tests.support.wait import PATIENCE_S
 from whisperd.config import Config, ModelTable, load
 from whisperd.config.options import LimitsTable
 from whisperd.daemon.leases import Leases
@@ -35,7 +36,6 @@ from whisperd.transcription.batcher import Batcher
 from whisperd.transcription.model import LoadedModel
 
 NAMES = ("a", "b", "c")
-PATIENCE_S = 60.0
 
 T = TypeVar("T")
 

@@ -12,6 +12,7 @@ from whisperd.errors import QueueFull
 RETRY_AFTER_MIN_S = 1.0
 RETRY_AFTER_MAX_S = 120.0  # OpenAI's clients do not come back by themselves after more
 RETRY_AFTER_UNKNOWN_S = 2.0
+GOLDEN = 0.381966  # multiples of it, less their whole part, are spread evenly, however many there are
 
 
 class _Book:
@@ -25,17 +26,35 @@ class _Book:
         self.done_s = 0.0  # audio, for the speed
         self.busy_s = 0.0  # time with work
         self.busy_since_s = 0.0
+        self._promised_s = 0.0  # the latest moment for which a refused client was asked to come back
+        self._refused_at_s = 0.0
 
     def audio_s(self) -> float:
         """Audio that is not transcribed yet."""
         return sum(admission.left_s for admission in self.inside)
 
     def retry_after_s(self, audio_s: float) -> float:
-        """When so much audio will be done, by the speed so far."""
+        """When a client that is refused now should come back: when so much audio is done, by the speed so far.
+
+        Each further one gets a later moment, by as much as that takes, so that they do not come back together. Beyond
+        RETRY_AFTER_MAX_S the moments begin again between those before.
+        """
+        step_s, now_s = self._seconds(audio_s), self.clock()
+        first_s = min(max(step_s, RETRY_AFTER_MIN_S), RETRY_AFTER_MAX_S / 2)
+        room_s = RETRY_AFTER_MAX_S - first_s
+        step_s = min(step_s, room_s * GOLDEN)
+        all_are_back = now_s - self._refused_at_s > RETRY_AFTER_MAX_S
+        behind_s = 0.0 if all_are_back else max(0.0, self._promised_s - now_s)
+        self._refused_at_s, self._promised_s = now_s, now_s + behind_s + step_s
+        rounds, into_s = divmod(behind_s, room_s)
+        return first_s + (into_s + step_s * (rounds * GOLDEN % 1)) % room_s
+
+    def _seconds(self, audio_s: float) -> float:
+        """How long so much audio takes."""
         busy_s = self.busy_s + (self.clock() - self.busy_since_s if self.working else 0.0)
         if self.done_s <= 0 or busy_s <= 0:
             return RETRY_AFTER_UNKNOWN_S
-        return min(RETRY_AFTER_MAX_S, max(RETRY_AFTER_MIN_S, audio_s * busy_s / self.done_s))
+        return audio_s * busy_s / self.done_s
 
 
 class Admissions:
