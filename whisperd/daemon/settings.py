@@ -24,35 +24,12 @@ def conversions_dir(config: Config, environ: Mapping[str, str]) -> Path:
 
 def engine_settings(config: Config) -> EngineSettings:
     """The settings that engines are opened with."""
-    engine = config.engine
-    return EngineSettings(
-        device=engine.device,
-        compute_type=engine.compute_type,
-        encoder=engine.encoder,
-        batch_size=engine.batch_size,
-        workers=engine.workers,
-        threads_per_worker=engine.threads_per_worker,
-        short_windows=engine.short_windows,
-        gpu_bytes=engine.gpu_bytes,
-        fp8_cross=engine.fp8_cross,
-        own_process=engine.own_process,
-        cpu_fallback=engine.cpu_fallback,
-        stall_timeout_s=engine.stall_timeout_s,
-    )
+    return EngineSettings(**dict(config.engine))
 
 
 def decode_options(config: Config) -> Options:
     """The decoding options of a request that sets none."""
-    decode = config.decode
-    return Options(
-        prompt=decode.prompt,
-        temperatures=decode.temperatures,
-        beam_size=decode.beam_size,
-        best_of=decode.best_of,
-        compression_ratio_threshold=decode.compression_ratio_threshold,
-        log_prob_threshold=decode.log_prob_threshold,
-        no_speech_threshold=decode.no_speech_threshold,
-    )
+    return Options(**dict(config.decode))
 
 
 def cut_options(config: Config, chunking: Chunking) -> CutOptions:
