@@ -106,7 +106,8 @@ def _work(job: Job, descriptor: int, end: socket.socket) -> NoReturn:
         _limit(resource.RLIMIT_CORE, 0)
         _limit(resource.RLIMIT_DATA, _data_bytes() + job.memory_bytes)
         _limit_cpu(job, 0.0)
-        _decode(job, _file(descriptor), end)
+        with _file(descriptor) as file:
+            _decode(job, file, end)
         code = 0
     except (AudioError, RequestError) as error:
         code = _report(end, error, error.param if isinstance(error, RequestError) else None)
