@@ -14,9 +14,9 @@ PACKAGING = ROOT / "packaging"
 
 
 def test_generated_files_are_up_to_date() -> None:
-    """Man pages, completions and both files of options are what packaging/generate.py makes."""
+    """Man pages, completions, files of options and templates of units are what packaging/generate.py makes."""
     made = runpy.run_path(str(PACKAGING / "generate.py"))["generated"]()
-    assert len(made) == 7
+    assert len(made) == 9
     for path, text in made.items():
         assert path.read_text(encoding="utf-8") == text, f"run python packaging/generate.py: {path} is out of date"
 
