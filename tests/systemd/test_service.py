@@ -12,7 +12,7 @@ from tests.systemd.machine import SOCKET, UNIT
 from tests.systemd.service import CLIENTS, MODEL, PATIENCE_S, Service
 from whisperd.errors import RemoteError
 
-pytestmark = [pytest.mark.systemd, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.systemd, pytest.mark.timeout(2400)]
 
 BURST = 50
 TOKEN = "hf_ofthistestalone"
