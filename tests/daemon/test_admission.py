@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from whisperd.daemon.admission import RETRY_AFTER_MAX_S, RETRY_AFTER_MIN_S, Admission, Admissions
+from whisperd.daemon.admission import INSIDE_MAX, RETRY_AFTER_MAX_S, RETRY_AFTER_MIN_S, Admission, Admissions
 from whisperd.errors import QueueFull
 
 REQUESTS_MAX = 4
@@ -112,3 +114,66 @@ def test_refused_clients_do_not_come_back_together(seconds_each: float) -> None:
     with pytest.raises(QueueFull) as caught:
         admissions.enter(1)
     assert caught.value.retry_after_s <= RETRY_AFTER_MAX_S / 2
+
+
+def refused(admissions: Admissions, limit: int) -> bool:
+    with pytest.raises(QueueFull):
+        admissions.enter(limit)
+    return True
+
+
+def test_a_place_that_is_yielded() -> None:
+    """It goes to the next request, and those that want theirs back wait in order, before all who come later."""
+
+    async def main() -> None:
+        admissions = Admissions()
+        slow = [admissions.enter(1)]
+        slow[0].yield_place()
+        slow.append(admissions.enter(1))
+        slow[1].yield_place()
+        with admissions.enter(1) as busy:
+            busy.begin()
+            busy.yield_place()  # work keeps its place
+            await busy.take_place()
+            waiting = [asyncio.create_task(one.take_place()) for one in slow]
+            await asyncio.sleep(0)
+            assert refused(admissions, 1)
+            assert not any(task.done() for task in waiting)
+        await waiting[0]
+        assert refused(admissions, 1)
+        slow[0].leave()
+        await waiting[1]
+        slow[1].leave()
+        admissions.enter(1).leave()
+        assert admissions.n_requests == 0
+
+    asyncio.run(main())
+
+
+def test_a_request_that_leaves_while_it_waits() -> None:
+    """Its turn goes to the next one."""
+
+    async def main() -> None:
+        admissions = Admissions()
+        slow = [admissions.enter(1)]
+        slow[0].yield_place()
+        slow.append(admissions.enter(1))
+        slow[1].yield_place()
+        busy = admissions.enter(1)
+        waiting = [asyncio.create_task(one.take_place()) for one in slow]
+        await asyncio.sleep(0)
+        waiting[0].cancel()
+        slow[0].leave()
+        busy.leave()
+        await waiting[1]
+
+    asyncio.run(main())
+
+
+def test_slow_requests_are_bounded() -> None:
+    """However many yield their places, a multiple of the places is all that may be inside."""
+    admissions = Admissions()
+    for _ in range(2 * INSIDE_MAX):
+        admissions.enter(2).yield_place()
+    assert refused(admissions, 2)
+    assert admissions.n_requests == 2 * INSIDE_MAX

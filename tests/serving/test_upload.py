@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -225,7 +226,7 @@ def received(chunks: Sequence[bytes], spool: Spool) -> Upload:
 
     headers = [(b"content-type", b"multipart/form-data; boundary=x")]
     request = Request({"type": "http", "method": "POST", "headers": headers}, receive)
-    return asyncio.run(receive_upload(request, spool, Pace(idle_s=PATIENCE_S), lambda _: None))
+    return asyncio.run(receive_upload(request, spool, Pace(idle_s=PATIENCE_S), lambda _: None, lambda: None))
 
 
 @given(st.binary(min_size=1, max_size=60), st.lists(st.integers(1, 40), max_size=8))
@@ -252,3 +253,29 @@ def test_node_sends_the_file_first(client: httpx2.Client, whisperd: Daemon) -> N
     assert client.post(URL, files=[AUDIO, *parts]).json()["text"] == TEXT
     job = whisperd.service.jobs[0]
     assert (job.model, job.chunking.vad_filter) == ("whisper-1", True)
+
+
+def test_a_slow_upload_yields_its_place(tmp_path: Path) -> None:
+    """Uploads that drip do not keep others out: the place goes to who needs it, and comes back with the last byte."""
+    with daemon(tmp_path, place_s=0.2) as whisperd, client_of(whisperd.path) as client:
+        whisperd.service.requests_max = 1
+        body = FILE_PART + b"abc\r\n--x--\r\n"
+        with connected(whisperd) as slow:
+            slow.sendall(head(len(body)) + body[:-1])
+            while (response := client.post(URL, files=[AUDIO])).status_code == 429:
+                os.sched_yield()
+            assert response.json()["text"] == TEXT
+            whisperd.service.waits_first = True
+            with ThreadPoolExecutor(1) as pool:
+                busy = pool.submit(client.post, URL, files=[AUDIO])
+                while len(whisperd.service.jobs) < 2:
+                    os.sched_yield()
+                slow.sendall(body[-1:])  # it is complete, and waits for the place that the other one has
+                with client_of(whisperd.path) as third:
+                    while third.post(URL, files=[AUDIO]).status_code != 429:
+                        os.sched_yield()
+                assert len(whisperd.service.jobs) == 2
+                whisperd.service.release()
+                assert busy.result().json()["text"] == TEXT
+            assert slow.recv(65_536).startswith(b"HTTP/1.1 200 ")
+        assert whisperd.service.audio[-1] == b"abc"

@@ -141,6 +141,7 @@ class FakeService:
 
     async def transcribe(self, job: Job) -> Transcript:
         self._loop = asyncio.get_running_loop()
+        await job.admission.take_place()
         self.jobs.append(job)
         self.audio.append(job.audio.read())
         self.started.set()

@@ -1,9 +1,14 @@
-"""How much work the daemon has admitted, in requests and in seconds of audio, and when it will have less."""
+"""How much work the daemon has admitted, in requests and in seconds of audio, and when it will have less.
+
+A request takes a place with its head. Where its body comes slowly it yields the place, and waits for one at the end.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Self
 
@@ -12,6 +17,7 @@ from whisperd.errors import QueueFull
 RETRY_AFTER_MIN_S = 1.0
 RETRY_AFTER_MAX_S = 120.0  # OpenAI's clients do not come back by themselves after more
 RETRY_AFTER_UNKNOWN_S = 2.0
+INSIDE_MAX = 8  # requests inside, those that have yielded their place included, in multiples of the places
 GOLDEN = 0.381966  # multiples of it, less their whole part, are spread evenly, however many there are
 
 
@@ -22,12 +28,21 @@ class _Book:
         self.clock = clock
         self.lock = threading.Lock()
         self.inside: set[Admission] = set()
+        self.placed: set[Admission] = set()  # the others have yielded their place
+        self.waiting: deque[tuple[Admission, asyncio.Future[None]]] = deque()  # for a place
         self.working: set[Admission] = set()  # the others still upload
         self.done_s = 0.0  # audio, for the speed
         self.busy_s = 0.0  # time with work
         self.busy_since_s = 0.0
         self._promised_s = 0.0  # the latest moment for which a refused client was asked to come back
         self._refused_at_s = 0.0
+
+    def fill_places(self) -> None:
+        """Gives free places to those that wait for one."""
+        while self.waiting and len(self.placed) < self.waiting[0][0].limit:
+            admission, placed = self.waiting.popleft()
+            self.placed.add(admission)
+            placed.get_loop().call_soon_threadsafe(_settle, placed)
 
     def audio_s(self) -> float:
         """Audio that is not transcribed yet."""
@@ -82,21 +97,24 @@ class Admissions:
         """Admits a request; raises QueueFull when there are ``limit`` already."""
         book = self._book
         with book.lock:
-            if len(book.inside) >= limit:
+            n_wanted = len(book.placed) + len(book.waiting)
+            if n_wanted >= limit or len(book.inside) >= limit * INSIDE_MAX:
                 raise QueueFull(
                     f"{limit} requests are being served, which is the limit (limits.requests); try again later",
                     retry_after_s=book.retry_after_s(book.audio_s() / limit),
                 )
-            admission = Admission(book)
+            admission = Admission(book, limit)
             book.inside.add(admission)
+            book.placed.add(admission)
             return admission
 
 
 class Admission:
     """One admitted request; made by ``Admissions.enter``."""
 
-    def __init__(self, book: _Book) -> None:
+    def __init__(self, book: _Book, limit: int) -> None:
         self._book = book
+        self.limit = limit
         self._total_s = 0.0
         self._done_s = 0.0
 
@@ -110,6 +128,25 @@ class Admission:
     def left_s(self) -> float:
         """Audio that is not transcribed yet."""
         return max(0.0, self._total_s - self._done_s)
+
+    def yield_place(self) -> None:
+        """Lets another request have the place, as long as this one is no work yet."""
+        book = self._book
+        with book.lock:
+            if self not in book.working:
+                book.placed.discard(self)
+                book.fill_places()
+
+    async def take_place(self) -> None:
+        """Returns when the request has a place: at once where it has not yielded it, else in the order of waiting."""
+        book = self._book
+        with book.lock:
+            if self in book.placed:
+                return
+            placed = asyncio.get_running_loop().create_future()
+            book.waiting.append((self, placed))
+            book.fill_places()
+        await placed
 
     def begin(self) -> None:
         """Counts the request as work: all of it has arrived, and its time says how fast this daemon is."""
@@ -146,7 +183,15 @@ class Admission:
         book = self._book
         with book.lock:
             book.inside.discard(self)
+            book.placed.discard(self)
+            book.waiting = deque(one for one in book.waiting if one[0] is not self)
+            book.fill_places()
             if self in book.working:
                 book.working.remove(self)
                 if not book.working:
                     book.busy_s += book.clock() - book.busy_since_s
+
+
+def _settle(placed: asyncio.Future[None]) -> None:
+    if not placed.done():
+        placed.set_result(None)

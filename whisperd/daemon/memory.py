@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 from pathlib import Path
 
 WEIGHTS = ("model.bin", "*.safetensors")
 
 
 def trim() -> None:
-    """Returns freed memory to the system, which glibc keeps otherwise. Without glibc it does nothing."""
+    """Returns freed memory to the system, which glibc keeps otherwise.
+
+    An error and the frames that it came through hold each other, with all the audio of a request that was cancelled;
+    an idle process collects such cycles only when it is asked to. Without glibc the rest is left as it is.
+    """
+    gc.collect()
     malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if malloc_trim is not None:
         malloc_trim(0)

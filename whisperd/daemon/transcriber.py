@@ -53,6 +53,7 @@ class Transcriber:
 
     async def transcribe(self, job: Job) -> Transcript:
         """Does the job; cancelling the task cancels the work, and ends when the audio is no longer read."""
+        await job.admission.take_place()
         job.admission.begin()
         totals = self._state.totals
         try:

@@ -68,6 +68,14 @@ class Admission(Protocol):
         """Gives it back."""
         ...
 
+    def yield_place(self) -> None:
+        """The body comes slowly: another request may have the place."""
+        ...
+
+    async def take_place(self) -> None:
+        """Returns when the request has a place again, at once where it was not yielded."""
+        ...
+
     def begin(self) -> None:
         """All of the request has arrived."""
         ...
@@ -180,14 +188,16 @@ class ServerSettings:
 class ApiSettings:
     """Limits of the HTTP interface.
 
-    A stream that has nothing to send sends a comment every ``keep_alive_s``. An upload that stands still for
-    ``upload_idle_s``, or is slower than ``upload_bytes_per_s`` after it, is given up, and so is a client that does not
-    read its answer for ``send_idle_s``. ``tcp_hosts`` and ``tcp_key`` are for the TCP listener, see ``Guard``.
+    A stream that has nothing to send sends a comment every ``keep_alive_s``. An upload that is slow for ``place_s``
+    yields its place; one that stands still for ``upload_idle_s``, or is slower than ``upload_bytes_per_s`` after it, is
+    given up, and so is a client that does not read its answer for ``send_idle_s``. ``tcp_hosts`` and ``tcp_key``
+    are for the TCP listener, see ``Guard``.
     """
 
     keep_alive_s: float = 15.0
     upload_idle_s: float = 60.0
     upload_bytes_per_s: float = 512.0
+    place_s: float = 3.0
     send_idle_s: float = 60.0
     tcp_hosts: tuple[str, ...] = ()
     tcp_key: str | None = None

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from whisperd.errors import Cancelled, RequestError
 
@@ -29,15 +29,50 @@ class UploadStalled(RequestError):
 class Pace:
     """How slow an upload may be: no pause longer than ``idle_s``, and no slower than ``bytes_per_s`` in the long run.
 
-    Without the second limit a client could hold a place for days with a byte a minute.
+    Without the second limit a client could go on for days with a byte a minute. An upload that is slower than
+    ``place_bytes_per_s`` during ``place_s`` goes on, but yields its place.
     """
 
     idle_s: float
     bytes_per_s: float = 0.0
+    place_s: float = 3.0
+    place_bytes_per_s: float = 16 * 1024
 
     def allows(self, n_bytes: int, elapsed_s: float) -> bool:
         """Whether so many bytes after so long are enough."""
         return elapsed_s <= self.idle_s or n_bytes >= elapsed_s * self.bytes_per_s
+
+
+class SlowWatch:
+    """Calls ``on_slow`` once, when an upload is slower than its place is worth; a context manager for its time.
+
+    ``n_bytes`` is what has arrived, set by the upload.
+    """
+
+    def __init__(self, pace: Pace, on_slow: Callable[[], None]) -> None:
+        self._pace = pace
+        self._on_slow = on_slow
+        self._before_bytes = 0
+        self._next: asyncio.TimerHandle | None = None
+        self.n_bytes = 0
+
+    def __enter__(self) -> Self:
+        self._look_later()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._next is not None:
+            self._next.cancel()
+
+    def _look_later(self) -> None:
+        self._next = asyncio.get_running_loop().call_later(self._pace.place_s, self._look)
+
+    def _look(self) -> None:
+        if self.n_bytes - self._before_bytes < self._pace.place_s * self._pace.place_bytes_per_s:
+            self._on_slow()
+        else:
+            self._before_bytes = self.n_bytes
+            self._look_later()
 
 
 async def run_unless_gone(work: Coroutine[Any, Any, T], gone: Coroutine[Any, Any, object]) -> T:

@@ -75,14 +75,18 @@ class Audio:
         self._service = service
         self._settings = settings
         self._spool = spool
-        self._pace = Pace(idle_s=settings.upload_idle_s, bytes_per_s=settings.upload_bytes_per_s)
+        self._pace = Pace(
+            idle_s=settings.upload_idle_s, bytes_per_s=settings.upload_bytes_per_s, place_s=settings.place_s
+        )
         self._task = task
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI; the file is closed when the answer is out."""
         with await self._service.admit() as admission:
             request = Request(scope, receive)
-            upload = await receive_upload(request, self._spool, self._pace, self._service.resolve)
+            upload = await receive_upload(
+                request, self._spool, self._pace, self._service.resolve, admission.yield_place
+            )
             with upload.file:
                 await self._answer(request, upload, admission, send)
 

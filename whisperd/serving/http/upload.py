@@ -19,7 +19,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from whisperd.errors import Cancelled, RequestError
 from whisperd.serving.spool import Spool, SpoolFile
-from whisperd.serving.tasks import Pace, UploadStalled
+from whisperd.serving.tasks import Pace, SlowWatch, UploadStalled
 
 FIELDS_MAX = 64
 FIELD_BYTES_MAX = 64 * 1024
@@ -157,8 +157,12 @@ class MissingParameter(RequestError):
     code = "missing_required_parameter"
 
 
-async def receive_upload(request: Request, spool: Spool, pace: Pace, resolve: Callable[[str], object]) -> Upload:
+async def receive_upload(
+    request: Request, spool: Spool, pace: Pace, resolve: Callable[[str], object], on_slow: Callable[[], None]
+) -> Upload:
     """Reads the whole body; raises RequestError, FileTooLarge, SpoolFull, or Cancelled when the client went away.
+
+    ``on_slow`` is called when the body comes so slowly that the request should yield its place.
 
     What the headers tell is refused before the body, and a model before the file where its name comes first:
     ``resolve`` raises for one that is not served. Whatever is raised, the spool is as it was before.
@@ -167,23 +171,23 @@ async def receive_upload(request: Request, spool: Spool, pace: Pace, resolve: Ca
     _refuse_long(request.headers.get("content-length", ""), spool)
     form = _Form(spool, resolve)
     try:
-        with _translated(pace):
-            await _feed(request.stream(), form.parser(boundary).write, pace)
+        with _translated(pace), SlowWatch(pace, on_slow) as watch:
+            await _feed(request.stream(), form.parser(boundary).write, pace, watch)
         return form.upload()
     except BaseException:
         form.close()
         raise
 
 
-async def _feed(chunks: AsyncIterator[bytes], write: Callable[[bytes], int], pace: Pace) -> None:
-    started_s, n_bytes = time.monotonic(), 0
+async def _feed(chunks: AsyncIterator[bytes], write: Callable[[bytes], int], pace: Pace, watch: SlowWatch) -> None:
+    started_s = time.monotonic()
     while True:
         async with asyncio.timeout(pace.idle_s):
             chunk = await anext(chunks, None)
         if chunk is None:
             return
-        n_bytes += len(chunk)
-        if not pace.allows(n_bytes, time.monotonic() - started_s):
+        watch.n_bytes += len(chunk)
+        if not pace.allows(watch.n_bytes, time.monotonic() - started_s):
             raise UploadStalled(
                 f"the upload is slower than {pace.bytes_per_s:g} bytes a second; send the request again",
             )

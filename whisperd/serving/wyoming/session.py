@@ -16,7 +16,14 @@ from whisperd.errors import Cancelled, Draining, Error
 from whisperd.metrics import WyomingMeter
 from whisperd.serving.interface import Admission, Chunking, Job, Service
 from whisperd.serving.spool import Spool
-from whisperd.serving.tasks import CANCELLED_RETRY_AFTER_S, Pace, UploadStalled, cancel_and_wait, run_unless_gone
+from whisperd.serving.tasks import (
+    CANCELLED_RETRY_AFTER_S,
+    Pace,
+    SlowWatch,
+    UploadStalled,
+    cancel_and_wait,
+    run_unless_gone,
+)
 from whisperd.serving.wyoming.info import info_event
 from whisperd.serving.wyoming.messages import read_event
 from whisperd.serving.wyoming.recording import Recording
@@ -224,7 +231,8 @@ class Session:
     async def _served(self, turn: _Turn, first: Event) -> Transcript:
         with await self._service.admit() as admission, self._spool.create() as file:
             turn.recording = Recording(file, self._settings.audio_s())
-            request = await self._recorded(turn.recording, first)
+            with SlowWatch(self._settings.pace, admission.yield_place) as watch:
+                request = await self._recorded(turn.recording, first, watch)
             turn.heard_s = time.monotonic()
             audio = turn.recording.finished()
             if audio is None:  # somebody has only touched the button
@@ -233,7 +241,7 @@ class Session:
             turn.warnings = transcript.warnings
             return transcript
 
-    async def _recorded(self, recording: Recording, first: Event) -> Request:
+    async def _recorded(self, recording: Recording, first: Event, watch: SlowWatch) -> Request:
         """Takes what comes until ``audio-stop``; returns what was asked for."""
         request = Request(options=self._service.default_options())
         started_s, event = time.monotonic(), first
@@ -241,6 +249,7 @@ class Session:
         while event.type != "audio-stop":
             if event.type == "audio-chunk":
                 recording.add(event)
+                watch.n_bytes = recording.n_bytes
             elif event.type == "transcribe":
                 request = self._parsed(event)
             if not pace.allows(recording.n_bytes, time.monotonic() - started_s):
