@@ -5,12 +5,14 @@ from __future__ import annotations
 import ast
 import re
 import shlex
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import click
 import pytest
 
+from tests.floors import pure_modules
 from whisperd import errors
 from whisperd.cli import EXIT_CODES, cli
 from whisperd.config import load, options
@@ -185,11 +187,16 @@ def test_the_map_has_every_wing() -> None:
 
 def test_the_map_has_the_order_of_imports() -> None:
     """The page on architecture shows the layers that the import contract holds."""
-    import tomllib
-
     contracts = tomllib.loads(text_of(ROOT / "pyproject.toml"))["tool"]["importlinter"]["contracts"]
     (layers,) = [one["layers"] for one in contracts if one["name"] == "imports point down"]
     assert "\n".join(layers) in text_of(DOCS / "architecture.md")
+
+
+def test_the_map_has_the_pure_core() -> None:
+    """The page on architecture lists the modules that the import contract keeps pure."""
+    page = text_of(DOCS / "architecture.md")
+    names = [path.removeprefix("whisperd/").removesuffix(".py").replace("/", ".") for path in pure_modules()]
+    assert [name for name in names if f"`{name}`" not in page] == []
 
 
 def test_the_snippet_is_an_example() -> None:
