@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -179,3 +180,45 @@ def test_length(clips: dict[str, Clip]) -> None:
     """The length is known before decoding where the header states it."""
     with clips["agent"].path.open("rb") as file, InProcessDecoder().open(file, AudioRequest()) as recording:
         assert recording.length_s == pytest.approx(3.285, abs=0.01)
+
+
+def float_wav(samples: Samples) -> io.BytesIO:
+    """float32 [n] as a wav file of floats, whatever they are."""
+    data = samples.astype("<f4").tobytes()
+    form = struct.pack("<HHIIHH", 3, 1, SAMPLE_RATE_HZ, 4 * SAMPLE_RATE_HZ, 4, 32)
+    body = b"WAVE" + b"fmt " + struct.pack("<I", len(form)) + form + b"data" + struct.pack("<I", len(data)) + data
+    return io.BytesIO(b"RIFF" + struct.pack("<I", len(body)) + body)
+
+
+@pytest.mark.parametrize("wild", [np.nan, np.inf, -np.inf, 3e38])
+def test_wild_samples(wild: float) -> None:
+    """One sample that is no sound changes no other."""
+    samples = noise(3.0)
+    samples[20_000] = wild
+    found = read(float_wav(samples))
+    assert np.isfinite(found).all()
+    assert np.abs(found).max() <= 1.0
+    assert np.allclose(np.delete(found, 20_000), np.delete(samples, 20_000), atol=1e-6)
+
+
+def test_integers_as_floats(clips: dict[str, Clip]) -> None:
+    """A file of floats that holds integers sounds as it should."""
+    samples = clips["agent"].samples()
+    found = read(float_wav(np.round(samples * 32_767)))
+    assert np.abs(found).max() <= 1.0
+    assert np.corrcoef(found, samples)[0, 1] > 0.999
+
+
+def test_floats_that_are_no_sound() -> None:
+    """Floats of any size are refused in words."""
+    with pytest.raises(AudioError, match="no sound in any scale"):
+        read(float_wav(noise(1.0) * 1e30))
+
+
+def test_header_of_a_pipe() -> None:
+    """A wav file whose size was not known when its header was written is whole."""
+    data = bytearray(wav(noise(2.0)).getvalue())
+    data[40:44] = b"\xff\xff\xff\xff"
+    with InProcessDecoder().open(io.BytesIO(data), AudioRequest()) as recording:
+        assert sum(map(len, recording.blocks())) == 2 * SAMPLE_RATE_HZ
+        assert recording.warnings == ()

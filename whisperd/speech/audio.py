@@ -1,6 +1,6 @@
 """Any container to mono float32 at 16 kHz, on the file's own timeline. Home of PyAV.
 
-Frames of one format are converted together, about a second at a time. When the rate, the layout or the sample format
+Frames of one format are converted together, two seconds at a time. When the rate, the layout or the sample format
 changes, what was begun is finished and the next frames get a converter of their own: nothing is lost at the seam.
 Damaged packets cost themselves and nothing else, and silence stands for them.
 """
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from av.container import InputContainer
 
 BLOCK_SAMPLES = 10 * SAMPLE_RATE_HZ  # large enough that the detector runs at full speed, small enough to stream
+TOGETHER_S = 2  # what is converted at once
 READ_ERRORS_MAX = 100  # in a row, without one packet: the file cannot be read on
 RATES_HZ = range(1_000, 1_000_000)  # outside of it no speech is left, and a header is damaged or hostile
 SCAN_S = 600.0  # how much of a file of floats is read to find its scale
@@ -233,24 +234,27 @@ class _Recording:
                 yield from self._converted(container, _stream(container, self._request))
 
     def _converted(self, container: InputContainer, stream: AudioStream) -> Iterator[Samples]:
-        for frame, stamp_s in _frames(container, stream, self._damage):
+        damage, timeline = self._damage, self._timeline
+        for frame, stamp_s in _frames(container, stream, damage):
             self._n_decoded += 1
-            yield from self._placed(stamp_s)
             section = self._section
+            # frames are many and small: what is in its place, as a rule, is passed on with as little work as can be
+            if damage.is_new or section is None or not timeline.is_in_place(self._position_s, stamp_s):
+                yield from self._placed(stamp_s)
+                section = self._section
             if section is None or not section.fits(frame):
                 yield from self._finished()
                 section = self._section = _Section(frame, self._scale)
             section.add(frame)
             if section.is_full:
                 yield section.drain()
-        if self._damage.is_new:
-            yield from self._placed(self._damage.until_s)
+        if damage.is_new:
+            yield from self._placed(damage.until_s)
         yield from self._finished()
 
     @property
     def _position_s(self) -> float:
-        waiting_s = self._section.waiting_s if self._section else 0.0
-        return self._n_samples / SAMPLE_RATE_HZ + waiting_s
+        return self._n_samples / SAMPLE_RATE_HZ + (self._section.waiting_s if self._section else 0.0)
 
     def _placed(self, stamp_s: float | None) -> Iterator[Samples]:
         """Silence before a frame that begins later than the sound before it ends."""
@@ -281,7 +285,7 @@ class _Section:
         from av.audio.fifo import AudioFifo
         from av.audio.resampler import AudioResampler
 
-        self._format = _format(frame)
+        self._format, self._layout = frame.format.name, frame.layout
         self._rate_hz = frame.sample_rate
         self._scale = scale
         self._is_float = frame.format.name.startswith(("flt", "dbl"))
@@ -289,12 +293,13 @@ class _Section:
         self._resampler = AudioResampler(format="flt", layout="mono", rate=SAMPLE_RATE_HZ)
         self._fifo = AudioFifo()
         self._n_taken = 0  # samples at the file's rate
+        self._n_waiting = 0  # of these in the buffer
         self._n_given = 0  # samples at 16 kHz
 
     @property
     def is_full(self) -> bool:
-        """True when a second has come together."""
-        return bool(self._fifo.samples >= self._rate_hz)
+        """True when enough has come together."""
+        return self._n_waiting >= TOGETHER_S * self._rate_hz
 
     @property
     def waiting_s(self) -> float:
@@ -303,16 +308,20 @@ class _Section:
 
     def fits(self, frame: AudioFrame) -> bool:
         """True when this frame has the format of the others."""
-        return _format(frame) == self._format
+        return bool(
+            frame.sample_rate == self._rate_hz and frame.layout == self._layout and frame.format.name == self._format
+        )
 
     def add(self, frame: AudioFrame) -> None:
         """Takes the next frame, of any length."""
         frame.pts = None  # the timeline has placed it; the buffer would refuse what does not follow by the number
         self._fifo.write(frame)
         self._n_taken += frame.samples
+        self._n_waiting += frame.samples
 
     def drain(self) -> Samples:
         """What can be converted now, float32 [n]."""
+        self._n_waiting = 0
         frame = self._fifo.read()
         found = self._resampled(self._mono(frame)) if frame is not None else np.zeros(0, np.float32)
         self._n_given += len(found)
@@ -327,7 +336,8 @@ class _Section:
 
     def _mono(self, frame: AudioFrame) -> Samples:
         channels = mixing.as_channels(_array(frame), len(self._weights))
-        channels = mixing.within_range(channels, self._scale) if self._is_float else channels
+        if self._is_float and (self._scale != 1.0 or not mixing.is_plausible(channels)):
+            channels = mixing.within_range(channels, self._scale)
         return mixing.downmix(channels, self._weights)
 
     def _resampled(self, mono: Samples) -> Samples:
@@ -350,11 +360,8 @@ def _array(frame: AudioFrame) -> NDArray[Any]:
     n_channels, n_samples = frame.layout.nb_channels, frame.samples
     n_planes, n_each = (n_channels, n_samples) if frame.format.is_planar else (1, n_samples * n_channels)
     dtype = np.dtype(DTYPES[frame.format.name.removesuffix("p")])
-    return np.stack([np.frombuffer(memoryview(plane), dtype, n_each) for plane in frame.planes[:n_planes]])
-
-
-def _format(frame: AudioFrame) -> tuple[str, str, int]:
-    return frame.format.name, frame.layout.name, frame.sample_rate
+    planes = [np.frombuffer(memoryview(plane), dtype, n_each) for plane in frame.planes[:n_planes]]
+    return planes[0][None] if n_planes == 1 else np.stack(planes)
 
 
 @dataclass(slots=True)
@@ -366,13 +373,13 @@ class _Damage:
     until_s: float | None = None
     is_new: bool = False
 
-    def count(self, packet: Any, origin_s: float) -> None:
-        """One more packet."""
+    def count(self, packet: Any, unit_s: float, origin_s: float) -> None:
+        """One more packet, whose times are in units of ``unit_s``."""
         self.n_packets += 1
         self.is_new = True
         duration = packet.duration or 0
-        self.lost_s += _seconds(duration, packet.time_base, 0.0) or 0.0
-        self.until_s = _seconds(packet.pts + duration, packet.time_base, origin_s) if packet.pts is not None else None
+        self.lost_s += duration * unit_s
+        self.until_s = None if packet.pts is None else (packet.pts + duration) * unit_s - origin_s
 
 
 def _frames(
@@ -380,13 +387,18 @@ def _frames(
 ) -> Iterator[tuple[AudioFrame, float | None]]:
     """The frames of one stream with their times in seconds from the start of the file, None where unknown."""
     origin_s = _origin_s(container)
+    unit_s = float(stream.time_base or 0)
     for packet in _packets(container, stream, damage):
         frames = _frames_of(packet)
-        usable = [frame for frame in frames or () if frame.sample_rate in RATES_HZ and frame.samples]
-        if frames is None or len(usable) < len(frames):
-            damage.count(packet, origin_s)
-        for frame in usable:
-            yield frame, _seconds(frame.pts, frame.time_base, origin_s)
+        if frames is None:
+            damage.count(packet, unit_s, origin_s)
+            continue
+        for frame in frames:
+            if frame.sample_rate in RATES_HZ:
+                stamp = frame.pts
+                yield frame, None if stamp is None else stamp * unit_s - origin_s
+            else:
+                damage.count(packet, unit_s, origin_s)
 
 
 def _packets(container: InputContainer, stream: AudioStream, damage: _Damage) -> Iterator[Any]:
@@ -428,10 +440,6 @@ def _origin_s(container: InputContainer) -> float:
     """The time that counts as zero: where the first of all streams begins, as for ffmpeg and players."""
     start_s = (container.start_time or 0) / MICROSECONDS
     return start_s if abs(start_s) < 1e12 else 0.0  # FFmpeg's "unknown", which not every PyAV translates
-
-
-def _seconds(stamp: int | None, time_base: Any, origin_s: float) -> float | None:
-    return None if stamp is None or not time_base else float(stamp * time_base) - origin_s
 
 
 def _length_s(container: InputContainer) -> float | None:

@@ -43,10 +43,14 @@ def as_channels(samples: Samples, n_channels: int) -> Floats:
     planes = samples if len(samples) == n_channels else samples.reshape(-1, n_channels).T
     if planes.dtype == np.uint8:
         return (planes.astype(np.float32) - np.float32(128)) / np.float32(128)
-    found = planes.astype(np.float32)
-    if planes.dtype.kind == "i":
-        found /= np.float32(-float(np.iinfo(planes.dtype).min))
-    return found
+    found = np.ascontiguousarray(planes, np.float32)
+    return found * np.float32(-1 / float(np.iinfo(planes.dtype).min)) if planes.dtype.kind == "i" else found
+
+
+def is_plausible(channels: Floats) -> bool:
+    """False for float32 [channels, n] that must be brought within range: no sound in [-1, 1] has so much power."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return all(float(channel @ channel) <= len(channel) for channel in channels)  # false for NaN, too
 
 
 def within_range(samples: Floats, scale: float = 1.0) -> Floats:
@@ -65,7 +69,7 @@ def downmix(channels: Floats, weights: Floats) -> Floats:
         first: Floats = channels[0]
         return first
     mixed: Floats = weights @ channels
-    powers = np.where(weights > 0, np.einsum("cn,cn->c", channels, channels), 0.0)
+    powers = np.array([float(channel @ channel) for channel in channels]) * (weights > 0)
     loudest = int(powers.argmax())
     is_cancelled = float(mixed @ mixed) < CANCELLED_POWER * float(powers[loudest])
     chosen: Floats = channels[loudest] if is_cancelled else mixed

@@ -35,6 +35,10 @@ class Timeline:
         self._is_bare = is_bare
         self._shift_s = 0.0
 
+    def is_in_place(self, position_s: float, stamp_s: float | None) -> bool:
+        """True where ``hole_s`` has nothing to do; where no packet was lost."""
+        return stamp_s is None or -TOLERANCE_S <= stamp_s + self._shift_s - position_s <= TOLERANCE_S
+
     def hole_s(self, position_s: float, stamp_s: float | None, *, damaged: bool = False) -> float:
         """Seconds of silence before a frame with this timestamp, when ``position_s`` of sound came before it.
 
