@@ -7,6 +7,9 @@ import re
 import tomllib
 from pathlib import Path
 
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
 from tests.__main__ import CHECKS
 from whisperd import __version__
 
@@ -81,3 +84,13 @@ def test_metadata() -> None:
     versions = re.findall(r"Python :: (3\.\d+)", "\n".join(project["classifiers"]))
     assert f">={versions[0]}" == project["requires-python"]
     assert "urls" not in project  # the project has no public address; say it here when it has one
+
+
+def test_locked_versions_are_admitted() -> None:
+    """What the Debian package ships lies within the bounds of pyproject.toml."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lock = (ROOT / "packaging/requirements-cpu.lock").read_text(encoding="utf-8")
+    locked = dict(re.findall(r"^([a-z0-9-]+)==([^ ;]+)", lock, re.MULTILINE))
+    for requirement in map(Requirement, project["dependencies"]):
+        version = locked[canonicalize_name(requirement.name)]
+        assert requirement.specifier.contains(version), f"{requirement} does not admit {version}"
