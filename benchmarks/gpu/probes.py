@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -128,17 +127,18 @@ def on_gpu(setup: Setup) -> bool:
 def _attentions(setup: Setup) -> list[Callable[..., Any]]:
     if not on_gpu(setup):
         return [gathered]
-    from whisperd.engine.cuda.kernels import slotted
+    from whisperd.engine.cuda.kernels import SlotKernels
+
+    def slotted(*given: Any) -> torch.Tensor:
+        return SlotKernels().attend(*given)
 
     return [slotted, gathered]
 
 
 def _types(setup: Setup, attention: Callable[..., Any]) -> list[torch.dtype]:
     """8 bits too, where this engine can keep them and the device can read them."""
-    eight = on_gpu(setup) and "scales" in inspect.signature(attention).parameters
-    return (
-        [setup.dtype, torch.float8_e4m3fn] if eight and torch.cuda.get_device_capability() >= (8, 9) else [setup.dtype]
-    )
+    eight = on_gpu(setup) and attention is not gathered and torch.cuda.get_device_capability() >= (8, 9)
+    return [setup.dtype, torch.float8_e4m3fn] if eight else [setup.dtype]
 
 
 def _scales(dtype: torch.dtype, setup: Setup, size: tuple[int, ...]) -> list[Any]:
@@ -156,13 +156,15 @@ def probe_steps(name: str, runner: Runner, setup: Setup, report: Report) -> None
     plan = RowPlan(prefix=(vocabulary.sot,), timestamps=False, min_tokens=LONGEST, max_tokens=LONGEST)
     for row in range(runner.slots):
         runner.encode([silence], [row])
-        runner.begin([row], [row], [plan])
-    launched = FixedSteps(runner.write_next, most=runner.slots, padding=runner.slots, device=setup.place, record=None)
-    for kind, steps in (("launched", launched), ("recorded", runner.fixed)):
+    launched = FixedSteps(runner.write_next, most=runner.slots, padding=runner.slots, device=setup.place)
+    recorded = None if runner.recorded is None else runner.recorded.step
+    for kind, steps in (("launched", launched), ("recorded", recorded)):
         if steps is None:
             continue
         for n_rows in sizes(runner.slots):
             rows = list(range(min(n_rows, runner.slots)))
+            for row in rows:  # anew for each size: texts grow with every step, and attention to them with the texts
+                runner.begin([row], [row], [plan])
             _probe_step(name, kind, steps, rows, setup, report)
 
 
@@ -172,7 +174,7 @@ def _probe_step(name: str, kind: str, steps: FixedSteps, rows: list[int], setup:
 
     def several() -> None:
         with torch.inference_mode():
-            steps(rows, n_steps, sampled=False)
+            steps(rows, n_steps, "greedy")
 
     took_s = timed(setup, several, repeats=3) / n_steps
     setup.synchronize()

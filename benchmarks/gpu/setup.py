@@ -61,9 +61,8 @@ class Setup:
 
     def runner(self, found: Checkpoint) -> Runner:
         """Weights that are in memory already, on the device."""
-        more = {"fp8_cross": True} if self.fp8 else {}
         slots = self.slots or self._fitting(found)
-        return Runner(found, self.vocabulary, device=self.place, dtype=self.dtype, slots=slots, **more)
+        return Runner(found, self.vocabulary, device=self.place, dtype=self.dtype, slots=slots, fp8_cross=self.fp8)
 
     def opened(self, found: Checkpoint) -> ForcedEngine:
         """The engine on them."""

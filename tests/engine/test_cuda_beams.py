@@ -52,8 +52,8 @@ def logprobs(runner: Runner, vocabulary: Vocabulary, window: int, texts: list[li
     tokens = torch.tensor([prefix + text for text in texts])
     windows = torch.full_like(at, window)
     with torch.inference_mode():
-        states, _ = runner._decoder(tokens, torch.zeros_like(at), at, windows, tokens.shape[1])
-        return runner._rules(runner._decoder.logits(states[:, -1]), rows.history(at)).log_softmax(dim=-1)
+        states, _ = runner.decoder(tokens, torch.zeros_like(at), at, windows, tokens.shape[1])
+        return runner.rules(runner.decoder.logits(states[:, -1]), rows.history(at)).log_softmax(dim=-1)
 
 
 def searched(runner: Runner, vocabulary: Vocabulary, window: int, n_beams: int) -> Found:

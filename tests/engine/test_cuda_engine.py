@@ -176,9 +176,9 @@ def test_the_likeliest_sample_is_kept(checkpoint: Checkpoint, vocabulary: Vocabu
 class NotingRunner(Runner):
     """Remembers which audio came in, by its length, in order."""
 
-    def encode(self, samples: Sequence[Samples], windows: Sequence[int]) -> None:
+    def encode(self, samples: Sequence[Samples], windows: Sequence[int], keys: Sequence[int] | None = None) -> None:
         self.lengths = [*getattr(self, "lengths", []), *map(len, samples)]
-        super().encode(samples, windows)
+        super().encode(samples, windows, keys)
 
 
 def test_who_is_let_in(checkpoint: Checkpoint, vocabulary: Vocabulary) -> None:
@@ -189,6 +189,20 @@ def test_who_is_let_in(checkpoint: Checkpoint, vocabulary: Vocabulary) -> None:
     engine.admit([replace(window(key), lane=lane) for key, lane in enumerate(lanes)])
     drain(engine, 4)
     assert runner.lengths == [len(audio(key)) for key in (0, 2, 3, 1)]
+    engine.close()
+
+
+def test_a_free_row_has_its_next_window(checkpoint: Checkpoint, vocabulary: Vocabulary) -> None:
+    """Windows that wait inside take a row in the step after it was freed, without another ``admit``."""
+    runner = NotingRunner(checkpoint, vocabulary, device=CPU, dtype=torch.float32, slots=2)
+    engine = CudaEngine(runner, vocabulary, compute_type="float32", ahead=2)
+    assert engine.free_slots == engine.info.slots == 4
+    engine.admit([window(key) for key in range(4)])
+    while not (outcomes := engine.step()):
+        assert len(runner.lengths) == 2
+    engine.step()
+    assert len(runner.lengths) == 2 + len(outcomes)
+    drain(engine, 4 - len(outcomes))
     engine.close()
 
 
@@ -240,10 +254,10 @@ class SmallRunner(Runner):
 
     room = 2
 
-    def encode(self, samples: Sequence[Samples], windows: Sequence[int]) -> None:
+    def encode(self, samples: Sequence[Samples], windows: Sequence[int], keys: Sequence[int] | None = None) -> None:
         if len(samples) > self.room:
             raise OutOfMemory("the device is full")
-        super().encode(samples, windows)
+        super().encode(samples, windows, keys)
 
 
 def test_out_of_memory_halves(checkpoint: Checkpoint, vocabulary: Vocabulary, alone: Sequence[Hypothesis]) -> None:

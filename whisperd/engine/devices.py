@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import shutil
+import sysconfig
+from collections.abc import Mapping
 from pathlib import Path
 
+C_COMPILERS = ("gcc", "clang", "cc")
 FP8_CAPABILITY = (8, 9)  # Ada; Triton converts no 8-bit floats for older ones
 DEVICE_NODES = ("/dev/nvidiactl", "/dev/nvhost-gpu", "/dev/kfd", "/dev/dxg")  # NVIDIA, Jetson, AMD, Windows' WSL
 
@@ -42,4 +47,26 @@ def fp8_obstacle(capability: tuple[int, int], *, hip: bool) -> str | None:
     if capability < FP8_CAPABILITY:
         needed, found = (".".join(map(str, pair)) for pair in (FP8_CAPABILITY, capability))
         return f"this GPU has compute capability {found}, and 8-bit floats need {needed} (Ada, Hopper or newer)"
+    return None
+
+
+def kernel_obstacle(environ: Mapping[str, str] = os.environ, include: str | None = None) -> str | None:
+    """What Triton lacks to compile kernels on this machine, or None.
+
+    Besides its own compiler for the GPU it needs a C compiler and Python's headers: at the first launch of a kernel it
+    builds a small extension module that calls the driver.
+
+    Args:
+        environ: ``CC`` names the compiler, as Triton reads it; else ``PATH`` is searched.
+        include: the directory of ``Python.h``; None: that of this Python.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: pip install triton"
+    compiler = environ.get("CC")
+    names = [compiler] if compiler else list(C_COMPILERS)
+    if not any(shutil.which(name, path=environ.get("PATH")) for name in names):
+        return f"Triton needs a C compiler ({' or '.join(names)}): install gcc"
+    headers = Path(include or sysconfig.get_paths()["include"]) / "Python.h"
+    if not headers.is_file():
+        return f"Triton needs Python's headers, and {headers} is missing: install python3-dev"
     return None

@@ -5,17 +5,16 @@ Host memory is pinned. It HAS NEVER RUN ON A GPU; on the CPU the same functions 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
 from whisperd.speech.features import DYNAMIC_RANGE_LOG10, FLOOR_POWER, HOP_SAMPLES, N_FFT, mel_filters
-from whisperd.speech.units import WINDOW_SAMPLES
+from whisperd.speech.units import WINDOW_SAMPLES, Floats
 
 
 def uploaded(numbers: Sequence[Any], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
@@ -24,12 +23,62 @@ def uploaded(numbers: Sequence[Any], device: torch.device, dtype: torch.dtype = 
     return here.to(device, non_blocking=True)
 
 
-def uploaded_audio(samples: Sequence[NDArray[np.float32]], device: torch.device) -> Tensor:
-    """float32 [n, 480000]: windows (float32 [up to 480000] each) with silence behind them."""
-    here = torch.zeros((len(samples), WINDOW_SAMPLES), pin_memory=device.type == "cuda")
-    for row, one in zip(here.numpy(), samples, strict=True):
-        row[: len(one)] = one
-    return here.to(device, non_blocking=True)
+class AudioStage:
+    """Host memory, pinned once, through which the audio of windows goes to the device.
+
+    A copy into it takes about as long as a decode step of a large model, and runs while the device works.
+
+    Args:
+        places: windows that lie in it at the same time; at least as many as are sent together.
+        device: where they go.
+    """
+
+    def __init__(self, places: int, device: torch.device) -> None:
+        self._device = device
+        self._audio = torch.zeros((places, WINDOW_SAMPLES), pin_memory=device.type == "cuda")
+        self._views = self._audio.numpy()
+        self._lengths = [0] * places
+        self._free = deque(range(places))
+        self._staged: dict[int, int] = {}
+        self._sent: dict[int, torch.cuda.Event] = {}
+
+    def put(self, key: int, samples: Floats) -> None:
+        """Copies float32 [n], n <= 480000, under a key; nothing happens when all places are taken."""
+        if key not in self._staged and self._free:
+            self._staged[key] = self._write(samples)
+
+    def send(self, audio: Sequence[Floats], keys: Sequence[int] | None = None) -> Tensor:
+        """Windows as float32 [n, 480000] on the device, with silence behind them; ``put`` may have copied them here."""
+        self._forget_all_but(set(keys or ()), len(audio))
+        own: Sequence[int | None] = keys or [None] * len(audio)
+        places = [self._place(key, samples) for key, samples in zip(own, audio, strict=True)]
+        found = torch.empty((len(places), WINDOW_SAMPLES), device=self._device)
+        for row, place in zip(found, places, strict=True):
+            row.copy_(self._audio[place], non_blocking=True)
+        if self._device.type == "cuda":
+            sent = torch.cuda.Event()
+            sent.record()
+            self._sent |= dict.fromkeys(places, sent)
+        self._free.extend(places)
+        return found
+
+    def _forget_all_but(self, keys: set[int], n_needed: int) -> None:
+        """Frees places when there may be too few: of windows that were cancelled, or are not sent now."""
+        if len(self._free) < n_needed:
+            self._free.extend(self._staged.pop(key) for key in list(self._staged) if key not in keys)
+
+    def _place(self, key: int | None, samples: Floats) -> int:
+        found = self._staged.pop(key, None) if key is not None else None
+        return self._write(samples) if found is None else found
+
+    def _write(self, samples: Floats) -> int:
+        place = self._free.popleft()  # the place that was sent first
+        if place in self._sent:
+            self._sent.pop(place).synchronize()
+        self._views[place, : len(samples)] = samples
+        self._views[place, len(samples) : self._lengths[place]] = 0.0  # the silence behind it is there already
+        self._lengths[place] = len(samples)
+        return place
 
 
 class DeviceLogMel:

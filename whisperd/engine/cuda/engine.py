@@ -28,15 +28,30 @@ from whisperd.speech.tokenizer import Vocabulary
 
 log = logging.getLogger(__name__)
 
-STEPS_PER_TURN = 4  # tokens of each row between two looks at what is complete: a row wastes less than that many
+STEPS_PER_TURN = 4  # tokens of each row between two reads of the done flags: a row wastes less than that many
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 class CudaEngine:
-    """One loaded model behind the contract of ``whisperd.engine.base``; ``load`` opens it."""
+    """One loaded model behind the contract of ``whisperd.engine.base``; ``load`` opens it.
+
+    Args:
+        runner: the model on its device.
+        vocabulary: its tokens.
+        compute_type: of the runner, for ``info``.
+        ahead: windows that wait inside beyond the rows, so that a free row has its next window without a turn through
+            the batcher, and their audio is copied while the device works.
+        meter: receives the figures of each turn.
+    """
 
     def __init__(
-        self, runner: Runner, vocabulary: Vocabulary, *, compute_type: str, meter: ModelMeter | None = None
+        self,
+        runner: Runner,
+        vocabulary: Vocabulary,
+        *,
+        compute_type: str,
+        ahead: int = 0,
+        meter: ModelMeter | None = None,
     ) -> None:
         self._meter = meter or ModelMeter()
         self._runner = runner
@@ -47,7 +62,7 @@ class CudaEngine:
             compute_type=compute_type,
             multilingual=vocabulary.multilingual,
             languages=tuple(vocabulary.languages),
-            slots=runner.slots,
+            slots=runner.slots + ahead,
         )
         self._waiting: list[Window] = []
         self._refused: list[Window] = []
@@ -77,9 +92,9 @@ class CudaEngine:
             device: ``cuda``, or ``cpu`` for tests.
             compute_type: float16, bfloat16 or float32; auto is float16 on a GPU.
             slots: windows at the same time; 0: as many as the memory holds.
-            budget_bytes: memory that it may take; 0: what is free.
-            fp8_cross: keep the audio of windows in 8 bits.
-            meter: told what happens.
+            budget_bytes: the most memory to use; 0: all free memory.
+            fp8_cross: keeps the audio of windows in 8 bits.
+            meter: receives the figures of each turn.
 
         Raises:
             SourceError: the snapshot is no whole Whisper.
@@ -98,7 +113,7 @@ class CudaEngine:
         budget_bytes = _budget_bytes(device, budget_bytes)
         wanted = slots or memory.slots(found.shape, item_bytes, budget_bytes, audio_item_bytes=audio_item_bytes)
         runner = _opened(found, vocabulary, device, name, wanted, fp8_cross=fp8_cross)
-        return cls(runner, vocabulary, compute_type=name, meter=meter)
+        return cls(runner, vocabulary, compute_type=name, ahead=memory.ahead(runner.slots), meter=meter)
 
     @property
     def info(self) -> EngineInfo:
@@ -123,31 +138,31 @@ class CudaEngine:
     def admit(self, windows: Sequence[Window]) -> None:
         """Queues windows; the next steps encode them. Windows that ask for too many beams come back as failures."""
         for window in windows:
-            too_many = asks_for_beams(window) and window.request.beam_size > self._info.slots
+            too_many = asks_for_beams(window) and window.request.beam_size > self._runner.slots
             (self._refused if too_many else self._waiting).append(window)
 
     def step(self) -> Sequence[Outcome]:
-        """Lets waiting windows in, writes a few tokens in every row, and returns the windows that are complete."""
+        """Encodes waiting windows, writes a few tokens in every row, and returns the windows that are complete."""
         outcomes = [*self._refusals(), *self._let_in()]
         self._start_rows([job for job in self._jobs if job.unstarted])
         self._write()
         return [*outcomes, *self._complete()]
 
     def cancel(self, window_ids: frozenset[int]) -> None:
-        """Forgets windows at once."""
+        """Drops windows at once."""
         self._waiting = [window for window in self._waiting if window.id not in window_ids]
         self._refused = [window for window in self._refused if window.id not in window_ids]
         for job in [job for job in self._jobs if job.window.id in window_ids]:
             self._leave(job)
 
     def close(self) -> None:
-        """Gives all memory of the device back."""
+        """Frees all memory of the device."""
         self._waiting.clear()
         self._jobs.clear()
         self._runner.close()
 
     def plan(self, window: Window, language: str) -> RowPlan:
-        """How a window is to be written; benchmarks force lengths here."""
+        """The plan for the rows of a window; benchmarks force lengths here."""
         request = window.request
         prefix = self.vocabulary.prefix(request.task, language, request.prompt_tokens)
         n_start = len(self.vocabulary.start(request.task, language))
@@ -155,13 +170,15 @@ class CudaEngine:
 
     def _refusals(self) -> list[Outcome]:
         refused, self._refused = self._refused, []
-        error = EngineError(f"decode.beam_size must be at most {self._info.slots}: the memory holds no more rows")
+        error = EngineError(f"decode.beam_size must be at most {self._runner.slots}: the memory holds no more rows")
         return [WindowFailure(window_id=window.id, error=error) for window in refused]
 
     def _let_in(self) -> list[Outcome]:
-        """Encodes the next windows; where the memory is not enough, half as many, from now on."""
+        """Encodes the next windows; half as many from now on, if the memory is not enough."""
         count = min(len(self._waiting), len(self._free_slots), len(self._free_rows), self._encode_windows)
-        windows = self._taken(count)
+        windows = self._next(count)
+        taken = {window.id for window in windows}
+        self._waiting = [window for window in self._waiting if window.id not in taken]
         try:
             self._encode(windows)
         except OutOfMemory as error:
@@ -173,13 +190,15 @@ class CudaEngine:
             self._waiting = [*windows, *self._waiting]
         return []
 
-    def _taken(self, count: int) -> list[Window]:
-        """Those that somebody waits for, but the oldest first of all: nobody is passed over for ever."""
+    def _next(self, count: int) -> list[Window]:
+        """The oldest window, so that each has its turn, then interactive ones, then the others."""
         ranks = [(place > 0, window.lane != "interactive") for place, window in enumerate(self._waiting)]
-        places = sorted(range(len(ranks)), key=ranks.__getitem__)[:count]
-        taken = [self._waiting[place] for place in places]
-        self._waiting = [window for place, window in enumerate(self._waiting) if place not in places]
-        return taken
+        return [self._waiting[place] for place in sorted(range(len(ranks)), key=ranks.__getitem__)[:count]]
+
+    def _stage(self) -> None:
+        """Copies the audio of the next windows where the device reads it; the device decodes meanwhile."""
+        for window in self._next(self._encode_windows):
+            self._runner.stage(window.id, window.samples)
 
     def _encode(self, windows: Sequence[Window]) -> None:
         if not windows:
@@ -189,7 +208,11 @@ class CudaEngine:
         new = [job for job in jobs if found[job.window.id] is None]
         try:
             if new:
-                self._runner.encode([job.window.samples for job in new], [job.slot.number for job in new])
+                self._runner.encode(
+                    [job.window.samples for job in new],
+                    [job.slot.number for job in new],
+                    [job.window.id for job in new],
+                )
             self._find_languages(jobs)
         except OutOfMemory:
             for job in jobs:
@@ -202,7 +225,7 @@ class CudaEngine:
         self._jobs += jobs
 
     def _find_languages(self, jobs: Sequence[Job]) -> None:
-        """Takes the language that was asked for, or asks the model; each question needs a row for a moment."""
+        """The requested language, or the one that the model detects; detection overwrites a free row for a moment."""
         asked = [job for job in jobs if job.window.request.language is not None]
         for job in asked:
             job.language = (job.window.request.language or "", 1.0)
@@ -229,7 +252,7 @@ class CudaEngine:
         return max(candidates, key=lambda pair: pair[1], default=("en", 0.0))
 
     def _start_rows(self, jobs: Sequence[Job]) -> None:
-        """Gives free rows to texts that wait for one, the oldest window first: a search waits until it has all."""
+        """Assigns free rows to waiting texts, the oldest window first; a search waits until it has all of its rows."""
         started: list[tuple[int, Job]] = []
         for job in jobs:
             if job.beams > len(self._free_rows):
@@ -241,7 +264,7 @@ class CudaEngine:
                 self._runner.begin_beams(job.group, job.slot.number, job.plan)
             else:
                 started += [(row, job) for row in taken]
-        for at in range(0, len(started), self._encode_windows):  # prefixes need workspace, as audio does
+        for at in range(0, len(started), self._encode_windows):  # reading prefixes needs workspace, as encoding does
             rows, theirs = zip(*started[at : at + self._encode_windows], strict=True)
             self._runner.begin(rows, [job.slot.number for job in theirs], [job.plan for job in theirs])
 
@@ -251,6 +274,7 @@ class CudaEngine:
             return
         started_s = time.monotonic()
         self._decode(rows)
+        self._stage()
         done, looping = self._runner.progress(rows)
         self._meter.observe_batch(len(rows), time.monotonic() - started_s)
         texts = self._texts(done) | self._hopeless(looping)
@@ -274,7 +298,7 @@ class CudaEngine:
         return dict(zip(rows, self._runner.texts(rows), strict=True)) if rows else {}
 
     def _hopeless(self, looping: Sequence[int]) -> dict[int, RowText]:
-        """Of texts that repeat themselves those that no longer pass: writing on would only take the place of others."""
+        """The texts that repeat themselves and already fail the threshold: more tokens would only hold the row."""
         limits = {row: job.limit for job in self._jobs for row in job.rows}
         texts = self._texts([row for row in looping if limits[row] is not None])
         return {
@@ -294,7 +318,7 @@ class CudaEngine:
         return [job.hypothesis(text, times.get(job.window.id)) for job, text in zip(jobs, best, strict=True)]
 
     def _aligned(self, jobs: Sequence[Job], best: Sequence[RowText]) -> dict[int, tuple[TokenTime, ...]]:
-        """Token times by window, for those that asked. Each job has just given back a row, which is read into."""
+        """Token times by window, where requested; each job has just freed a row, in which its text is read."""
         asked = [pair for pair in zip(jobs, best, strict=True) if pair[0].window.request.word_timestamps]
         times: dict[int, tuple[TokenTime, ...]] = {job.window.id: () for job, _ in asked}
         spoken = [
@@ -322,6 +346,12 @@ class CudaEngine:
         self._free_rows += sorted(job.rows)
 
 
+def log_progress(done: int, of: int) -> None:
+    """Logs how many graphs are recorded, eight times in all."""
+    if done == of or done % max(1, of // 8) == 0:
+        log.info("recorded %d of %d graphs", done, of)
+
+
 def _require_fp8() -> None:
     missing = fp8_obstacle(torch.cuda.get_device_capability(), hip=torch.version.hip is not None)
     if missing is not None:
@@ -331,11 +361,19 @@ def _require_fp8() -> None:
 def _opened(
     found: checkpoints.Checkpoint, vocabulary: Vocabulary, device: str, dtype: str, slots: int, *, fp8_cross: bool
 ) -> Runner:
-    """Half as many slots where the memory, whoever used it meanwhile, holds no more."""
+    """Opens the runner; with half as many slots while the memory is not enough."""
     place, number = torch.device(device), DTYPES[dtype]
     while True:
         try:
-            return Runner(found, vocabulary, device=place, dtype=number, slots=slots, fp8_cross=fp8_cross)
+            return Runner(
+                found,
+                vocabulary,
+                device=place,
+                dtype=number,
+                slots=slots,
+                fp8_cross=fp8_cross,
+                progress=log_progress,
+            )
         except OutOfMemory:
             if slots == 1:
                 raise
@@ -344,7 +382,7 @@ def _opened(
 
 
 def _budget_bytes(device: str, wanted_bytes: int) -> int:
-    """What may be used of the memory that nobody uses: of the GPU, or of the host for tests."""
+    """The free memory of the GPU, or of the host for tests, and at most ``wanted_bytes``."""
     if device == "cuda":
         free_bytes = int(torch.cuda.mem_get_info()[0])
     else:

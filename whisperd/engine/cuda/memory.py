@@ -1,4 +1,4 @@
-"""How many windows fit on a device. Pure."""
+"""The number of windows that fit on a device. Pure."""
 
 from __future__ import annotations
 
@@ -21,6 +21,11 @@ def weight_bytes(shape: Shape, item_bytes: int) -> int:
     embeddings = width * (shape.vocabulary_size + shape.positions + shape.frames)
     layers = shape.encoder_layers * encoder_layer + shape.decoder_layers * decoder_layer
     return item_bytes * (layers + convolutions + embeddings)
+
+
+def ahead(slots: int) -> int:
+    """How many windows wait inside an engine beside those in its rows: as many as it encodes together."""
+    return min(slots, ENCODE_WINDOWS)
 
 
 def kept(slots: int) -> int:

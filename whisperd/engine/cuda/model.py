@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from whisperd.engine.cuda.caches import Caches, SlotAttention, gathered
+from whisperd.engine.cuda.caches import Caches
 from whisperd.engine.cuda.weights import Affine, DecoderLayer, DecoderWeights, EncoderLayer, EncoderWeights
 
 FLOAT16_LIMIT = 64_504.0  # float16's largest less 1000: residuals of large models run over, as transformers found
@@ -40,16 +40,13 @@ class Encoder:
 class Decoder:
     """Tokens of many rows, each at its own position in its own slot, to states and logits."""
 
-    def __init__(
-        self, weights: DecoderWeights, n_heads: int, caches: Caches, attention: SlotAttention = gathered
-    ) -> None:
+    def __init__(self, weights: DecoderWeights, n_heads: int, caches: Caches) -> None:
         self._weights = weights
         self._n_heads = n_heads
-        self._attention = attention
         self.caches = caches
 
     def store(self, encoded: Tensor, windows: Tensor) -> None:
-        """Projects what the encoder made of windows ([n, frames, width]) into their slots (int64 [n])."""
+        """Projects the encoder states of windows [n, frames, width] into their slots (int64 [n])."""
         for index, layer in enumerate(self._weights.layers):
             keys, values = _linear(encoded, layer.cross_kv).chunk(2, dim=-1)
             self.caches.put_audio(index, windows, _split(keys, self._n_heads), _split(values, self._n_heads))
@@ -62,8 +59,9 @@ class Decoder:
         windows: Tensor,
         bound: int,
         heads: Sequence[tuple[int, int]] = (),
+        active: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
-        """Reads new tokens and remembers them.
+        """Reads new tokens and stores their keys and values.
 
         Args:
             tokens: int64 [rows, new].
@@ -71,7 +69,8 @@ class Decoder:
             rows: int64 [rows], slots of the text.
             windows: int64 [rows], slots of the audio.
             bound: no position reaches this.
-            heads: (layer, head) whose attention to the audio is asked for.
+            heads: (layer, head) whose attention to the audio is returned.
+            active: bool [rows], for one new token each; the others read nothing, and their states mean nothing.
 
         Returns:
             Normalised states [rows, new, width], and for each of ``heads`` the scores before the softmax, float32
@@ -80,35 +79,38 @@ class Decoder:
         weights = self._weights
         positions = first[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
         states = functional.embedding(tokens, weights.embedding) + functional.embedding(positions, weights.positions)
+        frames = self.caches.cross_keys.shape[3]
+        seen, heard = first + 1, torch.full_like(windows, frames)
+        if active is not None:
+            seen, heard = seen * active, heard * active
         scores: list[Tensor] = []
         for index, layer in enumerate(weights.layers):
-            states = states + self._self_attended(index, layer, states, positions, rows, bound)
+            states = states + self._self_attended(index, layer, states, rows, first, seen, bound)
             query = _split(_linear(_norm(states, layer.cross_norm), layer.cross_q), self._n_heads)
             scores += [self._scores(index, head, query, windows) for number, head in heads if number == index]
-            states = states + self._cross_attended(index, layer, query, windows)
+            found = self.caches.attend_audio(index, query, windows, heard)
+            states = states + _linear(_joined(found), layer.cross_out)
             states = _mlp(layer, states)
         return _norm(states, weights.norm), scores
 
     def logits(self, states: Tensor) -> Tensor:
-        """[..., width] to float32 [..., vocabulary]."""
-        return functional.linear(states, self._weights.embedding).float()
+        """[..., width] to [..., vocabulary], in the type of the model."""
+        return functional.linear(states, self._weights.embedding)
 
     def _self_attended(
-        self, index: int, layer: DecoderLayer, states: Tensor, positions: Tensor, rows: Tensor, bound: int
+        self,
+        index: int,
+        layer: DecoderLayer,
+        states: Tensor,
+        rows: Tensor,
+        first: Tensor,
+        seen: Tensor,
+        bound: int,
     ) -> Tensor:
         query, key, value = _qkv(layer, states, self._n_heads)
-        keys, values = self.caches.self_keys[index], self.caches.self_values[index]
-        keys[rows[:, None], :, positions] = key.transpose(1, 2)
-        values[rows[:, None], :, positions] = value.transpose(1, 2)
-        found = self._attention(query, keys, values, rows, positions[:, 0] + 1, bound)
+        self.caches.put_text(index, rows, first, key, value)
+        found = self.caches.attend_text(index, query, rows, seen, bound)
         return _linear(_joined(found), layer.out)
-
-    def _cross_attended(self, index: int, layer: DecoderLayer, query: Tensor, windows: Tensor) -> Tensor:
-        keys, values = self.caches.cross_keys[index], self.caches.cross_values[index]
-        frames = keys.shape[2]
-        live, scales = torch.full_like(windows, frames), self.caches.scales_of(index)
-        found = self._attention(query, keys, values, windows, live, frames, scales)
-        return _linear(_joined(found), layer.cross_out)
 
     def _scores(self, index: int, head: int, query: Tensor, windows: Tensor) -> Tensor:
         keys = self.caches.audio_keys(index, head, windows)

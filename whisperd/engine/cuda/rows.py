@@ -54,17 +54,17 @@ class Rows:
         self.done = torch.ones(n_rows, dtype=torch.bool, device=device)
         self.no_speech = torch.zeros(n_rows, device=device)
         self.tokens = torch.zeros((n_rows, MAX_NEW_TOKENS), dtype=torch.int64, device=device)
-        self.n_tokens, self._last, self._previous, self._last_timestamp = (
+        self.n_tokens, self.last, self.previous, self.last_timestamp = (
             integers(),
             integers(),
             integers(),
             integers(),
         )
-        self._min_tokens, self.max_tokens = integers(), integers()
-        self._timestamps = torch.zeros_like(self.done)
-        self._temperature = torch.zeros_like(self.no_speech)
+        self.min_tokens, self.max_tokens = integers(), integers()
+        self.timestamps = torch.zeros_like(self.done)
+        self.temperature = torch.zeros_like(self.no_speech)
         self.sum_logprob = torch.zeros_like(self.no_speech)
-        self._loops = Loops(n_rows, device)
+        self.loops = Loops(n_rows, device)
 
     def begin(self, rows: Tensor, windows: Sequence[int], plans: Sequence[RowPlan]) -> None:
         """Resets rows for new plans; ``position`` is where the first written token will stand."""
@@ -74,26 +74,22 @@ class Rows:
 
         put(self.window, windows)
         put(self.position, [len(plan.prefix) for plan in plans])
-        put(self._timestamps, [plan.timestamps for plan in plans])
-        put(self._temperature, [plan.temperature for plan in plans])
-        put(self._min_tokens, [plan.min_tokens for plan in plans])
+        put(self.timestamps, [plan.timestamps for plan in plans])
+        put(self.temperature, [plan.temperature for plan in plans])
+        put(self.min_tokens, [plan.min_tokens for plan in plans])
         put(self.max_tokens, [plan.max_tokens for plan in plans])
-        for target in (self.n_tokens, self._last, self._previous, self.sum_logprob, self.no_speech, self.done):
+        for target in (self.n_tokens, self.last, self.previous, self.sum_logprob, self.no_speech, self.done):
             target[rows] = 0
-        self._last_timestamp[rows] = -1
-        self._loops.begin(rows)
-
-    def last(self, rows: Tensor) -> Tensor:
-        """int64 [rows]: what was written last."""
-        return self._last[rows]
+        self.last_timestamp[rows] = -1
+        self.loops.begin(rows)
 
     def write(self, rows: Tensor, logits: Tensor, rules: TokenRules, *, sampled: bool) -> None:
-        """Chooses the next token of each row from float32 [rows, vocabulary]; rows that are done stay as they are.
+        """Chooses the next token of each row from logits [rows, vocabulary]; rows that are done stay as they are.
 
-        ``sampled`` False says that all rows are greedy, and saves the noise.
+        ``sampled`` False: all rows are greedy, and no noise is drawn.
         """
         history = self.history(rows)
-        allowed = rules(logits, history)
+        allowed = rules(logits.float(), history)
         picked = self._picked(rows, allowed, sampled=sampled)
         logprob = allowed.log_softmax(dim=-1).gather(1, picked[:, None])[:, 0]
         alive = ~self.done[rows]
@@ -108,20 +104,20 @@ class Rows:
         at = history.n_tokens.clamp(max=MAX_NEW_TOKENS - 1)
         self.tokens[rows, at] = torch.where(text, picked, self.tokens[rows, at])
         self.n_tokens[rows] += text
-        self._previous[rows] = torch.where(text, history.last, history.previous)
-        self._last[rows] = torch.where(text, picked, history.last)
+        self.previous[rows] = torch.where(text, history.last, history.previous)
+        self.last[rows] = torch.where(text, picked, history.last)
         timestamp = text & (picked >= self._timestamp_begin)
-        self._last_timestamp[rows] = torch.where(timestamp, picked, history.last_timestamp)
-        self._loops.append(rows, picked, text & (picked < self._eot))
+        self.last_timestamp[rows] = torch.where(timestamp, picked, history.last_timestamp)
+        self.loops.append(rows, picked, text & (picked < self._eot))
 
     def copy(self, source: Tensor, rows: Tensor) -> None:
         """Rows (int64 [rows]) go on with the texts of others (int64 [rows]) that have the same plan."""
-        for target in (self.tokens, self.n_tokens, self._last, self._previous, self._last_timestamp, self.sum_logprob):
+        for target in (self.tokens, self.n_tokens, self.last, self.previous, self.last_timestamp, self.sum_logprob):
             target[rows] = target[source]
 
     def progress(self, rows: Tensor) -> Tensor:
         """bool [2, rows]: whose text is complete, and whose repeats itself."""
-        return torch.stack([self.done[rows], self._loops.going(rows)])
+        return torch.stack([self.done[rows], self.loops.going(rows)])
 
     def texts(self, rows: Tensor) -> list[RowText]:
         """What rows wrote; the host waits for it."""
@@ -137,18 +133,18 @@ class Rows:
         """What the rules must know."""
         return History(
             n_tokens=self.n_tokens[rows],
-            last=self._last[rows],
-            previous=self._previous[rows],
-            last_timestamp=self._last_timestamp[rows],
-            timestamps=self._timestamps[rows],
-            min_tokens=self._min_tokens[rows],
+            last=self.last[rows],
+            previous=self.previous[rows],
+            last_timestamp=self.last_timestamp[rows],
+            timestamps=self.timestamps[rows],
+            min_tokens=self.min_tokens[rows],
         )
 
     def _picked(self, rows: Tensor, allowed: Tensor, *, sampled: bool) -> Tensor:
         """The likeliest token, or one drawn by chance: the largest after Gumbel noise is a draw from the softmax."""
         if not sampled:
             return allowed.argmax(dim=-1)
-        temperature = self._temperature[rows, None]
+        temperature = self.temperature[rows, None]
         noise = -torch.empty_like(allowed).exponential_().log()
         drawn = allowed / temperature.clamp(min=1e-6) + noise
         return torch.where(temperature > 0, drawn, allowed).argmax(dim=-1)

@@ -1,17 +1,17 @@
-"""What an engine asks of the device: encode, detect, begin, decode, align. Rows and windows are numbers here.
+"""The operations of an engine on the device: encode, detect, begin, decode, align. Rows and windows are numbers here.
 
 Nothing here waits for the device but ``detect``, ``progress``, ``texts``, ``beam_texts`` and ``align``.
 """
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from whisperd.engine.base import TokenTime
@@ -19,23 +19,37 @@ from whisperd.engine.checkpoints import Checkpoint
 from whisperd.engine.cuda import memory
 from whisperd.engine.cuda.alignment import attention_matrix, first_columns, joined, token_times
 from whisperd.engine.cuda.beams import Beams
-from whisperd.engine.cuda.caches import Caches, SlotAttention, gathered
-from whisperd.engine.cuda.device import DeviceLogMel, uploaded, uploaded_audio
+from whisperd.engine.cuda.caches import Caches, SlotOperations, TorchSlots
+from whisperd.engine.cuda.device import AudioStage, DeviceLogMel, uploaded
 from whisperd.engine.cuda.failures import translated
-from whisperd.engine.cuda.graphs import FixedSteps, FixedWindows, recorder
+from whisperd.engine.cuda.graphs import (
+    FixedChunks,
+    FixedSteps,
+    FixedWindows,
+    Kind,
+    Progress,
+    Record,
+    Recorded,
+    recorder,
+    sizes,
+)
 from whisperd.engine.cuda.model import Decoder, Encoder
 from whisperd.engine.cuda.rows import RowPlan, Rows, RowText
 from whisperd.engine.cuda.rules import TokenRules
 from whisperd.engine.cuda.weights import load
+from whisperd.engine.devices import kernel_obstacle
 from whisperd.speech.features import CHUNK_FRAMES, HOP_SAMPLES
 from whisperd.speech.tokenizer import Vocabulary
+from whisperd.speech.units import Floats
 
-PREFIX_CHUNK = 32  # tokens of a prefix that are read at once
+log = logging.getLogger(__name__)
+
+CHUNKS = (4, 32)  # tokens of a prefix that are read at once: all of one without a prompt, and parts of longer ones
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spoken:
-    """A text whose times are asked for: where its audio lies, how long that is, and a row that nobody uses."""
+    """A text whose token times are wanted: its audio, in which window and how long, and a free row to read it in."""
 
     row: int
     window: int
@@ -44,16 +58,38 @@ class Spoken:
     tokens: tuple[int, ...]
 
 
+class Choose(Protocol):
+    """Writes one token in each row."""
+
+    def __call__(self, rows: Tensor, logits: Tensor, *, sampled: bool) -> None:
+        """Rows int64 [n], logits [n, vocabulary] of any type; see ``Rows.write``."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kernels:
+    """How an engine works on slots and rows: in Triton, or in plain PyTorch."""
+
+    slots: SlotOperations
+    chooser: Callable[[Rows, TokenRules], Choose]
+
+
 class Runner:
-    """One model on one device. On a GPU its decode steps and its encoder are recorded.
+    """One model on one device. On a GPU its encoder, prefixes and decode steps are recorded while it loads.
 
     Args:
-        checkpoint: what to load.
+        checkpoint: the model.
         vocabulary: its tokens.
-        device: where to.
-        dtype: what to compute with.
-        slots: how many rows it writes at the same time; ``windows``, the audio that it holds, is a few more.
-        fp8_cross: whether it keeps the audio in 8 bits.
+        device: loads it there.
+        dtype: computes in it.
+        slots: rows that it writes at the same time; ``windows``, the audio that it holds, is a few more.
+        fp8_cross: keeps the audio in 8 bits.
+        kernels: the operations on slots and rows; None: the fastest of this device.
+        progress: called with the numbers of recorded graphs and of all graphs.
+
+    Raises:
+        OutOfMemory: weights, slots or graphs do not fit.
+        EngineError: the device failed.
     """
 
     def __init__(
@@ -65,6 +101,8 @@ class Runner:
         dtype: torch.dtype,
         slots: int,
         fp8_cross: bool = False,
+        kernels: Kernels | None = None,
+        progress: Progress | None = None,
     ) -> None:
         shape = checkpoint.shape
         self.shape = shape
@@ -78,42 +116,55 @@ class Runner:
         with translated(), torch.inference_mode():
             encoder, decoder = load(checkpoint, device, dtype)
             self._encoder = Encoder(encoder, shape.encoder_heads)
-            # one row more than anybody uses, for steps that are padded
-            caches = Caches.allocate(shape, self.windows, slots + 1, device, dtype, fp8_cross=fp8_cross)
-            self._decoder = Decoder(decoder, shape.decoder_heads, caches, _attention(device))
-            self._rows = Rows(slots + 1, eot=vocabulary.eot, timestamp_begin=vocabulary.timestamp_begin, device=device)
-            self._beams = Beams(self._rows, caches, eot=vocabulary.eot)
-            self._rules = _rules(checkpoint, vocabulary, device)
-            self.fixed: FixedSteps | None = None
-            self.fixed_windows: FixedWindows | None = None
+            kernels = kernels or fastest_kernels(device)
+            # one row more than are used, for steps that are padded
+            caches = Caches.allocate(
+                shape, self.windows, slots + 1, device, dtype, fp8_cross=fp8_cross, slots=kernels.slots
+            )
+            self.decoder = Decoder(decoder, shape.decoder_heads, caches)
+            self.rows = Rows(slots + 1, eot=vocabulary.eot, timestamp_begin=vocabulary.timestamp_begin, device=device)
+            self._beams = Beams(self.rows, caches, eot=vocabulary.eot)
+            self.rules = _rules(checkpoint, vocabulary, device)
+            self._choose = kernels.chooser(self.rows, self.rules)
+            self._beam_logits = torch.empty((sizes(slots)[-1], shape.vocabulary_size), dtype=dtype, device=device)
+            self._stage = AudioStage(2 * memory.ENCODE_WINDOWS, device)
+            self.recorded: Recorded | None = None
             if device.type == "cuda":
-                self._record()
+                self.record(recorder(), progress)
         self._ends: dict[int, int] = {}  # for each running row, behind its last position
         self._sampled: set[int] = set()
 
-    def encode(self, samples: Sequence[NDArray[np.float32]], windows: Sequence[int]) -> None:
-        """Reads audio (float32 [n], n <= 480000, each) into the slots of windows; raises OutOfMemory."""
+    def stage(self, key: int, samples: Floats) -> None:
+        """Copies audio (float32 [n], n <= 480000) into pinned memory, from which ``encode`` takes it."""
+        with translated():
+            self._stage.put(key, samples)
+
+    def encode(self, samples: Sequence[Floats], windows: Sequence[int], keys: Sequence[int] | None = None) -> None:
+        """Encodes audio (float32 [n], n <= 480000, each) into the slots of windows; ``keys`` are those of ``stage``.
+
+        Raises:
+            OutOfMemory: fewer windows at once may fit.
+        """
         with translated(), torch.inference_mode():
-            spectrograms = self._log_mel(uploaded_audio(samples, self.device)).to(self.dtype)
-            read = self.read_windows if self.fixed_windows is None else self.fixed_windows
+            spectrograms = self._log_mel(self._stage.send(samples, keys)).to(self.dtype)
+            read = self.read_windows if self.recorded is None else self.recorded.encode
             read(spectrograms, self._index(windows))
 
     def detect(self, windows: Sequence[int], rows: Sequence[int], languages: Sequence[int]) -> list[list[float]]:
-        """How likely each of these languages (ids) is for each window, among them; reads into ``rows`` for it."""
+        """The probability of each of these languages (ids) for each window; overwrites the text of ``rows``."""
         with translated(), torch.inference_mode():
-            first = self._index([0] * len(rows))
-            start = torch.full((len(rows), 1), self._vocabulary.sot, device=self.device)
-            states, _ = self._decoder(start, first, self._index(rows), self._index(windows), 1)
-            logits = self._decoder.logits(states[:, 0])[:, self._index(languages)]
+            start = [[self._vocabulary.sot] for _ in rows]
+            states = self._read_chunk(start, 0, self._index(rows), self._index(windows))
+            logits = self.decoder.logits(states[:, 0])[:, self._index(languages)].float()
             found: list[list[float]] = logits.softmax(dim=-1).tolist()
             return found
 
     def begin(self, rows: Sequence[int], windows: Sequence[int], plans: Sequence[RowPlan]) -> None:
-        """Shows rows their prefixes and writes their first tokens."""
+        """Reads the prefixes of rows and writes their first tokens."""
         logits = self._shown(rows, windows, plans)
         sampled = any(plan.temperature > 0 for plan in plans)
         with translated(), torch.inference_mode():
-            self._rows.write(self._index(rows), logits, self._rules, sampled=sampled)
+            self._choose(self._index(rows), logits, sampled=sampled)
         self._sampled.difference_update(rows)
         self._sampled.update(row for row, plan in zip(rows, plans, strict=True) if plan.temperature > 0)
 
@@ -123,7 +174,7 @@ class Runner:
         with translated(), torch.inference_mode():
             rows = self._index([list(group)])
             self._beams.begin(rows)
-            self._beams.write(rows, logits, self._rules, self._ends[group[0]])
+            self._beams.write(rows, logits.float(), self.rules, self._ends[group[0]])
         self._sampled.difference_update(group)
 
     def decode_beams(self, groups: Sequence[Sequence[int]], n_steps: int) -> None:
@@ -133,10 +184,11 @@ class Runner:
         with translated(), torch.inference_mode():
             rows, at = self._index([list(group) for group in groups]), self._index(flat)
             for _ in range(n_steps):
-                self._beams.write(rows, self._next_logits(at, bound), self._rules, bound)
+                logits = self._next_beam_logits(flat, at, bound)
+                self._beams.write(rows, logits.float(), self.rules, bound)
 
     def beam_texts(self, group: Sequence[int]) -> list[RowText]:
-        """What a search has found."""
+        """The texts of a search, finished ones first."""
         return self._beams.texts(self._index(group))
 
     def decode(self, rows: Sequence[int], n_steps: int) -> None:
@@ -144,31 +196,31 @@ class Runner:
         sampled = not self._sampled.isdisjoint(rows)
         bound = self._reach(rows, n_steps)
         with translated(), torch.inference_mode():
-            if self.fixed is not None:
-                self.fixed(rows, n_steps, sampled=sampled)
+            if self.recorded is not None:
+                self.recorded.step(rows, n_steps, "sampled" if sampled else "greedy")
                 return
             at = self._index(rows)
             for _ in range(n_steps):
                 self._step(at, bound, sampled=sampled)
 
     def progress(self, rows: Sequence[int]) -> tuple[list[int], list[int]]:
-        """Those of the rows whose text is complete, and those of the others whose text repeats itself."""
-        done, looping = self._rows.progress(self._index(rows)).tolist()
+        """The rows whose text is complete, and those of the others whose text repeats itself; waits for the device."""
+        done, looping = self.rows.progress(self._index(rows)).tolist()
         flags = list(zip(rows, done, looping, strict=True))
         return [row for row, ended, _ in flags if ended], [row for row, ended, loops in flags if loops and not ended]
 
     def texts(self, rows: Sequence[int]) -> list[RowText]:
-        """What rows wrote so far."""
-        return self._rows.texts(self._index(rows))
+        """The texts of rows so far; waits for the device."""
+        return self.rows.texts(self._index(rows))
 
     def align(self, texts: Sequence[Spoken]) -> list[tuple[TokenTime, ...]]:
-        """Times of the text tokens; each text is read once more, all of it at once."""
+        """Times of the text tokens; each text is read once more in one pass. Waits for the device."""
         read = [[*text.start, self._vocabulary.no_timestamps, *text.tokens, self._vocabulary.eot] for text in texts]
         longest = max(map(len, read))
         padded = [tokens + [self._vocabulary.eot] * (longest - len(tokens)) for tokens in read]
         rows = self._index([text.row for text in texts])
         with translated(), torch.inference_mode():
-            states, scores = self._decoder(
+            states, scores = self.decoder(
                 self._index(padded),
                 torch.zeros_like(rows),
                 rows,
@@ -179,36 +231,54 @@ class Runner:
             return self._times(texts, states, torch.stack(scores, dim=1))
 
     def close(self) -> None:
-        """Lets go of all tensors."""
+        """Frees all tensors."""
         del (
-            self.fixed,
-            self.fixed_windows,
+            self.recorded,
+            self._choose,
+            self._beam_logits,
+            self._stage,
             self._encoder,
-            self._decoder,
-            self._rows,
+            self.decoder,
+            self.rows,
             self._beams,
-            self._rules,
+            self.rules,
             self._log_mel,
         )
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def read_windows(self, spectrograms: Tensor, windows: Tensor) -> None:
-        """Reads spectrograms [n, n_mels, 3000] into slots (int64 [n]), waiting for nothing."""
-        self._decoder.store(self._encoder(spectrograms), windows)
+        """Encodes spectrograms [n, n_mels, 3000] into slots (int64 [n]); waits for nothing."""
+        self.decoder.store(self._encoder(spectrograms), windows)
 
-    def write_next(self, rows: Tensor, sampled: bool) -> None:
-        """Writes one token in each row, waiting for nothing."""
-        self._step(rows, self.shape.positions, sampled=sampled)
+    def write_next(self, rows: Tensor, kind: Kind) -> None:
+        """Writes one token in each row (int64 [n]), or the logits for one in ``_beam_logits``; waits for nothing."""
+        if kind == "logits":
+            self._beam_logits[: len(rows)].copy_(self._next_logits(rows, self.shape.positions))
+            return
+        self._step(rows, self.shape.positions, sampled=kind == "sampled")
 
-    def _record(self) -> None:
-        """On a GPU alone; elsewhere steps and pieces have the size that they need."""
-        record, device = recorder(), self.device
-        self.fixed = FixedSteps(self.write_next, most=self.slots, padding=self.slots, device=device, record=record)
-        spectrogram = torch.zeros((self.shape.n_mels, CHUNK_FRAMES), dtype=self.dtype, device=device)
-        self.fixed_windows = FixedWindows(
-            self.read_windows, most=memory.ENCODE_WINDOWS, spectrogram=spectrogram, record=record
-        )
+    def read_prefixes(self, tokens: Tensor, first: Tensor, rows: Tensor, windows: Tensor) -> Tensor:
+        """Reads tokens [n, new] from the positions ``first`` on; states [n, new, width]. Waits for nothing."""
+        return self.decoder(tokens, first, rows, windows, self.shape.positions)[0]
+
+    def record(self, record: Record | None, progress: Progress | None = None) -> None:
+        """Gives all work fixed sizes and records it (None: without recording it, for tests)."""
+        with translated(), torch.inference_mode():
+            spectrogram = torch.zeros((self.shape.n_mels, CHUNK_FRAMES), dtype=self.dtype, device=self.device)
+            recorded = Recorded(
+                steps=FixedSteps(self.write_next, most=self.slots, padding=self.slots, device=self.device),
+                windows=FixedWindows(self.read_windows, most=memory.ENCODE_WINDOWS, spectrogram=spectrogram),
+                chunks=FixedChunks(
+                    self.read_prefixes,
+                    most=memory.ENCODE_WINDOWS,
+                    lengths=CHUNKS,
+                    padding=self.slots,
+                    like=torch.zeros(self.shape.width, dtype=self.dtype, device=self.device),
+                ),
+            )
+            recorded.record(record, progress)
+        self.recorded = recorded
 
     def _reach(self, rows: Sequence[int], n_steps: int) -> int:
         """Moves the ends of rows on; returns the furthest."""
@@ -217,27 +287,33 @@ class Runner:
         return max(self._ends[row] for row in rows)
 
     def _step(self, rows: Tensor, bound: int, *, sampled: bool) -> None:
-        self._rows.write(rows, self._next_logits(rows, bound), self._rules, sampled=sampled)
+        self._choose(rows, self._next_logits(rows, bound), sampled=sampled)
 
     def _next_logits(self, rows: Tensor, bound: int) -> Tensor:
-        """float32 [rows, vocabulary], behind what each row wrote last."""
-        position = self._rows.position[rows]
-        tokens = self._rows.last(rows)[:, None]
-        states, _ = self._decoder(tokens, position, rows, self._rows.window[rows], bound)
-        self._rows.position[rows] = (position + 1).clamp(max=self.shape.positions - 1)
-        return self._decoder.logits(states[:, 0])
+        """[rows, vocabulary], behind the last token of each row; rows that are done read nothing."""
+        position = self.rows.position[rows]
+        tokens, active = self.rows.last[rows][:, None], ~self.rows.done[rows]
+        states, _ = self.decoder(tokens, position, rows, self.rows.window[rows], bound, active=active)
+        self.rows.position[rows] = (position + 1).clamp(max=self.shape.positions - 1)
+        return self.decoder.logits(states[:, 0])
+
+    def _next_beam_logits(self, rows: Sequence[int], at: Tensor, bound: int) -> Tensor:
+        if self.recorded is None:
+            return self._next_logits(at, bound)
+        self.recorded.step(rows, 1, "logits")
+        return self._beam_logits[: len(rows)]
 
     def _shown(self, rows: Sequence[int], windows: Sequence[int], plans: Sequence[RowPlan]) -> Tensor:
-        """Rows start anew and read their prefixes; float32 [rows, vocabulary]."""
+        """Resets rows and reads their prefixes; [rows, vocabulary]."""
         fitting = [_fitting(plan, self.shape.positions) for plan in plans]
         for row, plan in zip(rows, fitting, strict=True):
             self._ends[row] = len(plan.prefix)
         with translated(), torch.inference_mode():
-            self._rows.begin(self._index(rows), windows, fitting)
+            self.rows.begin(self._index(rows), windows, fitting)
             return self._read_prefixes(rows, windows, fitting)
 
     def _read_prefixes(self, rows: Sequence[int], windows: Sequence[int], plans: Sequence[RowPlan]) -> Tensor:
-        """float32 [rows, vocabulary] behind each prefix; the no-speech probability is read at its start token.
+        """[rows, vocabulary] behind each prefix; stores the no-speech probability at its start token.
 
         Chunks are padded at their ends: a row overwrites what the padding left before it can see it.
         """
@@ -245,19 +321,28 @@ class Runner:
         lasts = torch.zeros((len(rows), self.shape.width), dtype=self.dtype, device=self.device)
         starts = torch.zeros_like(lasts)
         at_rows, at_windows = self._index(rows), self._index(windows)
-        for begin in range(0, longest, PREFIX_CHUNK):
-            length = min(PREFIX_CHUNK, longest - begin)
+        for begin in range(0, longest, CHUNKS[-1]):
+            length = min(CHUNKS[-1], longest - begin)
             tokens = [_chunk(plan.prefix, begin, length, self._vocabulary.eot) for plan in plans]
-            first = torch.full_like(at_rows, begin)
-            states, _ = self._decoder(self._index(tokens), first, at_rows, at_windows, begin + length)
+            states = self._read_chunk(tokens, begin, at_rows, at_windows)
             for target, places in (
                 (lasts, [len(plan.prefix) - 1 for plan in plans]),
                 (starts, [plan.start_at for plan in plans]),
             ):
                 self._keep(target, states, [place - begin for place in places])
-        probabilities = self._decoder.logits(starts).softmax(dim=-1)
-        self._rows.no_speech[at_rows] = probabilities[:, self._vocabulary.no_speech]
-        return self._decoder.logits(lasts)
+        probabilities = self.decoder.logits(starts).float().softmax(dim=-1)
+        self.rows.no_speech[at_rows] = probabilities[:, self._vocabulary.no_speech]
+        return self.decoder.logits(lasts)
+
+    def _read_chunk(self, tokens: Sequence[Sequence[int]], begin: int, rows: Tensor, windows: Tensor) -> Tensor:
+        """Reads tokens of equal number in each row from the position ``begin`` on; states [rows, new, width]."""
+        length, first = len(tokens[0]), torch.full_like(rows, begin)
+        if self.recorded is not None:
+            fixed = next(one for one in CHUNKS if one >= length)
+            if begin + fixed <= self.shape.positions:
+                padded = self._index([[*one, *[self._vocabulary.eot] * (fixed - length)] for one in tokens])
+                return self.recorded.read(padded, first, rows, windows)[:, :length]
+        return self.decoder(self._index(tokens), first, rows, windows, begin + length)[0]
 
     def _keep(self, target: Tensor, states: Tensor, places: Sequence[int]) -> None:
         """Copies the states of those rows whose place is in this chunk."""
@@ -288,20 +373,26 @@ class Runner:
 
     def _probabilities(self, text: Spoken, states: Tensor) -> Tensor:
         begin = len(text.start)
-        logits = self._decoder.logits(states[begin : begin + len(text.tokens)])[:, : self._vocabulary.eot]
-        return logits.softmax(dim=-1).gather(1, self._index(text.tokens)[:, None])[:, 0]
+        logits = self.decoder.logits(states[begin : begin + len(text.tokens)])[:, : self._vocabulary.eot]
+        return logits.float().softmax(dim=-1).gather(1, self._index(text.tokens)[:, None])[:, 0]
 
     def _index(self, numbers: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
         return uploaded(numbers, self.device)
 
 
-def _attention(device: torch.device) -> SlotAttention:
-    """The kernel where Triton can compile it."""
-    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
-        return gathered
-    from whisperd.engine.cuda.kernels import slotted
+def fastest_kernels(device: torch.device) -> Kernels:
+    """Triton's on a GPU, plain PyTorch elsewhere; logs what Triton lacks on a GPU."""
+    plain = Kernels(slots=TorchSlots(), chooser=lambda rows, rules: partial(rows.write, rules=rules))
+    if device.type != "cuda":
+        return plain
+    missing = kernel_obstacle()
+    if missing is not None:
+        log.warning("the engine runs without its kernels, at a fraction of their speed: %s", missing)
+        return plain
+    from whisperd.engine.cuda.kernels import SlotKernels
+    from whisperd.engine.cuda.sampling_kernel import TokenChooser
 
-    return slotted
+    return Kernels(slots=SlotKernels(), chooser=TokenChooser)
 
 
 def _rules(checkpoint: Checkpoint, vocabulary: Vocabulary, device: torch.device) -> TokenRules:
