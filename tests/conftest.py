@@ -97,7 +97,11 @@ def repo(hub: LoopbackHub) -> HubRepo:
 def settings(hub: LoopbackHub, tmp_path: Path) -> Settings:
     """A cache that does not exist yet, and little patience between two tries."""
     return store_settings(
-        cache_dir=tmp_path / "cache", endpoint=hub.endpoint, metadata_timeout_s=5.0, retry_wait_s=QUICK_RETRY_S
+        cache_dir=tmp_path / "cache",
+        endpoint=hub.endpoint,
+        metadata_timeout_s=5.0,
+        retry_wait_s=QUICK_RETRY_S,
+        lock_timeout_s=0.0,
     )
 
 

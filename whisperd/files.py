@@ -14,14 +14,17 @@ USUAL_UMASK = 0o022
 DEV_NULL = os.makedev(1, 3)
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str, scratch_dir: Path | None = None) -> None:
     """Writes a text file in UTF-8 so that readers see the old file or the new one, also after a power cut.
 
     Makes missing directories. The mode follows from the umask, as if the file had been opened for writing. Raises
     OSError; then the old file is unchanged and no other file is left behind.
+
+    The new file is first written to ``scratch_dir``, an existing directory on the same disk; None means beside the old
+    one, where a process that is killed leaves it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, name = tempfile.mkstemp(dir=scratch_dir or path.parent, prefix=f".{path.name}.")
     scratch = Path(name)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:

@@ -13,7 +13,7 @@ from tests.support.hf_export import export
 from tests.support.speech import Clip, plain
 from whisperd.engine.base import DecodeRequest, Hypothesis
 from whisperd.engine.checkpoints import converted
-from whisperd.engine.checkpoints.safetensors import is_ctranslate2, is_huggingface
+from whisperd.engine.checkpoints.safetensors import is_ctranslate2, is_huggingface, weight_files
 from whisperd.engine.factory import EngineSettings, open_engine
 from whisperd.errors import SourceError
 from whisperd.speech.tokenizer import Vocabulary
@@ -89,3 +89,20 @@ def test_damaged(snapshot: Path, tmp_path: Path, damage: str) -> None:
     with pytest.raises(SourceError, match=str(exported)):
         converted(exported, tmp_path / "work", "int8")
     assert list((tmp_path / "work").iterdir()) == []
+
+
+def test_the_format_of_a_directory_is_that_of_its_content(tmp_path: Path) -> None:
+    """A model.bin beside safetensors is CTranslate2's unless PyTorch wrote it; the index names the shards."""
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "odd.safetensors").touch()
+    (tmp_path / "model-00001-of-00009.safetensors").touch()
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"a": "odd.safetensors", "b": "odd.safetensors"}}')
+    assert weight_files(tmp_path) == [tmp_path / "odd.safetensors"]
+    for head, expected in ((b"PK\x03\x04", False), (b"\x80\x02}q", False), (b"\x06\0\0\0", True)):
+        (tmp_path / "model.bin").write_bytes(head)
+        assert is_ctranslate2(tmp_path) is expected
+    for text in ("{}", '{"weight_map": {"a": "../evil"}}', '{"weight_map": [1]}'):
+        index.write_text(text)
+        with pytest.raises(SourceError, match="no index of weights"):
+            weight_files(tmp_path)

@@ -48,7 +48,7 @@ PASSING = {
     "stalled once": [Fault(match=LFS, times=1, stall_at=3 * MIB // 2)],
     "wrong bytes of the right length once": [Fault(match=LFS, times=1, corrupt=True)],
     "wrong bytes in a small file once": [Fault(match=GIT, times=1, corrupt=True)],
-    "Content-Length too large once": [Fault(match=LFS, times=1, more_bytes=1000)],
+    "Content-Length too large": [Fault(match=LFS, more_bytes=1000)],
     "shorter body with consistent length once": [Fault(match=LFS, times=1, replace=b"short")],
     "longer body with consistent length once": [Fault(match=LFS, times=1, replace=b"x" * (ODD_BYTES + 1))],
     "HTML page once": [Fault(match=GIT, times=1, replace=PAGE)],
@@ -63,7 +63,7 @@ def test_a_bad_moment(hub: LoopbackHub, repo: HubRepo, settings: Settings, fault
     """What goes wrong for a while is mended in the same run, and the bytes are right in the end."""
     repo.commit(new_files())
     hub.faults = [replace(fault) for fault in faults]
-    assert_well(run(replace(settings, update=True, stall_timeout_s=1.5)), settings, new_files())
+    assert_well(run(replace(settings, update=True, stall_timeout_s=6.0)), settings, new_files())
     assert not any(fault.times for fault in hub.faults)
 
 
@@ -78,7 +78,7 @@ LASTING = {
     "CDN 403": (Fault(match=LFS, status=403), errors.HubServerError, "403"),
     "CDN 404": (Fault(match=LFS, status=404), errors.HubServerError, "404"),
     "reset": (Fault(match=LFS, reset=True), errors.HubUnreachable, "ReadError"),
-    "stalled": (Fault(match=LFS, stall_at=3 * MIB // 2), errors.HubUnreachable, "no progress for 1 s"),
+    "stalled": (Fault(match=LFS, stall_at=0), errors.HubUnreachable, "fewer than 1.0 kB/s came for 4 s"),
 }  # fmt: skip
 
 
@@ -91,7 +91,7 @@ def test_a_lasting_fault(
     before = tree(settings.cache_dir / FOLDER)
     repo.commit(new_files())
     hub.faults = [replace(fault)]
-    report = run(replace(settings, update=True, stall_timeout_s=1.0))
+    report = run(replace(settings, update=True, stall_timeout_s=4.0))
     assert (report.exit_code, type(error(report)), report.results[0].path) == (1, kind, filled), error(report)
     assert_told(str(error(report)), kind, cause, settings)
     assert tree(settings.cache_dir / FOLDER) == before
@@ -102,7 +102,6 @@ def test_a_lasting_fault(
 
 SLOW: Mapping[str, tuple[dict[str, Any], type[errors.StoreError], str]] = {
     "cut always at 0": ({"cut_at": 0}, errors.HubUnreachable, "RemoteProtocolError"),
-    "Content-Length too large": ({"more_bytes": 1000}, errors.HubUnreachable, "RemoteProtocolError"),
     "429 for ever": ({"status": 429, "headers": {"Retry-After": "0"}}, errors.HubRateLimited, "429"),
 }
 

@@ -229,7 +229,7 @@ def test_the_helper_is_killed(hub: LoopbackHub, repo: HubRepo, settings: Setting
 
 
 def test_two_at_once(hub: LoopbackHub, settings: Settings) -> None:
-    """The second one is told who works on the cache and ends at once; also when both are forced."""
+    """With --no-wait the second one names the process that works on the cache and ends at once; also with --force."""
     files = whisper_files(1, size_bytes=MIB)
     hub.add(NAME, files)
     for flags in ((), ("--force",)):
@@ -237,7 +237,7 @@ def test_two_at_once(hub: LoopbackHub, settings: Settings) -> None:
         hub.stalled.clear()
         with reconciling(settings, *flags) as first:
             assert hub.stalled.wait(30)
-            with reconciling(settings, *flags) as second:
+            with reconciling(settings, "--no-wait", *flags) as second:
                 _, told = second.communicate(timeout=30)
             assert (second.returncode, slow.times) == (errors.CacheBusy.exit_code, 0)
             assert f"another reconcile (pid {first.pid} on " in told

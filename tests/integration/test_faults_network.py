@@ -113,7 +113,9 @@ UNASKABLE = {
         both(fault(API, silent=True), with_settings(metadata_timeout_s=0.4)), errors.HubUnreachable, "timed out",
     ),
     "captive portal": (fault(API, status=200, body=PORTAL), errors.HubUnreachable, "JSONDecodeError"),
-    "JSON without a commit": (fault(API, status=200, body=b'{"id": "org/model"}'), errors.HubUnreachable, "no commit"),
+    "JSON without a commit": (
+        fault(API, status=200, body=b'{"id": "org/model"}'), errors.HubUnreachable, "no answer of a Hub: sha",
+    ),
 }  # fmt: skip
 
 

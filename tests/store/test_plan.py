@@ -28,7 +28,7 @@ from whisperd.store.wording import count, short, size
 COMMITS = ["a" * 40, "b" * 40]
 FILES = tuple(RemoteFile(path=f"f{number}", size_bytes=10**number, hash=str(number) * 40) for number in range(4))
 states_of_files: st.SearchStrategy[FileState] = st.sampled_from(
-    ["ok", "unlinked", "missing", "wrong_size", "wrong_hash", "not_a_link"]
+    ["ok", "unlinked", "wrong_link", "missing", "wrong_size", "wrong_hash", "not_a_link"]
 )
 
 
@@ -82,7 +82,7 @@ def test_what_does_not_fit_is_blocked(states: list[ModelState], free_bytes: int)
 def test_only_flawed_files_are_fetched(state: ModelState) -> None:
     """Files that are there and right are never fetched, unless everything is asked for anew."""
     (action,) = plan([replace(state, problem="")]).actions
-    assert all(state.files[file.path] not in ("ok", "unlinked") for file in action.files)
+    assert all(state.files[file.path] not in ("ok", "unlinked", "wrong_link") for file in action.files)
     (forced,) = plan([replace(state, problem="")], force=True).actions
     assert forced.files == (FILES if state.target else ())
 
@@ -156,13 +156,17 @@ def test_a_part_that_is_here_is_not_fetched_again() -> None:
     assert (action.total_bytes, action.bytes) == (1111, 210)
 
 
+def read(name: str, n_bytes: int) -> bytes:
+    raise AssertionError((name, n_bytes))
+
+
 def test_files_of_a_model_are_selected() -> None:
     """An engine's files of the top directory, each as the Hub declares it; a model that is not whole is refused."""
     names = ("config.json", "model.bin", "tokenizer.json", "onnx/model.bin", "README.md")
     files = [RemoteFile(path=name, size_bytes=1, hash="a" * 40) for name in names]
-    assert [file.path for file in select_files(files)] == ["config.json", "model.bin", "tokenizer.json"]
+    assert [file.path for file in select_files(files, read)] == ["config.json", "model.bin", "tokenizer.json"]
     with pytest.raises(SourceError, match="no usable Whisper model"):
-        select_files(files[-1:])
+        select_files(files[-1:], read)
 
 
 def test_what_is_not_declared_goes_with_its_own_blobs() -> None:

@@ -108,7 +108,7 @@ def test_pinned(hub: LoopbackHub, repo: HubRepo, settings: Settings) -> None:
     repo.commit(whisper_files(2))
     report = run(settings, f"{NAME}@{commit}")
     assert report.snapshots[NAME].name == commit
-    assert ref(settings, f"whisperd/{commit[:12]}") == commit
+    assert ref(settings, f"~whisperd/{commit}") == commit
     assert not (settings.cache_dir / "models--org--model/refs/main").exists()
     hub.requests.clear()
     assert run(replace(settings, update=True), f"{NAME}@{commit}").exit_code == 0

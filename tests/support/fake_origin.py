@@ -30,7 +30,9 @@ class FakeOrigin:
         commit = self.repos[source.repo_id].resolve(source.revision)
         if self.is_down or commit is None:
             raise HubUnreachable("down")
-        return Resolved(commit=commit, files=select_files(self.files(source.repo_id, commit)))
+        return Resolved(
+            commit=commit, files=select_files(self.files(source.repo_id, commit), self._reader(source.repo_id, commit))
+        )
 
     def fetch(self, job: FetchJob, on_bytes: Callable[[int], None]) -> None:
         if self.is_down:
@@ -40,6 +42,9 @@ class FakeOrigin:
             data = tree[file.path].data
             (job.directory / file.hash).write_bytes(self.fault(data) if self.fault else data)
             on_bytes(job.size_bytes)
+
+    def _reader(self, name: str, commit: str) -> Callable[[str, int], bytes]:
+        return lambda path, n_bytes: self.repos[name].commits[commit][path].data[:n_bytes]
 
     def files(self, name: str, commit: str) -> list[RemoteFile]:
         return [

@@ -102,6 +102,7 @@ class Fault:
         stall_at: nothing comes after so many bytes.
         rate_bytes_per_s: how fast the body comes.
         ignore_range: the whole body, whatever part was asked for.
+        endless: an answer of the API whose body never ends.
     """
 
     match: str
@@ -119,6 +120,7 @@ class Fault:
     stall_at: int | None = None
     rate_bytes_per_s: float | None = None
     ignore_range: bool = False
+    endless: bool = False
 
     def takes(self, line: str) -> bool:
         if not re.search(self.match, line) or self.times == 0:
@@ -236,6 +238,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._hang_up()
         elif fault and (fault.close or (fault.reset and fault.cut_at is None)):
             self._hang_up()
+        elif fault and fault.endless:
+            self._send_for_ever(fault)
         elif fault and fault.status:
             self._send(fault.status, fault.body, fault.headers)
         else:
@@ -374,6 +378,15 @@ class _Handler(BaseHTTPRequestHandler):
             self._fall_silent()
         if stop_at < len(data) or fault.more_bytes:
             self._hang_up()
+
+    def _send_for_ever(self, fault: Fault) -> None:
+        self.send_response(200)
+        self.send_header("Connection", "close")
+        self.end_headers()
+        self.close_connection = True
+        piece = b" " if fault.rate_bytes_per_s else bytes(CHUNK_BYTES)
+        while not self.server.app.closing.wait(1 / fault.rate_bytes_per_s if fault.rate_bytes_per_s else 0):
+            self.server.app.count(self.wfile.write(piece))
 
     def _fall_silent(self) -> None:
         self.wfile.flush()

@@ -40,6 +40,7 @@ SILENCE_TIMEOUT_S = 120.0  # the daemon sends a comment every few seconds
 @click.option("--force", is_flag=True, help="Fetch every file anew.")
 @click.option("--verify", is_flag=True, help="Hash every file, not only those that changed.")
 @click.option("--update", is_flag=True, help="Move to the newest commit of each branch.")
+@click.option("--no-wait", is_flag=True, help="Do not wait for another reconcile on the same cache (exit code 75).")
 @click.option(
     "--prune", is_flag=True, help="Remove what whisperd has fetched and the configuration no longer declares."
 )
@@ -63,6 +64,7 @@ def reconcile(
     export_dir: Path | None,
     import_dir: Path | None,
     as_json: bool,
+    no_wait: bool,
     **flags: bool,
 ) -> None:
     """Make the local cache agree with the configuration.
@@ -92,6 +94,7 @@ def reconcile(
         prune=(flags["prune"] or store.prune) and not names,
         cache_dir=cache_dir.absolute() if cache_dir else store.cache_dir,
         import_dir=import_dir,
+        lock_timeout_s=0.0 if no_wait else store.lock_timeout_s,
     )
     report = _reconcile(models, store, as_json=as_json)
     _print(json.dumps(report.as_dict()) if as_json else report.lines())
@@ -122,7 +125,10 @@ def _reconcile(models: Sequence[Wanted], store: Settings, *, as_json: bool) -> R
                 progress.n_models,
             )
 
-        return run(models, store, on_plan=on_plan, on_progress=on_progress, cancel=cancel)
+        def on_wait(text: str) -> None:
+            click.echo(text, err=True)
+
+        return run(models, store, on_plan=on_plan, on_progress=on_progress, on_wait=on_wait, cancel=cancel)
 
 
 def _export(models: Sequence[Wanted], store: Settings, directory: Path) -> None:

@@ -308,7 +308,11 @@ class ReconcileTable(Table):
     verify: bool = option(False, reload="live", help="Hash every file at each reconcile, not only new ones.")
     metadata_timeout_s: float = option(10.0, reload="live", ge=0.1, le=600, help="How long the Hub may take to answer.")
     stall_timeout_s: float = option(
-        60.0, reload="live", ge=1, le=3600, help="A download without progress for so long is aborted."
+        60.0,
+        reload="live",
+        ge=1,
+        le=3600,
+        help="A download that brings less than 1 kB/s for this long fails.",
     )
     parallel: int = option(2, reload="live", ge=1, le=16, help="Models downloaded at the same time.")
     prune: bool = option(

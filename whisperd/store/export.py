@@ -6,13 +6,14 @@ import json
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from whisperd.errors import StoreError
 from whisperd.files import write_atomically
 from whisperd.reference import HubSource
 from whisperd.store.hub import disk_error
+from whisperd.store.names import inside
 from whisperd.store.plan import RemoteFile, Resolved
+from whisperd.store.schema import ManifestFile, check_consistent, parsed, read_bounded
 
 MANIFEST = "whisperd-manifest.json"
 VERSION = 1
@@ -28,23 +29,23 @@ class Manifest:
     files: tuple[RemoteFile, ...]
 
     def write(self, directory: Path) -> None:
-        """Last of all: a directory with a manifest is whole."""
-        write_atomically(directory / MANIFEST, json.dumps({"version": VERSION, **asdict(self)}, indent=2) + "\n")
+        """Writes the manifest; last of all, because a directory with a manifest is whole."""
+        text = json.dumps({"version": VERSION, **asdict(self)}, indent=2) + "\n"
+        write_atomically(directory / MANIFEST, text)
 
 
 def read_manifest(directory: Path) -> Manifest | None:
     """The manifest of a directory, if it has one; raises StoreError when it cannot be understood."""
     path = directory / MANIFEST
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        files = tuple(RemoteFile(**file) for file in found["files"])
-        return Manifest(repo=found["repo"], revision=found["revision"], commit=found["commit"], files=files)
+        found = parsed(ManifestFile, read_bounded(path))
+        files = tuple(file.remote for file in found.files)
+        check_consistent(files)
+        return Manifest(repo=found.repo, revision=found.revision, commit=found.commit, files=files)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StoreError(
-            f"{path} cannot be read as a manifest of whisperd: {error!r}; export the model again"
-        ) from error
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{path} cannot be read as a manifest of whisperd: {error}; export the model again") from error
 
 
 def export_model(source: HubSource, resolved: Resolved, snapshot: Path, directory: Path) -> Path:
@@ -53,12 +54,14 @@ def export_model(source: HubSource, resolved: Resolved, snapshot: Path, director
     Raises:
         StoreError: the copy could not be made; what is there has no manifest.
     """
-    target = directory / f"{source.repo_id.replace('/', '--')}--{source.revision.replace('/', '--')}"
+    target = inside(directory, f"{source.repo_id.replace('/', '--')}--{source.revision.replace('/', '--')}")
     try:
         target.mkdir(parents=True, exist_ok=True)
         (target / MANIFEST).unlink(missing_ok=True)
         for file in resolved.files:
-            shutil.copyfile(snapshot / file.path, target / file.path)
+            copy = inside(target, *file.path.split("/"))
+            copy.unlink(missing_ok=True)  # a link that lies there is not followed
+            shutil.copyfile(snapshot / file.path, copy)
         Manifest(repo=source.repo_id, revision=source.revision, commit=resolved.commit, files=resolved.files).write(
             target
         )

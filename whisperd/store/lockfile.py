@@ -1,23 +1,23 @@
-"""What whisperd remembers of a cache: which commit a revision was resolved to, and which bytes were verified."""
+"""What whisperd remembers of a cache: the commit that each revision was resolved to, and the commits it has fetched."""
 
 from __future__ import annotations
 
 import json
 import logging
 import time
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
-from whisperd.files import write_atomically
-from whisperd.reference import HubSource
-from whisperd.store.plan import RemoteFile, Resolved
+from whisperd.errors import SourceError
+from whisperd.reference import HubSource, parse
+from whisperd.store.cache import LOCK_FILE, OWN_DIR, replace_text
+from whisperd.store.plan import Resolved
+from whisperd.store.schema import Lock, parsed, read_bounded
 
 log = logging.getLogger(__name__)
 
 VERSION = 1
-LOCK_FILE = "whisperd.lock"
+LOCK_BYTES = 16 << 20
 
 
 @dataclass(slots=True, kw_only=True)
@@ -47,14 +47,18 @@ class Record:
         self.owned[repo_id] = self.owned.get(repo_id, frozenset()) | {commit}
 
     def forget(self, repo_id: str, commit: str) -> None:
-        """The commit is gone."""
+        """Forgets a commit that is removed."""
         self.owned[repo_id] = self.owned.get(repo_id, frozenset()) - {commit}
         for name, resolved in list(self.entries.items()):
             if name.partition("@")[0] == repo_id and resolved.commit == commit:
                 del self.entries[name]
 
+    def commits(self, repo_id: str) -> frozenset[str]:
+        """The commits of a repository that some revision was resolved to."""
+        return frozenset(one.commit for name, one in self.entries.items() if name.partition("@")[0] == repo_id)
+
     def write(self, cache_dir: Path) -> None:
-        """To ``whisperd.lock``, in an order that makes good diffs."""
+        """Writes ``whisperd.lock``, in an order that makes good diffs."""
         models = {
             name: {
                 "commit": resolved.commit,
@@ -65,26 +69,33 @@ class Record:
         }
         fetched = {repo_id: sorted(commits) for repo_id, commits in sorted(self.owned.items()) if commits}
         whole = {"version": VERSION, "models": models, "fetched": fetched}
-        write_atomically(cache_dir / LOCK_FILE, json.dumps(whole, indent=2) + "\n")
+        replace_text(cache_dir / LOCK_FILE, json.dumps(whole, indent=2) + "\n", cache_dir / OWN_DIR)
 
 
 def read_record(cache_dir: Path) -> Record:
-    """What is on disk. A damaged file is told and counts as empty: the refs of the cache say the same, less exactly."""
+    """Reads ``whisperd.lock``. A damaged one is logged and counts as empty: the refs say the same, less exactly."""
     path = cache_dir / LOCK_FILE
     try:
-        whole = json.loads(path.read_text(encoding="utf-8"))
-        models: Mapping[str, Any] = whole["models"] if whole["version"] == VERSION else {}
-        return Record(
-            entries={name: _resolved(entry) for name, entry in models.items()},
-            resolved_at_s={name: float(entry["resolved_at"]) for name, entry in models.items()},
-            owned={repo_id: frozenset(commits) for repo_id, commits in whole.get("fetched", {}).items()},
-        )
+        found = parsed(Lock, read_bounded(path, LOCK_BYTES))
+        for name in [*found.models, *(f"{repo_id}@main" for repo_id in found.fetched)]:
+            _check_key(name)
     except FileNotFoundError:
         return Record()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        log.warning("%s cannot be read (%r); the next reconcile that fetches writes it anew", path, error)
+    except (OSError, ValueError) as error:
+        log.warning("%s cannot be read (%s); the next reconcile that fetches writes it anew", path, error)
         return Record()
+    return Record(
+        entries={name: entry.resolved for name, entry in found.models.items()},
+        resolved_at_s={name: float(entry.resolved_at) for name, entry in found.models.items()},
+        owned={repo_id: frozenset(commits) for repo_id, commits in found.fetched.items()},
+    )
 
 
-def _resolved(entry: Mapping[str, Any]) -> Resolved:
-    return Resolved(commit=entry["commit"], files=tuple(RemoteFile(**file) for file in entry["files"]))
+def _check_key(name: str) -> None:
+    """Raises ValueError unless the key of an entry is a reference to a repository."""
+    try:
+        source = parse(name)
+    except SourceError as error:
+        raise ValueError(str(error)) from error
+    if str(source) != name or not isinstance(source, HubSource):
+        raise ValueError(f"expected owner/name@revision, got {name!r}")

@@ -7,16 +7,17 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from whisperd.reference import HubSource, Source
-from whisperd.store.sources import needed_files
+from whisperd.store.sources import Read, needed_files
 from whisperd.store.wording import MAKE_ROOM, count, short, size
 
 Kind = Literal["ok", "download", "update", "repair", "blocked"]
 
-# ``unlinked``: the bytes are in the cache, verified, but the snapshot does not lead to them.
-FileState = Literal["ok", "unlinked", "missing", "wrong_size", "wrong_hash", "not_a_link"]
+# ``unlinked`` and ``wrong_link``: the bytes are in the cache, verified, but the entry of the snapshot is missing, or
+# leads somewhere else.
+FileState = Literal["ok", "unlinked", "wrong_link", "missing", "wrong_size", "wrong_hash", "not_a_link"]
 
-NEEDS_NO_BYTES = frozenset({"ok", "unlinked"})
-DAMAGED = frozenset({"wrong_size", "wrong_hash", "not_a_link"})
+NEEDS_NO_BYTES = frozenset({"ok", "unlinked", "wrong_link"})
+DAMAGED = frozenset({"wrong_size", "wrong_hash", "not_a_link", "wrong_link"})
 INODES_PER_FILE = 3  # a blob, the link to it, and now and then a directory
 FORCED = "forced"
 
@@ -32,10 +33,14 @@ class RemoteFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resolved:
-    """A commit and the files of it that an engine needs."""
+    """A commit and the files of it that an engine needs.
+
+    ``repo`` is the name by which the Hub calls the repository, where it said so.
+    """
 
     commit: str
     files: tuple[RemoteFile, ...]
+    repo: str | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,8 +150,8 @@ class Action:
 
     @property
     def total_bytes(self) -> int:
-        """Size of the files that are fetched."""
-        return sum(file.size_bytes for file in self.files)
+        """Size of what is fetched; files with the same content are fetched once."""
+        return sum(file.size_bytes for file in contents_of(self.files))
 
     @property
     def bytes(self) -> int:
@@ -177,10 +182,15 @@ class CachePlan:
         return sum(action.bytes for action in self.actions)
 
 
-def select_files(files: Iterable[RemoteFile]) -> tuple[RemoteFile, ...]:
+def contents_of(files: Iterable[RemoteFile]) -> tuple[RemoteFile, ...]:
+    """One file for each content, in order."""
+    return tuple({file.hash: file for file in reversed(tuple(files))}.values())[::-1]
+
+
+def select_files(files: Iterable[RemoteFile], read: Read) -> tuple[RemoteFile, ...]:
     """The files that an engine needs, of the top directory only; SourceError says what a model lacks."""
     by_path = {file.path: file for file in files}
-    return tuple(by_path[path] for path in needed_files(path for path in by_path if "/" not in path))
+    return tuple(by_path[path] for path in needed_files([path for path in by_path if "/" not in path], read))
 
 
 def plan(
@@ -260,7 +270,7 @@ def _action(state: ModelState, force: bool) -> Action:
         kind=kind,
         to_commit=state.target.commit,
         files=files,
-        part_bytes=sum(min(state.part_bytes.get(file.path, 0), file.size_bytes) for file in files),
+        part_bytes=sum(min(state.part_bytes.get(file.path, 0), file.size_bytes) for file in contents_of(files)),
         file_count=len(state.target.files),
         reason=reason,
     )

@@ -13,6 +13,7 @@ from whisperd.store.wording import size
 RATE_OVER_S = 10.0  # long enough to be steady, short enough to notice a link that has become slow
 EVERY_S = 0.2
 ALL = ""
+NAME_CHARS = 200
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +50,26 @@ class Progress:
         """One line for people."""
         mine = f"downloading {self.name}: {self.model.text()}"
         return f"{mine}; all {self.n_models} models: {self.run.text()}" if self.n_models > 1 else mine
+
+
+def progress_from(value: object) -> Progress | None:
+    """A progress that another process has published, made by ``dataclasses.asdict``; None for anything else."""
+    match value:
+        case {"name": str(name), "n_models": int(n_models), "model": dict(model), "run": dict(run)}:
+            amounts = [_amount_from(one) for one in (model, run)]
+        case _:
+            return None
+    if amounts[0] is None or amounts[1] is None:
+        return None
+    return Progress(name=name[:NAME_CHARS], model=amounts[0], run=amounts[1], n_models=n_models)
+
+
+def _amount_from(value: Mapping[str, object]) -> Amount | None:
+    match value:
+        case {"done_bytes": int(done), "total_bytes": int(total), "bytes_per_s": float(rate) | int(rate)}:
+            return Amount(done_bytes=done, total_bytes=total, bytes_per_s=float(rate))
+        case _:
+            return None
 
 
 class Tracker:

@@ -23,7 +23,7 @@ class Settings:
         force: every file is fetched anew.
         verify: every file is hashed.
         metadata_timeout_s: how long the Hub may take to answer.
-        stall_timeout_s: a download without progress for this long is given up.
+        stall_timeout_s: a download that brings fewer than 1 kB/s on average for this long is given up.
         parallel: so many models are fetched at the same time.
         prune: what whisperd has fetched and the configuration does not declare is removed.
         max_cache_bytes: all blobs of the cache together stay below this; 0: no limit.
@@ -31,6 +31,8 @@ class Settings:
         update: branches move to their newest commit.
         import_dir: files are taken from this directory in place of the Hub.
         retry_wait_s: pause before the second try; each further pause is twice as long.
+        lock_timeout_s: another reconcile on the same cache is waited for as long as it makes some progress within this
+            time; 0: not at all.
     """
 
     cache_dir: Path
@@ -48,6 +50,7 @@ class Settings:
     update: bool = False
     import_dir: Path | None = None
     retry_wait_s: float = 1.0
+    lock_timeout_s: float = 600.0
 
     @classmethod
     def from_config(cls, config: Config, environ: Mapping[str, str]) -> Settings:

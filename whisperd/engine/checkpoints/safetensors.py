@@ -16,12 +16,15 @@ Tensors = Mapping[str, NDArray[Any]]
 
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16}
 BFLOAT16 = "BF16"
+# How files of torch.save begin: a zip archive, or in older releases a pickle.
+PYTORCH = (b"PK\x03\x04", b"\x80\x02")
 BLANK_TOKEN = 220  # a lone space: never the first token of a text, in every release of Whisper
 
 
 def is_ctranslate2(snapshot: Path) -> bool:
-    """True for a directory that CTranslate2 loads as it is."""
-    return (snapshot / "model.bin").is_file()
+    """True for a directory that CTranslate2 loads as it is; beside safetensors, a model.bin may be PyTorch's."""
+    path = snapshot / "model.bin"
+    return path.is_file() and not (weight_files(snapshot) and _is_pytorch(path))
 
 
 def is_huggingface(snapshot: Path) -> bool:
@@ -30,9 +33,22 @@ def is_huggingface(snapshot: Path) -> bool:
 
 
 def weight_files(snapshot: Path) -> list[Path]:
-    """The safetensors files of a snapshot: one, or its shards in order; empty where there are none."""
-    whole = snapshot / "model.safetensors"
-    return [whole] if whole.is_file() else sorted(snapshot.glob("model-*-of-*.safetensors"))
+    """The safetensors files of a snapshot: one, or the shards that the index names; empty where there are none.
+
+    Raises SourceError if the index is none.
+    """
+    whole, index = snapshot / "model.safetensors", snapshot / "model.safetensors.index.json"
+    if whole.is_file() or not index.is_file():
+        return [whole] if whole.is_file() else sorted(snapshot.glob("model-*-of-*.safetensors"))
+    shards = json_object(index).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(name, str) and "/" not in name for name in shards.values()):
+        raise SourceError(f"{index} is no index of weights: expected the names of files beside it")
+    return [snapshot / name for name in sorted(set(shards.values()))]
+
+
+def _is_pytorch(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(PYTORCH[0])).startswith(PYTORCH)
 
 
 def tensors(snapshot: Path) -> dict[str, NDArray[Any]]:

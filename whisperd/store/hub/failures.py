@@ -30,6 +30,8 @@ from whisperd.errors import (
 from whisperd.store.wording import MAKE_ROOM
 
 CAUSE_CHARS = 300
+MESSAGE_CHARS = 1000
+READ_CHARS = 10_000
 RETRIED = (HubUnreachable, HubRateLimited, HubServerError)
 
 # Classes that say less than the HTTP status, the errno or the cause that they carry.
@@ -113,7 +115,7 @@ BY_BASE: Mapping[str, type[StoreError]] = {
     "TimeoutError": HubUnreachable,
     "FileExistsError": StoreError,
     "NotADirectoryError": StoreError,
-    "OSError": HubUnreachable,  # "Consistency check failed" has no errno
+    "OSError": HubUnreachable,  # a file of another size than declared: has no errno
     "JSONDecodeError": HubUnreachable,
     "AssertionError": HubUnreachable,
     "RuntimeError": HubUnreachable,
@@ -159,6 +161,10 @@ class Subject:
     revision: str
     endpoint: str
 
+    def own(self, error: StoreError) -> StoreError:
+        """An error that whisperd raised itself, with the place."""
+        return type(error)(f"{self.repo}@{self.revision} on {self.endpoint}: {error}"[:MESSAGE_CHARS])
+
     def error(self, kind: type[StoreError], cause: str) -> StoreError:
         """An error of this kind: what, where, why, and what to try."""
         place = f"{self.repo}@{self.revision} on {self.endpoint}"
@@ -167,6 +173,11 @@ class Subject:
 
 
 def classify(error: BaseException) -> type[StoreError]:
+    """The class of whisperd for an exception that came up in a job; whisperd's own keep theirs."""
+    return type(error) if isinstance(error, StoreError) else _classify(error)
+
+
+def _classify(error: BaseException) -> type[StoreError]:
     """The class of whisperd for an exception that came out of huggingface_hub."""
     names = [cls.__name__ for cls in type(error).__mro__]
     opaque = names[0] in LOOK_INSIDE
@@ -180,7 +191,7 @@ def classify(error: BaseException) -> type[StoreError]:
     if isinstance(error, OSError) and (error.errno or 0) in BY_ERRNO:
         return BY_ERRNO[error.errno or 0]
     if error.__cause__ is not None and (opaque or BY_BASE.keys().isdisjoint(names)):
-        return classify(error.__cause__)
+        return _classify(error.__cause__)
     bases = (BY_BASE.get(name) or BY_NAME.get(name) for name in names)
     return next((base for base in bases if base is not None), HubError)
 
@@ -189,7 +200,8 @@ def describe(error: BaseException, secret: str | None) -> str:
     """The server's own words, else those of the innermost cause, in one line, without the token."""
     chain = list(_causes(error))
     told = next((one for one in chain if getattr(one, "server_message", None)), chain[-1])
-    text = " ".join(str(getattr(told, "server_message", None) or told).split())
+    text = str(getattr(told, "server_message", None) or told)[:READ_CHARS]
+    text = " ".join("".join(char if char.isprintable() else " " for char in text).split())
     status = _status(told)
     words = f"HTTP {status}: {text}" if status else f"{type(told).__name__}: {text}"
     return (words.replace(secret, "***") if secret else words)[:CAUSE_CHARS]
@@ -201,10 +213,15 @@ def retry_after_s(error: BaseException) -> float | None:
     return float(value) if value.isdecimal() else None
 
 
+def is_timeout(error: BaseException) -> bool:
+    """True if nothing came for too long."""
+    return isinstance(error, TimeoutError) or any(cls.__name__ == "TimeoutException" for cls in type(error).__mro__)
+
+
 def is_nonsense(error: BaseException) -> bool:
     """Whether what has arrived so far cannot be part of the file: its size is wrong, or there is nothing behind it."""
     return _status(error) == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE or (
-        type(error) is OSError and not error.errno  # "Consistency check failed"
+        type(error) is OSError and not error.errno  # "the file should be of size"
     )
 
 

@@ -29,12 +29,13 @@ from whisperd.subprocesses import SECRETS, LastLine, command, describe_end, kill
 log = logging.getLogger(__name__)
 
 POLL_S = 0.05
+START_S = 60.0  # a child may start slowly on a busy machine
 
 Message = Mapping[str, Any]
 
 
 class Stalled(Exception):
-    """The child made no progress for too long."""
+    """Too little came for too long."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +47,7 @@ class Connection:
         token: the secret, or None.
         state_dir: a writable directory for what the library keeps besides the cache.
         metadata_timeout_s: how long one answer may take.
-        stall_timeout_s: how long a download may make no progress.
+        stall_timeout_s: a download fails when fewer than ``MIN_BYTES_PER_S`` came on average for so long.
         retry_wait_s: how long to wait before the second try; each further wait is twice as long.
     """
 
@@ -66,50 +67,78 @@ def environment(connection: Connection) -> dict[str, str]:
         "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "HF_HUB_VERBOSITY": "error",
-        "HF_HUB_ETAG_TIMEOUT": str(max(1, round(connection.metadata_timeout_s))),
-        "HF_HUB_DOWNLOAD_TIMEOUT": str(max(1, round(min(connection.stall_timeout_s, 10)))),
         "HF_HUB_DISABLE_XET": "1",
     }
 
 
-def run(
-    job: Message, *, stall_timeout_s: float, cancel: threading.Event, size_bytes: Callable[[], int] = lambda: 0
-) -> Iterator[Message]:
-    """Starts a child for the job and yields what it says.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pace:
+    """What counts as progress: at least ``min_bytes`` more in each ``window_s``, or the end of the job."""
 
-    ``size_bytes`` is called many times a second and says how much has arrived: progress that needs no words.
+    window_s: float
+    min_bytes: float = 1.0
+
+
+def run(job: Message, pace: Pace, *, cancel: threading.Event, size_bytes: Callable[[], int] = lambda: 0) -> Message:
+    """Starts a child for the job; returns its last message.
+
+    ``size_bytes`` is called many times a second and says how much has arrived.
 
     Raises:
-        Cancelled: ``cancel`` was set; the child is dead.
-        Stalled: nothing new came for ``stall_timeout_s``; the child is dead.
-        HubError: the child died without a word of its own.
+        Cancelled: ``cancel`` was set; the child is killed.
+        Stalled: it was slower than ``pace``; the child is killed.
+        HubError: the child ended without a message.
         StoreError: what the child reported.
     """
     with _child(job) as child:
-        yield from _listen(child, _Patience(stall_timeout_s, cancel, size_bytes), job.get("token"))
+        return _result(child, Watch(pace, cancel, size_bytes), job.get("token"))
 
 
-class _Patience:
-    """Waits for a child as long as something happens."""
+class Watch:
+    """Waits for a child as long as enough arrives.
 
-    def __init__(self, stall_timeout_s: float, cancel: threading.Event, size_bytes: Callable[[], int]) -> None:
-        self._stall_timeout_s = stall_timeout_s
+    ``clock_s`` gives seconds from any beginning.
+    """
+
+    def __init__(
+        self,
+        pace: Pace,
+        cancel: threading.Event,
+        size_bytes: Callable[[], int],
+        clock_s: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._pace = pace
         self._cancel = cancel
         self._measure = size_bytes
-        self._size_bytes = size_bytes()
+        self._clock_s = clock_s
+        self._from_bytes = size_bytes()
+        self._deadline_s = clock_s() + START_S + pace.window_s
 
     def next(self, lines: queue.SimpleQueue[str | None]) -> str | None:
         """The next line; raises Stalled or Cancelled."""
-        deadline_s = time.monotonic() + self._stall_timeout_s
         while not self._cancel.is_set():
             with suppress(queue.Empty):
                 return lines.get(timeout=POLL_S)
-            if (size_bytes := self._measure()) != self._size_bytes:
-                self._size_bytes = size_bytes
-                deadline_s = time.monotonic() + self._stall_timeout_s
-            if time.monotonic() > deadline_s:
-                raise Stalled
+            self.look()
         raise Cancelled("cancelled while talking to the Hub")
+
+    def look(self) -> None:
+        """Begins a new window when enough has arrived; raises Stalled when that takes too long."""
+        size_bytes = self._measure()
+        self._from_bytes = min(self._from_bytes, size_bytes)  # a part that was useless has begun anew
+        if size_bytes - self._from_bytes >= self._pace.min_bytes:
+            self._from_bytes = size_bytes
+            self.restart()
+        elif self._clock_s() > self._deadline_s:
+            raise Stalled
+
+    def restart(self) -> None:
+        """Begins a new window now."""
+        self._deadline_s = self._clock_s() + self._pace.window_s
+
+    def allow(self, wait_s: float) -> None:
+        """Makes the window longer by a wait that the Hub has asked for."""
+        self._deadline_s += wait_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,14 +187,18 @@ def _send(process: subprocess.Popen[str], job: Message) -> None:
         stdin.flush()
 
 
-def _listen(child: _Child, patience: _Patience, secret: str | None) -> Iterator[Message]:
-    while (line := patience.next(child.lines)) is not None:
-        message = json.loads(line)
-        if message["event"] == "error":
-            raise failure(message)
-        yield message
-        if message["event"] == "done":
-            return
+def _result(child: _Child, watch: Watch, secret: str | None) -> Message:
+    while (line := watch.next(child.lines)) is not None:
+        message: Message = json.loads(line)
+        match message["event"]:
+            case "error":
+                raise failure(message)
+            case "ready":
+                watch.restart()
+            case "retry":
+                watch.allow(message["wait_s"])
+            case _:
+                return message
     last_line = hide(child.last_line.join(), [secret] if secret else [])
     ending = describe_end(child.process.wait(), last_line)
     raise HubError(f"the process that talks to the Hub {ending}; run it again")

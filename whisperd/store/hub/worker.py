@@ -1,27 +1,41 @@
 """The process that talks to the Hub: one job in on stdin, JSON lines out on stdout. Home of huggingface_hub.
 
-It ends when its stdin is closed, so that it never outlives whoever asked.
+It ends when its stdin is closed, so that it never outlives the process that started it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
-from whisperd.store.hub.failures import RETRIED, Subject, classify, describe, is_nonsense, retry_after_s
-from whisperd.version import VERSION
+from whisperd.errors import IntegrityError, StoreError
+from whisperd.store.hub.failures import (
+    RETRIED,
+    Subject,
+    classify,
+    describe,
+    is_nonsense,
+    is_timeout,
+    retry_after_s,
+)
+from whisperd.store.hub.transfer import Part, Remote
+from whisperd.store.names import inside
+from whisperd.store.plan import RemoteFile, select_files
+from whisperd.store.schema import JSON_BYTES, RevisionAnswer, check_consistent, parsed
+from whisperd.store.sources import HEAD_BYTES, Read
 
 TRIES = {"resolve": 4, "fetch": 3}  # without any progress between them
 WAIT_MAX_S = 30.0  # whatever a server asks for
 FILES_AT_ONCE = 4
-CHUNK_BYTES = 1 << 20  # what a dying link loses: the library's own 10 MiB never get through one that dies earlier
 
 Job = Mapping[str, Any]
 Done = TypeVar("Done")
@@ -35,7 +49,7 @@ class Reporter:
         self._lock = threading.Lock()
 
     def tell(self, event: str, **values: object) -> None:
-        """One line."""
+        """Writes one line."""
         with self._lock:
             self._out.write(json.dumps({"event": event, **values}) + "\n")
             self._out.flush()
@@ -46,27 +60,33 @@ def main() -> None:
     job: Job = json.loads(sys.stdin.readline())
     reporter = Reporter(sys.stdout)
     sys.stdout = sys.stderr  # whatever a library prints must not look like an event
-    threading.Thread(target=_die_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ.update(job["environment"])
     try:
         done = JOBS[job["do"]](job, reporter)
     except Exception as error:
         subject = Subject(repo=job["repo"], revision=job["revision"], endpoint=job["endpoint"])
         kind = classify(error)
-        reporter.tell("error", kind=kind.__name__, message=str(subject.error(kind, describe(error, job["token"]))))
+        told = subject.error(kind, describe(error, job["token"]))
+        found = subject.own(error) if isinstance(error, StoreError) else told
+        reporter.tell("error", kind=kind.__name__, message=str(found))
     else:
         reporter.tell("done", **done)
 
 
 def _persistently(job: Job, do: Callable[[], Done], reporter: Reporter, size_bytes: Callable[[], int]) -> Done:
-    """Does it until it works, or fails too often in a row without any byte more, or in a way that stays."""
+    """Does it until it works, fails too often in a row without any byte more, or fails in a way that stays.
+
+    A download that stands still is tried again as long as the parent process waits: it alone knows the rule.
+    """
     failures = 0
     while True:
         before_bytes = size_bytes()
         try:
             return do()
         except Exception as error:
-            failures = 1 if size_bytes() > before_bytes else failures + 1
+            if not (job["do"] == "fetch" and is_timeout(error)):
+                failures = 1 if size_bytes() > before_bytes else failures + 1
             if failures >= TRIES[job["do"]] or not issubclass(classify(error), RETRIED):
                 raise
             wait_s = min(max(retry_after_s(error) or 0.0, job["retry_wait_s"] * 2 ** (failures - 1)), WAIT_MAX_S)
@@ -75,85 +95,95 @@ def _persistently(job: Job, do: Callable[[], Done], reporter: Reporter, size_byt
 
 
 def _resolve(job: Job, reporter: Reporter) -> dict[str, object]:
-    """One request: the commit, and size and hash of each of its files."""
-    from huggingface_hub import HfApi
+    """Asks for the commit with size and hash of each file; returns those that an engine needs.
 
-    api = HfApi(endpoint=job["endpoint"], token=job["token"] or False)
+    One request; one more for the index of sharded weights, and for the first bytes of a model.bin that may be of
+    another format.
+    """
+    remote = _remote(job)
 
     def ask() -> dict[str, object]:
-        info = api.model_info(job["repo"], revision=job["revision"], files_metadata=True, timeout=job["timeout_s"])
-        files = [
-            {
-                "path": file.rfilename,
-                "size_bytes": file.size,
-                "hash": file.lfs.sha256 if file.lfs is not None else file.blob_id,
-            }
-            for file in info.siblings or ()
-        ]
-        if info.sha is None or not all(file["hash"] and file["size_bytes"] is not None for file in files):
-            raise ConnectionError("the answer names no commit, or files without size and hash: this is no Hub")
-        return {"commit": info.sha, "files": files}
+        reporter.tell("ready")  # each try has the whole time
+        answer = _revision(remote, job["revision"])
+        files = select_files(answer.files, _reader(remote, answer.sha, answer.files))
+        return {"commit": answer.sha, "files": [asdict(file) for file in files], "repo": answer.id}
 
     return _persistently(job, ask, reporter, lambda: 0)
 
 
+def _revision(remote: Remote, revision: str) -> RevisionAnswer:
+    """What the Hub says of a revision; raises ConnectionError if that is no answer of a Hub."""
+    try:
+        answer = parsed(RevisionAnswer, remote.get(remote.revision_url(revision), JSON_BYTES))
+        check_consistent(answer.files)
+    except json.JSONDecodeError:
+        raise
+    except ValueError as error:
+        raise ConnectionError(f"this is no answer of a Hub: {error}") from None
+    return answer
+
+
+def _reader(remote: Remote, commit: str, files: Sequence[RemoteFile]) -> Read:
+    """Reads the beginning of a small file; a whole one is compared with its hash."""
+    by_path = {file.path: file for file in files}
+
+    def read(name: str, n_bytes: int) -> bytes:
+        url, file = remote.file_url(commit, name), by_path[name]
+        if n_bytes <= HEAD_BYTES:
+            return remote.get_head(url, n_bytes)
+        data = remote.get(url, n_bytes)
+        kind = hashlib.sha256(data) if len(file.hash) == 64 else hashlib.sha1(b"blob %d\0" % len(data) + data)  # noqa: S324
+        if kind.hexdigest() != file.hash:
+            raise IntegrityError(f"{name} came with wrong bytes: expected {file.hash}, got {kind.hexdigest()}")
+        return data
+
+    return read
+
+
 def _fetch(job: Job, reporter: Reporter) -> dict[str, object]:
-    """Exactly the named files of one commit, each into a file with the name of its hash.
+    """Fetches exactly the given contents, each into a file with the name of its hash.
 
-    The first file that cannot be fetched ends the job: what the others have by then is kept for the next time.
+    The first one that cannot be fetched ends the job: what the others have by then is kept for the next time.
     """
-    from huggingface_hub import constants
-
-    constants.DOWNLOAD_CHUNK_SIZE = CHUNK_BYTES
+    remote = _remote(job)
+    reporter.tell("ready")
     pool = ThreadPoolExecutor(FILES_AT_ONCE)
-    for future in as_completed([pool.submit(_fetch_file, job, file, reporter) for file in job["files"]]):
+    for future in as_completed([pool.submit(_fetch_file, job, remote, file, reporter) for file in job["files"]]):
         future.result()
     return {}
 
 
-def _fetch_file(job: Job, file: Mapping[str, Any], reporter: Reporter) -> None:
-    part = Path(job["directory"], file["hash"])
-    part.touch()
+def _fetch_file(job: Job, remote: Remote, file: Mapping[str, Any], reporter: Reporter) -> None:
+    part = Part(inside(Path(job["directory"]), file["hash"]))
 
     def get() -> None:
+        if part.size_bytes > file["size_bytes"]:
+            part.truncate()
+        if part.size_bytes == file["size_bytes"]:
+            return
         try:
-            _get(job, file, part)
+            remote.append_rest(remote.file_url(job["commit"], file["path"]), part, file["size_bytes"])
         except Exception as error:
             if is_nonsense(error):
-                os.truncate(part, 0)  # more of the same would not make it whole
+                part.truncate()  # more of the same would not make it whole
             raise
 
-    _persistently(job, get, reporter, lambda: part.stat().st_size)
+    try:
+        _persistently(job, get, reporter, lambda: part.size_bytes)
+    finally:
+        part.close()
 
 
-def _get(job: Job, file: Mapping[str, Any], part: Path) -> None:
-    """The rest of a file over plain HTTP, from where it ends.
+def _remote(job: Job) -> Remote:
+    from huggingface_hub.utils import get_session  # type: ignore[attr-defined] # exported lazily
 
-    Not by the library's own download: that begins anew each time, and xet cannot be resumed and is known to hang.
-    """
-    from huggingface_hub import hf_hub_url
-    from huggingface_hub.file_download import http_get
-    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined] # exported lazily
-
-    have_bytes, size_bytes = part.stat().st_size, file["size_bytes"]
-    if have_bytes > size_bytes:
-        os.truncate(part, 0)
-        have_bytes = 0
-    if have_bytes == size_bytes:
-        return
-    with part.open("ab") as out:
-        http_get(
-            hf_hub_url(job["repo"], file["path"], revision=job["commit"], endpoint=job["endpoint"]),
-            out,
-            resume_size=have_bytes,
-            headers=build_hf_headers(token=job["token"] or False, library_name="whisperd", library_version=VERSION),
-            expected_size=size_bytes,
-        )
+    get_session()  # reads certificates and takes its time; what follows is measured
+    return Remote(endpoint=job["endpoint"], repo=job["repo"], token=job["token"], timeout_s=job["timeout_s"])
 
 
 JOBS: Mapping[str, Callable[[Job, Reporter], dict[str, object]]] = {"resolve": _resolve, "fetch": _fetch}
 
 
-def _die_with_parent() -> None:
+def _end_with_parent() -> None:
     sys.stdin.read()
     os._exit(1)
