@@ -8,6 +8,7 @@ import click
 
 from whisperd.cli.config import config
 from whisperd.cli.demo import demo
+from whisperd.cli.download import download
 from whisperd.cli.options import complain, exit_code
 from whisperd.cli.reconcile import reconcile
 from whisperd.cli.serve import serve
@@ -32,7 +33,7 @@ def cli() -> None:
     """Speech models declared in one file, kept true on disk, and served in batches from one socket."""
 
 
-for command in (serve, reconcile, config, transcribe, status, models, reload, demo):
+for command in (serve, reconcile, download, config, transcribe, status, models, reload, demo):
     cli.add_command(command)
 
 
