@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import subprocess
 
 import pytest
 
@@ -31,6 +32,8 @@ BROKEN = [
     RuntimeError("CUDA error: an illegal memory access was encountered"),
     RuntimeError("Triton Error [CUDA]: device kernel image is invalid"),
     RuntimeError("Failed to find C compiler."),
+    subprocess.CalledProcessError(1, ["gcc", "main.c"]),
+    PermissionError(13, "Permission denied", "/nonexistent/.triton"),
     RuntimeError("out of resource: shared memory, Required: 300000, Hardware limit: 232448"),
 ]
 

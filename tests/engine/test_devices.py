@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from whisperd.engine.devices import kernel_obstacle
+from whisperd.engine.devices import kernel_obstacle, set_kernel_cache
 
 
 @pytest.fixture
@@ -40,3 +40,12 @@ def test_no_headers(machine: tuple[dict[str, str], Path]) -> None:
     """The message names the file that is missing."""
     environ, _ = machine
     assert "/nowhere/Python.h is missing: install python3-dev" in str(kernel_obstacle(environ, "/nowhere"))
+
+
+def test_kernels_are_kept_beside_the_conversions(tmp_path: Path) -> None:
+    """A service has no home; whoever names a place keeps it."""
+    environ: dict[str, str] = {}
+    set_kernel_cache(tmp_path, environ)
+    assert environ == {"TRITON_CACHE_DIR": str(tmp_path / "triton")}
+    set_kernel_cache(Path("/elsewhere"), environ)
+    assert environ == {"TRITON_CACHE_DIR": str(tmp_path / "triton")}

@@ -6,7 +6,7 @@ import importlib.util
 import os
 import shutil
 import sysconfig
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
 C_COMPILERS = ("gcc", "clang", "cc")
@@ -48,6 +48,14 @@ def fp8_obstacle(capability: tuple[int, int], *, hip: bool) -> str | None:
         needed, found = (".".join(map(str, pair)) for pair in (FP8_CAPABILITY, capability))
         return f"this GPU has compute capability {found}, and 8-bit floats need {needed} (Ada, Hopper or newer)"
     return None
+
+
+def set_kernel_cache(work_dir: Path, environ: MutableMapping[str, str] = os.environ) -> None:
+    """Has Triton keep compiled kernels in ``work_dir``, unless TRITON_CACHE_DIR says where.
+
+    Its own choice is the home directory, which a service cannot write to. Call it before the first kernel is launched.
+    """
+    environ.setdefault("TRITON_CACHE_DIR", str(work_dir / "triton"))
 
 
 def kernel_obstacle(environ: Mapping[str, str] = os.environ, include: str | None = None) -> str | None:

@@ -15,7 +15,7 @@ from whisperd.engine.checkpoints import converted
 from whisperd.engine.checkpoints.safetensors import is_ctranslate2, is_huggingface
 from whisperd.engine.cpu.encoder import Encode
 from whisperd.engine.cpu.unpadded import ShortWindows
-from whisperd.engine.devices import absence, obstacle
+from whisperd.engine.devices import absence, obstacle, set_kernel_cache
 from whisperd.engine.process import ChildEngine
 from whisperd.errors import EngineError, OutOfMemory, SourceError
 from whisperd.metrics import ModelMeter
@@ -94,6 +94,7 @@ def _open_here(snapshot: Path, settings: EngineSettings, work_dir: Path, meter: 
         return _on_cpu(snapshot, vocabulary, settings, work_dir, meter)
     from whisperd.engine.cuda.engine import CudaEngine
 
+    set_kernel_cache(work_dir)
     return CudaEngine.load(
         snapshot,
         vocabulary,

@@ -1,6 +1,7 @@
 """Translates what PyTorch, CUDA and Triton raise into the errors of whisperd. Home of their failures.
 
-PyTorch and CUDA raise RuntimeError and its subclasses, Triton classes of its own. A test holds this complete for
+PyTorch and CUDA raise RuntimeError and its subclasses, Triton classes of its own, and what the C compiler and the files
+of its cache raise. A test holds this complete for
 the installed versions.
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from subprocess import CalledProcessError
 
 import torch
 
@@ -32,7 +34,8 @@ def translated() -> Iterator[None]:
 
 def is_ours(error: BaseException) -> bool:
     """True for errors of PyTorch, CUDA and Triton, and for a memory that is full."""
-    return isinstance(error, (RuntimeError, MemoryError)) or any(
+    kinds = (RuntimeError, MemoryError, OSError, CalledProcessError)  # the last two: Triton's cache and its C compiler
+    return isinstance(error, kinds) or any(
         base.__module__.partition(".")[0] == TRITON_MODULE for base in type(error).__mro__
     )
 
