@@ -146,7 +146,7 @@ def test_reconcile_command(hub: LoopbackHub, tmp_path: Path) -> None:
     assert unchecked.returncode == 4
     usage = whisperd(tmp_path, "reconcile", "-m", "nonsense")
     assert usage.returncode == 2
-    assert "not a reference" in usage.stderr
+    assert "not a model reference" in usage.stderr
 
 
 def test_old_names_of_the_environment(hub: LoopbackHub, tmp_path: Path) -> None:
