@@ -1,4 +1,4 @@
-"""What the HTTP interface needs of the daemon behind it."""
+"""What the front ends need of the daemon, and what they hand to it."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Peer(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Readiness:
-    """Whether a request sent now would be served; if not, why, and when to ask again.
+    """Whether a request sent now would be served; if not, the reason, and when to ask again.
 
-    ``draining`` says that this daemon will not become ready any more.
+    ``draining``: this daemon will not become ready any more.
     """
 
     ready: bool
@@ -48,7 +48,7 @@ class ModelCard:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chunking:
-    """How a request wants its audio cut; None is what the configuration says. Padding and silence around speech."""
+    """How the audio of a request is cut; None is the configured value. Padding and silence are those around speech."""
 
     vad_filter: bool | None = None
     threshold: float | None = None
@@ -77,15 +77,15 @@ class Admission(Protocol):
         ...
 
     def begin(self) -> None:
-        """All of the request has arrived."""
+        """Counts the request as work: all of it has arrived."""
         ...
 
     def announce(self, total_s: float, limit_s: float) -> None:
-        """So long is the audio; raises QueueFull when all together would be over ``limit_s``."""
+        """Sets the length of the audio; raises QueueFull when all requests together would be over ``limit_s``."""
         ...
 
     def progress(self, done_s: float) -> None:
-        """The audio is transcribed up to here."""
+        """Sets how much of the audio is transcribed."""
         ...
 
 
@@ -114,7 +114,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReconcileOrder:
-    """What a client asks of the cache; ``models`` of None means all that are declared."""
+    """A reconcile as a client orders it; ``models`` of None means all that are declared."""
 
     check: bool = False
     force: bool = False

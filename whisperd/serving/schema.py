@@ -179,7 +179,7 @@ class Removed(TypedDict):
 
 
 class Report(TypedDict):
-    """The event ``whisperd.report``: the outcome of a reconcile; ``lines`` say it for people."""
+    """The event ``whisperd.report``: the outcome of a reconcile; ``lines`` are for people."""
 
     exit_code: int
     wall_s: float

@@ -41,7 +41,7 @@ class UnixSocket(socket.socket):
 def bind_unix(path: Path, *, mode: int, group: str | None) -> socket.socket:
     """A listening socket at ``path``, which appears with its final mode or a narrower one.
 
-    A socket file that nobody listens on is replaced.
+    A socket file without a listener is replaced.
 
     Raises:
         ConfigError: the path, its directory or the group cannot be used.
@@ -137,7 +137,7 @@ def _refuse_foreign(directory: Path) -> None:
 
 
 def _clear(path: Path) -> None:
-    """Removes a socket that nobody listens on."""
+    """Removes a socket without a listener."""
     try:
         if not stat.S_ISSOCK(path.lstat().st_mode):
             raise _problem("socket", f"{path} exists and is not a socket; move it away or set another path")

@@ -94,7 +94,7 @@ async def cancel_and_wait(task: asyncio.Task[Any]) -> None:
         task.cancel()
         await asyncio.wait({task})
     if not task.cancelled():
-        task.exception()  # asyncio would complain about one that nobody looked at
+        task.exception()  # else asyncio logs an exception that was never retrieved
 
 
 async def stop_accepting(listeners: Sequence[socket.socket]) -> None:

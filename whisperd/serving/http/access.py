@@ -1,4 +1,4 @@
-"""Who may talk to the daemon over TCP. Over a Unix socket the file's permissions have decided that already.
+"""Access: Host, Origin and key over TCP, the peer over a Unix socket, whose file mode decides who may connect.
 
 A web page can send a form to any address on loopback, and by DNS rebinding read the answer too: so Host and Origin must
 be names of this listener, and a key, where there is one, must come with each request.
@@ -20,11 +20,11 @@ from whisperd.serving.interface import Peer
 
 LOOPBACK_NAMES = frozenset({"127.0.0.1", "::1", "localhost"})
 SCHEME = "bearer"
-HEALTH = frozenset({"/livez", "/readyz", "/healthz", "/health"})  # whoever watches over a machine has no key
+HEALTH = frozenset({"/livez", "/readyz", "/healthz", "/health"})  # monitors of a machine have no key
 
 
 class Guard:
-    """Lets through what came over a Unix socket, and of the rest what may pass.
+    """Passes on requests from a Unix socket, and those over TCP that have the right Host, Origin and key.
 
     Args:
         app: the application.
@@ -70,7 +70,7 @@ class Guard:
 
 
 def refuse_stranger(request: Request) -> None:
-    """Raises PeerNotAllowed unless the peer is root or the daemon's user. Who cannot be known is a stranger."""
+    """Raises PeerNotAllowed unless the peer is root or the daemon's user; over TCP the peer is not known."""
     found = request.scope["state"].get("peer")
     if found is None:
         raise PeerNotAllowed("this needs a connection over the Unix socket, where the kernel names the peer")

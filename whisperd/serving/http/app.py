@@ -205,7 +205,7 @@ def _card(card: ModelCard) -> schema.Model:
 
 
 async def _router_error(request: Request, error: Exception) -> Response:
-    """What starlette's router says, in OpenAI's envelope."""
+    """Errors of starlette's router, in OpenAI's envelope."""
     status = error.status_code if isinstance(error, HTTPException) else HTTPStatus.INTERNAL_SERVER_ERROR
     headers: Mapping[str, str] = (error.headers if isinstance(error, HTTPException) else None) or {}
     asked = f"{request.method} {request.url.path[:200]}"

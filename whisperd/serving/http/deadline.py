@@ -1,7 +1,7 @@
-"""How long a request may take: what its form says, and when its client will have given up.
+"""Deadlines of a request: the timeout in its form, and the timeout of its client.
 
-OpenAI's SDKs say how patient they are, and come back twice when their patience is over. So a request is ended shortly
-before, with an answer that they take for final: nobody would hear the transcript, and nobody sends the file again.
+OpenAI's SDKs send their timeout in a header, and repeat the request twice when it is over. So a request ends shortly
+before, with an answer that the SDKs take for final and do not repeat.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ READ_HEADER = "x-stainless-read-timeout"  # of Python: seconds of silence, and s
 WHOLE_HEADER = "x-stainless-timeout"  # of Node: seconds from its first byte to ours
 MARGIN = 0.05
 MARGIN_MAX_S = 1.0
-SILENCE_MIN_S = 0.5  # nobody needs a sign of life more often
+SILENCE_MIN_S = 0.5  # between two keep-alives
 HINT = "send stream=true, or give the client a longer timeout"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Deadline:
-    """When a request is given up, in seconds from now, and what its client is told then."""
+    """When a request is given up, in seconds from now, and the message to its client."""
 
     left_s: float
     message: str
@@ -33,7 +33,7 @@ def deadline(timeout_s: float | None, headers: Mapping[str, str], *, elapsed_s: 
         timeout_s: what the form says, from now.
         headers: of the request.
         elapsed_s: since they were there.
-        stream: such a client hears something all the time.
+        stream: such a client gets keep-alives, so its own timeout does not run.
     """
     found = [] if stream else list(_hints(headers, elapsed_s))
     if timeout_s is not None:
@@ -43,7 +43,7 @@ def deadline(timeout_s: float | None, headers: Mapping[str, str], *, elapsed_s: 
 
 
 def silence_s(headers: Mapping[str, str], most_s: float) -> float:
-    """How long a stream may say nothing: less than its client bears, and no longer than ``most_s``."""
+    """The longest time without a frame in a stream: half of the client's read timeout, at most ``most_s``."""
     patience_s = _seconds(headers.get(READ_HEADER, ""))
     return most_s if patience_s is None else min(most_s, max(SILENCE_MIN_S, patience_s / 2))
 
@@ -58,7 +58,7 @@ def _hints(headers: Mapping[str, str], elapsed_s: float) -> Iterator[Deadline]:
 
 
 def _seconds(text: str) -> float | None:
-    """A hint that is none is no mistake of the user's."""
+    """Seconds in a header; None for anything else, which is no mistake of the user's."""
     try:
         value = float(text)
     except ValueError:

@@ -1,4 +1,4 @@
-"""What surrounds every request: its id, its line in the log, and the one place where errors become answers."""
+"""Around every request: its id, its log line, its figures, and the one place where errors become answers."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class RequestContext:
 
     @classmethod
     def of(cls, connection: HTTPConnection) -> Self:
-        """The context that a handler's request belongs to."""
+        """The context of a handler's request."""
         found: Self = connection.scope["state"]["context"]
         return found
 
@@ -92,10 +92,10 @@ class RequestContext:
             raise Cancelled(f"the client read nothing for {self._send_idle_s:g} s") from error
 
     async def fail(self, error: Error) -> None:
-        """Tells the client what went wrong, in whichever way is still possible."""
+        """Sends the error: as an answer, or in a stream that has begun as its last event."""
         self._error_code = error.code
         if self._stuck:
-            return  # nothing more can be said to who does not listen; the server closes the connection
+            return  # the client does not read; the server closes the connection
         if not self._status:
             await error_response(error)(self._scope, self.receive, self.send)
         elif self.streaming and not self._complete:
@@ -103,7 +103,7 @@ class RequestContext:
             await self.send({"type": "http.response.body", "body": frame})
 
     def report(self) -> None:
-        """The line in the log, with fields for the journal; never what was said."""
+        """Logs the request in one line, with fields for the journal; never a transcript."""
         path = quote(self._scope["path"])
         wall_ms = round(self.wall_s * 1000)
         audio = "-" if self.audio_s is None else f"{self.audio_s:.1f}"
@@ -132,7 +132,7 @@ class RequestContext:
         )
 
     def count(self, meter: HttpMeter, routes: Collection[str]) -> None:
-        """Tells how it went; the routes are those of the application, so that nobody can invent one."""
+        """Counts the request; a path that is no route of the application counts as ``other``."""
         path, method = self._scope["path"], self._scope["method"]
         route = path if path in routes else OTHER
         meter.observe_request(route, method if method in METHODS else OTHER, self._status, self.wall_s)

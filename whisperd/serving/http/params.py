@@ -60,7 +60,7 @@ class Parameters:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Field:
-    """How one field is read: ``read`` raises ValueError for text that is not what ``expects`` says.
+    """A field of the form. ``read`` raises ValueError for text that is not what ``expects`` describes.
 
     An ``array`` may be given more than once, as a JSON list, and with ``commas`` as one text with commas between its
     items; ``choices`` are all the values there are, if they can be listed.
@@ -95,7 +95,7 @@ class Ignored:
 
 
 def parse_fields(form: Iterable[tuple[str, str]], task: Task, defaults: Options) -> Parameters:
-    """The parameters of a request; raises RequestError or UnsupportedParameter for the first field that is wrong.
+    """Reads the parameters of a request; raises RequestError or UnsupportedParameter for the first wrong field.
 
     A field without a value counts as absent: many clients send all of theirs.
     """

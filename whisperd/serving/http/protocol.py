@@ -1,6 +1,6 @@
 """uvicorn's connection and server with what they lack; imported late, when the daemon serves. Home of uvicorn.
 
-Added on its public hooks: the kernel's word on who is at the other end, a deadline and a limit for the head of a
+Added on its public hooks: the peer's credentials from the kernel, a deadline and a limit for the head of a
 request, errors in the envelope for what is no HTTP, answers to offers of another protocol and to half-closed
 connections, and a drain that does not cut off connections which were just accepted.
 """
@@ -282,11 +282,11 @@ class Connection(HttpToolsProtocol):
             raise HeadTooLong
 
     def _refuse(self, error: RequestError) -> None:
-        """Answers and listens no more; the connection is closed by the client, or after the time for a head."""
+        """Answers and reads no more; the connection is closed by the client, or after the time for a head."""
         self._refusal = error
         self._meter.observe_request(OTHER, OTHER, error.http_status, 0.0)
         self._meter.count_rejection(error.code)
-        if self.cycle and not self.cycle.response_complete:  # nothing can be said in the middle of another answer
+        if self.cycle and not self.cycle.response_complete:  # another answer is being sent
             self.transport.close()
             return
         self.transport.write(error_bytes(error))

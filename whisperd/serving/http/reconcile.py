@@ -1,4 +1,4 @@
-"""``POST /v1/whisperd/reconcile``: the daemon works on its cache, and tells how far it is."""
+"""``POST /v1/whisperd/reconcile``: the daemon works on its cache and streams its progress."""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ def _languages(transcript: Transcript) -> dict[str, Any]:
 
 
 def error_response(error: Error, *, headers: Mapping[str, str] | None = None) -> Response:
-    """An error with its status; one that passes says when to come back."""
+    """Returns an error with its status, and with the headers of ``error_headers``."""
     return JSONResponse(
         error_body(error), status_code=error.http_status, headers=error_headers(error) | dict(headers or {})
     )

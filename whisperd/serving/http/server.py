@@ -58,7 +58,7 @@ class Server:
 
 
 def turn_away(listeners: Sequence[socket.socket], error: Error, healed: Callable[[], bool]) -> int:
-    """Answers 503 with the reason to everybody who waits in these sockets; returns how many that were.
+    """Answers 503 with the reason to all clients that wait in these sockets; returns how many they were.
 
     For a daemon that cannot start: unanswered connections would make systemd start it again at once, and again. Once
     somebody came it stays a while for the others, so that many clients do not cost a start each; but whoever comes
@@ -70,7 +70,7 @@ def turn_away(listeners: Sequence[socket.socket], error: Error, healed: Callable
     count, patience_s, until_s = 0, 0.0, math.inf
     with selectors.DefaultSelector() as selector:
         for listener in listeners:
-            listener.setblocking(False)  # a file description that is shared with systemd: it says nothing by itself
+            listener.setblocking(False)  # a file description that is shared with systemd: its mode is not known
             selector.register(listener, selectors.EVENT_READ)
         while patience_s >= 0 and (ready := selector.select(patience_s)) and not (count and healed()):
             count += sum(_turn_away_one(key.fileobj, answer) for key, _ in ready)
@@ -83,7 +83,7 @@ def turn_away(listeners: Sequence[socket.socket], error: Error, healed: Callable
 def _turn_away_one(listener: Any, answer: bytes) -> int:
     try:
         connection, _ = listener.accept()
-    except BlockingIOError:  # somebody else was faster
+    except BlockingIOError:  # another process accepted it
         return 0
     with connection, contextlib.suppress(OSError):
         connection.settimeout(TURN_AWAY_S)

@@ -29,7 +29,7 @@ EXAMPLE = "curl --unix-socket SOCKET http://whisperd/v1/audio/transcriptions -F 
 
 @dataclass(slots=True, kw_only=True)
 class Upload:
-    """A form that has arrived in full. Whoever holds it closes ``file``."""
+    """A form that has arrived in full. The caller closes ``file``."""
 
     file: SpoolFile
     filename: str
@@ -46,7 +46,7 @@ class _Part:
 
 
 class _Form:
-    """Receives what the parser finds. The limits are checked here, so that no byte too much is kept."""
+    """Collects the parts that the parser finds. The limits are checked here, so that no byte over them is kept."""
 
     def __init__(self, spool: Spool, resolve: Callable[[str], object]) -> None:
         self._spool = spool
@@ -164,8 +164,8 @@ async def receive_upload(
 
     ``on_slow`` is called when the body comes so slowly that the request should yield its place.
 
-    What the headers tell is refused before the body, and a model before the file where its name comes first:
-    ``resolve`` raises for one that is not served. Whatever is raised, the spool is as it was before.
+    A length over the limits is refused before the body, and an unknown model before the file where its name comes
+    first: ``resolve`` raises for one that is not served. Whatever is raised, the spool is as it was before.
     """
     boundary = _boundary(request.headers.get("content-type", ""))
     _refuse_long(request.headers.get("content-length", ""), spool)

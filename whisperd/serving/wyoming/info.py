@@ -1,4 +1,4 @@
-"""What the daemon says of itself when it is asked to describe itself."""
+"""The answer to ``describe``: the program and its models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Accepts connections of Wyoming clients, as many as there may be, until it is told to stop."""
+"""Accepts connections of Wyoming clients, as many as there may be, until ``stop``."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class Listener:
     Args:
         service: the daemon.
         spool: shared with the HTTP interface.
-        settings: patience with a client.
+        settings: limits in time.
         drain_s: how long utterances may go on after ``stop``.
-        meter: told of each utterance.
+        meter: counts each utterance.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Listener:
         self._sessions: dict[asyncio.Task[None], Session] = {}
 
     async def serve(self, sockets: Sequence[socket.socket]) -> None:
-        """Returns after ``stop``, when all who were heard are answered or out of time; the sockets are closed then."""
+        """Returns after ``stop``, when all utterances are answered or out of time; the sockets are closed then."""
         servers = [await asyncio.start_server(self._accept, sock=one, limit=HEADER_BYTES) for one in sockets]
         await self._stopping.wait()
         await stop_accepting(sockets)
@@ -51,7 +51,7 @@ class Listener:
         await self._drain()
 
     def stop(self) -> None:
-        """Accept no more. From the event loop; may be called at any time, more than once."""
+        """Accepts no more. From the event loop; may be called at any time, more than once."""
         self._stopping.set()
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -66,7 +66,7 @@ class Listener:
 
     async def _drain(self) -> None:
         if self._sessions:
-            await asyncio.wait(self._sessions, timeout=JUST_ACCEPTED_S)  # for somebody who has just connected
+            await asyncio.wait(self._sessions, timeout=JUST_ACCEPTED_S)  # for a client that has just connected
         for session in self._sessions.values():
             session.stop()
         if self._sessions:

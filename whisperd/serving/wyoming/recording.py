@@ -24,7 +24,7 @@ PCM = 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Format:
-    """How samples come: ``width_bytes`` each (of one byte: unsigned, as in a wav file), channels interleaved."""
+    """Format of samples: ``width_bytes`` each (of one byte: unsigned, as in a wav file), channels interleaved."""
 
     rate_hz: int
     width_bytes: int
@@ -32,19 +32,19 @@ class Format:
 
     @property
     def frame_bytes(self) -> int:
-        """All channels of one moment."""
+        """Bytes of one sample of all channels."""
         return self.width_bytes * self.channels
 
     def duration_s(self, n_bytes: int) -> float:
-        """How long so many bytes sound."""
+        """Length of so many bytes."""
         return n_bytes / self.frame_bytes / self.rate_hz
 
 
 class Recording:
-    """Takes the chunks of one utterance.
+    """Collects the chunks of one utterance.
 
     Args:
-        file: empty; closed by whoever opened it.
+        file: empty; the caller closes it.
         audio_s: longer audio is refused.
     """
 
@@ -57,11 +57,11 @@ class Recording:
 
     @property
     def duration_s(self) -> float:
-        """How long it sounds."""
+        """Length of the audio."""
         return self._format.duration_s(self.n_bytes) if self._format else 0.0
 
     def add(self, chunk: Event) -> None:
-        """Appends an ``audio-chunk``; each says itself what it is.
+        """Appends an ``audio-chunk``, which carries its own format.
 
         Raises:
             RequestError: it has no format, or another one than those before.
@@ -100,7 +100,7 @@ def parse_format(data: Mapping[str, Any]) -> Format:
 
 
 def wav_header(found: Format, n_bytes: int) -> bytes:
-    """What makes a wav file of ``n_bytes`` of samples that follow."""
+    """The header of a wav file with ``n_bytes`` of samples."""
     return WAV_HEADER.pack(
         b"RIFF",
         WAV_HEADER.size - 8 + n_bytes,

@@ -1,4 +1,4 @@
-"""What a client asks for, from its events to the terms of the service."""
+"""From the events of a client to the options of a request."""
 
 from __future__ import annotations
 

@@ -36,15 +36,17 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 EVENTS_AHEAD = 2  # that were read and not looked at: behind them the client waits
-LINGER_S = 10.0  # for a client to reach the end of what it says, and to read why its connection is closed
+LINGER_S = 10.0  # for a client to end its message, and to read why its connection is closed
 LINGER_BYTES = 65_536
 OK = "ok"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """Patience with a client: for one event, between two utterances, for its reading, for its audio. ``audio_s`` is the
-    longest utterance now."""
+    """Limits in time: for one event, between two utterances, for the client's reading, for its audio.
+
+    ``audio_s`` returns the longest utterance that is allowed now.
+    """
 
     event_s: float = 10.0
     idle_s: float = 75.0
@@ -59,7 +61,7 @@ class _Turn:
 
     request_id: str = field(default_factory=lambda: f"req_{uuid.uuid4().hex}")
     started_s: float = field(default_factory=time.monotonic)
-    heard_s: float | None = None  # when the audio was complete
+    complete_s: float | None = None  # when the audio was complete
     recording: Recording | None = None
     model: str = "-"
     result: str = OK
@@ -67,7 +69,7 @@ class _Turn:
     warnings: tuple[str, ...] = ()
 
     def report(self) -> None:
-        """The line in the log; never what was said."""
+        """Logs the utterance in one line; never a transcript."""
         wall_ms = round((time.monotonic() - self.started_s) * 1000)
         n_bytes, audio_s = (self.recording.n_bytes, self.recording.duration_s) if self.recording else (0, 0.0)
         fields = {
@@ -87,20 +89,20 @@ class _Turn:
 
 
 def _empty(language: str | None) -> Transcript:
-    """What no audio says."""
+    """The transcript of no audio."""
     return Transcript(task="transcribe", language=language or "", language_probability=0.0, duration_s=0.0, segments=())
 
 
 class Session:
-    """Talks with one client; ``run`` returns when it is gone, when it made a mistake, or after ``stop``.
+    """The connection of one client; ``run`` returns when it is gone, after its first mistake, or after ``stop``.
 
     Args:
         reader: made with a limit of messages.HEADER_BYTES.
         writer: closed at the end.
         service: the daemon.
         spool: where the audio waits.
-        settings: how patient it is.
-        meter: told of each utterance.
+        settings: limits in time.
+        meter: counts each utterance.
     """
 
     def __init__(
@@ -131,7 +133,7 @@ class Session:
             await self._converse()
         except Error as error:
             await cancel_and_wait(reading)
-            await self._part(error)
+            await self._end_with(error)
         except Exception:
             log.exception("a Wyoming connection is closed: unexpected error")
         finally:
@@ -141,7 +143,7 @@ class Session:
                 await self._writer.wait_closed()
 
     def stop(self) -> None:
-        """No more utterances; who is in the middle of one gets its transcript."""
+        """Takes no more utterances; one that has begun gets its transcript."""
         self._stopping = True
         if self._idle is not None:
             self._idle.cancel()
@@ -150,7 +152,7 @@ class Session:
         """Reads ahead, so that a client that leaves is noticed whatever goes on; answers what needs no state."""
         try:
             while (event := await read_event(self._reader, self._settings.event_s)) is not None:
-                if not await self._answered(event):
+                if not await self._answer_at_once(event):
                     await self._events.put(event)
         except OSError:
             pass  # as good as its end
@@ -164,7 +166,7 @@ class Session:
         self._gone.set()
         await self._events.put(None)
 
-    async def _answered(self, event: Event) -> bool:
+    async def _answer_at_once(self, event: Event) -> bool:
         if event.type == "ping":
             from wyoming.ping import Ping, Pong
 
@@ -181,7 +183,7 @@ class Session:
                 await self._turn(event)
 
     async def _between(self) -> Event | None:
-        """The next event between two utterances; None when the client is gone, says nothing, or time is up."""
+        """The next event between two utterances; None when the client is gone, or sends none in time."""
         self._idle = asyncio.create_task(self._next(self._settings.idle_s))
         try:
             await asyncio.wait({self._idle})
@@ -225,24 +227,24 @@ class Session:
             raise Error(f"internal error; the log of the daemon has more under {turn.request_id}") from error
         finally:
             turn.report()
-            heard_s = time.monotonic() if turn.heard_s is None else turn.heard_s
-            self._meter.observe_utterance(turn.result, time.monotonic() - heard_s)
+            complete_s = time.monotonic() if turn.complete_s is None else turn.complete_s
+            self._meter.observe_utterance(turn.result, time.monotonic() - complete_s)
 
     async def _served(self, turn: _Turn, first: Event) -> Transcript:
         with await self._service.admit() as admission, self._spool.create() as file:
             turn.recording = Recording(file, self._settings.audio_s())
             with SlowWatch(self._settings.pace, admission.yield_place) as watch:
                 request = await self._recorded(turn.recording, first, watch)
-            turn.heard_s = time.monotonic()
+            turn.complete_s = time.monotonic()
             audio = turn.recording.finished()
-            if audio is None:  # somebody has only touched the button
+            if audio is None:  # a button that was only touched
                 return _empty(request.options.language)
             transcript = await self._transcribed(turn, admission, audio, request)
             turn.warnings = transcript.warnings
             return transcript
 
     async def _recorded(self, recording: Recording, first: Event, watch: SlowWatch) -> Request:
-        """Takes what comes until ``audio-stop``; returns what was asked for."""
+        """Records until ``audio-stop``; returns the request."""
         request = Request(options=self._service.default_options())
         started_s, event = time.monotonic(), first
         pace = self._settings.pace
@@ -254,10 +256,10 @@ class Session:
                 request = self._parsed(event)
             if not pace.allows(recording.n_bytes, time.monotonic() - started_s):
                 raise UploadStalled(f"the audio is slower than {pace.bytes_per_s:g} bytes a second")
-            event = await self._heard(pace.idle_s)
+            event = await self._next_in_utterance(pace.idle_s)
         return request
 
-    async def _heard(self, patience_s: float) -> Event:
+    async def _next_in_utterance(self, patience_s: float) -> Event:
         try:
             event = await self._next(patience_s)
         except TimeoutError as error:
@@ -330,8 +332,8 @@ class Session:
             self._writer.transport.abort()
             raise Cancelled("the client went away, or does not read") from error
 
-    async def _part(self, error: Error) -> None:
-        """Says what went wrong and closes: there are clients that wait for ever for what comes behind an error."""
+    async def _end_with(self, error: Error) -> None:
+        """Sends the error and closes: some clients wait for ever for an event after an error."""
         from wyoming.error import Error as ErrorMessage
 
         if self._gone.is_set():
