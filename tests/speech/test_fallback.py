@@ -9,7 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from whisperd.speech.fallback import Attempt, Options, best, compression_ratio, failure, is_silence, next_temperature
+from whisperd.speech.fallback import (
+    Attempt,
+    Options,
+    best,
+    compression_ratio,
+    failure,
+    is_echo,
+    is_silence,
+    next_temperature,
+)
 
 GOOD = Attempt(avg_logprob=-0.3, compression_ratio=1.4, no_speech_prob=0.1, temperature=0.0)
 attempts = st.builds(
@@ -68,3 +77,22 @@ def test_repetition_compresses_well() -> None:
     """A loop has a ratio far above the threshold, a sentence one below it."""
     assert compression_ratio("the second is the second is " * 10) > 2.4
     assert compression_ratio("They have been carried away by monkeys.") < 2.4
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (" Kubernetes, Grafana, Terraform.", True),
+        (" grafana", True),
+        (" Kubernetes and Grafana", False),
+        (" asked the engineer.", True),
+        (" He asked the engineer. And then", False),
+        ("", False),
+        (" ...", False),
+    ],
+)
+def test_echo(text: str, expected: bool) -> None:
+    """A text of nothing but hotwords, or a part of the prompt, is an echo."""
+    options = Options(hotwords=("Kubernetes", "Grafana Terraform"), prompt='"Why?", asked the engineer.')
+    assert is_echo(text, options) == expected
+    assert not is_echo(text, Options())

@@ -180,3 +180,11 @@ def test_logprobs() -> None:
         {"token": " caf\ufffd", "logprob": -0.5, "bytes": [32, 99, 97, 102, 195]},
         {"token": "\ufffd", "logprob": -0.1, "bytes": [169]},
     ]
+
+
+def test_unknown_language() -> None:
+    """Where nobody speaks no language is named, and the answer reads back so."""
+    silent = replace(TRANSCRIPT, language="", language_probability=0.0, segments=())
+    answer = formats.verbose_json(silent) | {"x_whisperd": formats.extension(silent, 1.0)}
+    assert answer["language"] == "unknown"
+    assert (formats.from_verbose_json(answer).language, formats.extension(silent, 1.0)["language"]) == ("", "")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tests.support.speech import Clip, noise, silence
 from whisperd.speech.units import Samples
-from whisperd.speech.vad import SpeechDetector, SpeechNetwork, SpeechStream
+from whisperd.speech.vad import Level, SpeechDetector, SpeechNetwork, SpeechStream
 
 
 @pytest.fixture(params=["onnxruntime", "pytorch"], scope="module")
@@ -53,3 +53,13 @@ def test_pieces(network: SpeechNetwork, clips: dict[str, Clip], sizes: list[int]
 def test_nothing(network: SpeechNetwork) -> None:
     """No audio gives no frames."""
     assert len(probabilities(network, silence(0.0))) == 0
+
+
+def test_quiet_speech(detector: SpeechDetector, clips: dict[str, Clip]) -> None:
+    """Speech at -50 dB begins where it begins at its own level; louder audio and silence are not changed."""
+    samples = clips["agent"].samples()
+    quiet = samples * np.float32(10 ** (-50 / 20) / np.sqrt((samples**2).mean()))
+    loud, amplified = (SpeechStream(detector).feed(one) for one in (samples, Level().amplify(quiet)))
+    assert abs(int(np.argmax(loud > 0.5)) - int(np.argmax(amplified > 0.5))) <= 1
+    assert Level().amplify(samples) is samples
+    assert not Level().amplify(np.zeros(100, np.float32)).any()

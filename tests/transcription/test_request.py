@@ -314,6 +314,19 @@ def test_silence_by_the_model(
     assert found.windows.dropped == len(engine.seen) == 1
 
 
+def test_echo_of_the_hotwords(
+    faked: Callable[[Script], tuple[FakeEngine, LoadedModel]], vocabulary: Vocabulary, clips: dict[str, Clip]
+) -> None:
+    """A window that gives the hotwords and nothing else is decoded again without them, and so is the rest of it."""
+
+    def script(window: Window) -> Hypothesis:
+        return written(vocabulary, window, " Grafana Terraform." if window.request.prompt_tokens else " monkeys")
+
+    engine, model = faked(script)
+    found = transcribe(model, clips["monkeys"].samples(), Options(hotwords=("Terraform", "Grafana"), prompt="Why?"))
+    assert (found.text, found.windows.retried, len(engine.seen)) == ("monkeys", 1, 2)
+
+
 def test_unread_speech_is_continued(
     faked: Callable[[Script], tuple[FakeEngine, LoadedModel]], vocabulary: Vocabulary, clips: dict[str, Clip]
 ) -> None:

@@ -7,6 +7,7 @@ on its own, so a batch loses none of them: a window that fails is queued again, 
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Literal
 
 from whisperd.speech.transcript import Task
 
-Reason = Literal["loop", "compression_ratio", "avg_logprob", "end_past_audio"]
+Reason = Literal["loop", "compression_ratio", "avg_logprob", "end_past_audio", "echo"]
 
 TEMPERATURES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 # A last timestamp in the padding means that the model lost its place: it then tends to leave words out. Good windows
@@ -88,6 +89,26 @@ def failure(attempt: Attempt, options: Options) -> Reason | None:
     if options.log_prob_threshold is not None and attempt.avg_logprob < options.log_prob_threshold:
         return "avg_logprob"
     return "end_past_audio" if attempt.past_audio_s > LATEST_END_PAST_AUDIO_S else None
+
+
+def is_echo(text: str, options: Options) -> bool:
+    """True for a text that consists of hotwords, or is a part of the prompt.
+
+    That is what a model writes that has a prompt and nothing to listen to. Whoever really says it is understood
+    without the prompt too.
+    """
+    said = _words(text)
+    if not said:
+        return False
+    hotwords = {word for phrase in options.hotwords for word in _words(phrase)}
+    prompt = _words(options.prompt or "")
+    is_quoted = any(prompt[at : at + len(said)] == said for at in range(len(prompt) - len(said) + 1))
+    return is_quoted or hotwords.issuperset(said)
+
+
+def _words(text: str) -> list[str]:
+    """The words of a text without punctuation and case."""
+    return re.findall(r"\w+", text.casefold())
 
 
 def next_temperature(attempts_made: int, options: Options) -> float | None:

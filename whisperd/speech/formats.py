@@ -14,6 +14,7 @@ from whisperd.speech.languages import LANGUAGES, language_code
 from whisperd.speech.subtitles import Cue, Layout, cues
 from whisperd.speech.transcript import Segment, Transcript, WindowStatistics, Word
 
+UNKNOWN = "unknown"  # the language of audio in which nobody speaks
 SEEK_FRAMES_PER_S = 100  # Whisper counts time in mel frames of 10 ms
 
 
@@ -96,7 +97,7 @@ def verbose_json(transcript: Transcript) -> dict[str, Any]:
     ``probability`` and the id of its ``segment``.
     """
     segments = [segment_dict(number, segment) for number, segment in enumerate(transcript.segments)]
-    spoken = LANGUAGES.get(transcript.language, transcript.language)
+    spoken = LANGUAGES.get(transcript.language, transcript.language) or UNKNOWN
     whole: dict[str, Any] = {
         "task": transcript.task,
         "language": "english" if transcript.task == "translate" else spoken,

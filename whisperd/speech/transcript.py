@@ -59,7 +59,8 @@ class WindowStatistics:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Transcript:
-    """The outcome of one request. ``language`` is a code such as ``"en"``.
+    """The outcome of one request. ``language`` is a code such as ``"en"``; it is empty, with a probability of 0,
+    where it was to be detected and nobody speaks.
 
     ``warnings``: sentences on what the caller should know, such as audio that is missing or a field that was ignored.
     """

@@ -17,6 +17,8 @@ from whisperd.speech.units import FRAME_SAMPLES, Floats
 
 CONTEXT_SAMPLES = 64  # each frame is seen with the end of the one before it
 STATE_SHAPE = (1, 1, 128)
+QUIET_PEAK, LOUD_PEAK = 0.05, 0.3
+GAIN_MAX = 100.0  # 40 dB
 MAX_FRAMES_PER_RUN = 1000  # about 32 s: bounds the memory of one call
 
 
@@ -67,6 +69,23 @@ class SpeechDetector:
         except self._failures as error:
             raise EngineError(f"the voice detector failed: {error}") from error
         return probabilities, hidden, cell
+
+
+class Level:
+    """Makes very quiet audio as loud as the network expects: it misses the first words of speech at -50 dB.
+
+    Louder audio stays as it is. The network takes amplified noise for noise.
+    """
+
+    def __init__(self) -> None:
+        self._peak = 0.0
+
+    def amplify(self, block: Floats) -> Floats:
+        """The next float32 [n] of the audio, seconds of it; a loud block before it still counts half."""
+        self._peak = max(float(np.abs(block).max(initial=0.0)), self._peak / 2)
+        if not 0.0 < self._peak < QUIET_PEAK:
+            return block
+        return block * np.float32(min(GAIN_MAX, LOUD_PEAK / self._peak))
 
 
 class SpeechStream:

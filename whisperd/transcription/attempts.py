@@ -24,7 +24,7 @@ class Slice:
     """Audio of a window, or the rest of one, that is being decoded, and its attempts so far.
 
     ``index`` counts the windows of the request. ``speech`` lies in ``span``; ``samples``: float32 [span length].
-    ``audio`` is the id of its first attempt at the batcher.
+    ``audio`` is the id of its first attempt at the batcher. ``is_prompted``: it is decoded with hotwords and prompt.
     """
 
     index: int
@@ -32,6 +32,7 @@ class Slice:
     speech: tuple[Span, ...]
     samples: Samples
     audio: int | None = None
+    is_prompted: bool = True
     attempts: list[tuple[Attempt, Hypothesis]] = field(default_factory=list)
 
     @property
@@ -89,7 +90,7 @@ class Attempts:
             task=self._options.task if self._builder.vocabulary.multilingual else "transcribe",
             language=self.language,
             languages=self._options.languages,
-            prompt_tokens=self._prompt,
+            prompt_tokens=self._prompt if piece.is_prompted else (),
             temperature=self._options.temperatures[len(piece.attempts)],
             beam_size=self._options.beam_size,
             best_of=self._options.best_of,
@@ -109,16 +110,28 @@ class Attempts:
         if isinstance(outcome, WindowFailure):
             raise _as_error(outcome.error)
         attempt = self._builder.figures(outcome, piece.duration_s)
-        piece.attempts.append((attempt, outcome))
         self._count.update(decoded=1, halved=outcome.halvings)
+        if self._prompt and piece.is_prompted and self._is_echo(attempt, outcome):
+            piece.is_prompted = False
+            self._repeat(piece, "echo")
+            return None
+        piece.attempts.append((attempt, outcome))
         reason = fallback.failure(attempt, self._options)
         if reason and fallback.next_temperature(len(piece.attempts), self._options) is not None:
-            self._count.update(retried=1)
-            self._meter.count_fallback(reason)
-            self.submit(piece)
+            self._repeat(piece, reason)
             return None
         chosen = fallback.best([figures for figures, _ in piece.attempts], self._options) if reason else -1
         return self._accept(piece, *piece.attempts[chosen])
+
+    def _repeat(self, piece: Slice, reason: fallback.Reason) -> None:
+        self._count.update(retried=1)
+        self._meter.count_fallback(reason)
+        self.submit(piece)
+
+    def _is_echo(self, attempt: Attempt, hypothesis: Hypothesis) -> bool:
+        if fallback.is_silence(attempt, self._options):
+            return False
+        return fallback.is_echo(self._builder.vocabulary.decode(hypothesis.tokens), self._options)
 
     def _accept(self, piece: Slice, attempt: Attempt, hypothesis: Hypothesis) -> Accepted:
         if fallback.is_silence(attempt, self._options):
@@ -143,7 +156,9 @@ class Attempts:
         """Decodes the rest of a window as a window of its own, as Whisper's seek does."""
         self._count.update(continued=1)
         samples = piece.samples[rest.start_samples - piece.span.start_samples :]
-        self.submit(Slice(index=piece.index, span=rest, speech=piece.speech, samples=samples))
+        self.submit(
+            Slice(index=piece.index, span=rest, speech=piece.speech, samples=samples, is_prompted=piece.is_prompted)
+        )
 
 
 def prompt_tokens(vocabulary: Vocabulary, options: Options) -> tuple[int, ...]:

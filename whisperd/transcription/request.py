@@ -134,8 +134,8 @@ class Transcription:
     def _transcript(self, segments: Sequence[Segment], total_samples: int, warnings: tuple[str, ...]) -> Transcript:
         return Transcript(
             task=self._task,
-            language=self._attempts.language or "en",
-            language_probability=self._attempts.language_probability,
+            language=self._attempts.language or "",
+            language_probability=self._attempts.language_probability if self._attempts.language else 0.0,
             duration_s=total_samples / SAMPLE_RATE_HZ,
             segments=tuple(segments),
             windows=self._attempts.statistics,

@@ -9,7 +9,7 @@ import numpy as np
 
 from whisperd.speech.segmentation import Cut, CutOptions, Cutter
 from whisperd.speech.units import Samples, Span
-from whisperd.speech.vad import SpeechNetwork, SpeechStream
+from whisperd.speech.vad import Level, SpeechNetwork, SpeechStream
 
 
 class SampleBuffer:
@@ -45,10 +45,10 @@ def cuts(
 
     ``blocks`` are float32 [n], mono 16 kHz.
     """
-    stream, cutter = SpeechStream(detector), Cutter(options)
+    stream, cutter, level = SpeechStream(detector), Cutter(options), Level()
     for block in blocks:
         buffer.append(block)
-        yield from cutter.feed(stream.feed(block))
+        yield from cutter.feed(stream.feed(level.amplify(block)))
         buffer.drop_before(cutter.needed_from_samples)
     yield from cutter.feed(stream.finish())
     yield from cutter.finish(buffer.end_samples)
