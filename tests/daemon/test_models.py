@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
+import weakref
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -21,7 +23,7 @@ from whisperd.daemon.open_model import ModelOpener, load, smaller
 from whisperd.engine.base import DecodeRequest, Engine, Hypothesis, Window
 from whisperd.engine.factory import EngineSettings
 from whisperd.engine.process import ChildEngine
-from whisperd.errors import EngineError, ModelLoading, ModelNotFound, OutOfMemory, SourceError
+from whisperd.errors import Cancelled, EngineError, ModelLoading, ModelNotFound, OutOfMemory, SourceError
 from whisperd.metrics import ModelMeter, Stage
 from whisperd.metrics.prometheus import Metrics
 from whisperd.speech.tokenizer import Vocabulary
@@ -207,6 +209,34 @@ def test_memory_is_given_back_when_idle() -> None:
     assert leftovers.due(n_served=3, n_active=0)
     assert not leftovers.due(n_served=3, n_active=0)
     assert leftovers.due(n_served=4, n_active=0)
+
+
+def test_trimming_collects_what_cancelled_requests_leave() -> None:
+    """An error and its frames hold each other, with everything in them; after a trim they are gone."""
+
+    class Audio:
+        """Stands for the samples of a request."""
+
+    def cancel() -> None:
+        raise Cancelled("the client went away")
+
+    def run() -> weakref.ref[Audio]:
+        audio = Audio()
+        try:
+            cancel()
+        except Cancelled as error:
+            kept = error  # the frame holds the error, the error's traceback holds the frame
+        assert kept.__traceback__ is not None
+        return weakref.ref(audio)
+
+    gc.disable()
+    try:
+        left = run()
+        assert left() is not None
+        trim()
+    finally:
+        gc.enable()
+    assert left() is None
 
 
 def test_trimming_gives_memory_back() -> None:

@@ -73,6 +73,19 @@ def test_stream(client: OpenAI, clips: dict[str, Clip]) -> None:
     assert last.text == whole
 
 
+def test_a_hint_that_the_model_lacks(client: OpenAI, clips: dict[str, Clip]) -> None:
+    """An English model leaves the German hint out, and says so; without the English one it refuses."""
+    create = client.audio.transcriptions.with_raw_response.create
+    audio = clips["monkeys"].path
+    found = create(file=audio, model="whisper-1", extra_body={"languages": ["de", "en-US"], "seed": 1})
+    assert "monkeys" in found.parse().text
+    warning = found.headers["x-whisperd-warning"]
+    assert "'seed'" in warning
+    assert "does not know the language 'de'" in warning
+    with pytest.raises(openai.BadRequestError, match="does not speak 'de'"):
+        create(file=audio, model="whisper-1", extra_body={"languages": ["de"]})
+
+
 def test_a_full_queue(daemon: DaemonProcess, client: OpenAI, clips: dict[str, Clip]) -> None:
     """While an upload is on its way the place is taken: others hear when to come back, and status is answered."""
     head = (
