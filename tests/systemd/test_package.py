@@ -69,7 +69,9 @@ def test_lintian(package: Path) -> None:
     """Debian's own checker finds no error and no warning beyond those that are overridden with a reason."""
     if shutil.which("lintian") is None:
         pytest.skip("needs lintian")
-    command = ["lintian", "--allow-root", "--fail-on", "error,warning", "--tag-display-limit", "0", str(package)]
+    # the spelling inside of libraries takes half the time, and is no error
+    quick = ("--allow-root", "-X", "binaries/spelling")
+    command = ["lintian", *quick, "--fail-on", "error,warning", "--tag-display-limit", "0", str(package)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
