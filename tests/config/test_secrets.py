@@ -15,8 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.loopback_hub import LoopbackHub
+from whisperd import download_model_if_needed
 from whisperd.config import Config, hide, known_secrets, tcp_key, token
-from whisperd.errors import ConfigError
+from whisperd.errors import ConfigError, StoreError
 from whisperd.logs import SecretFilter
 
 SECRET, OTHER = "hf_abcdefghijkl", "hf_mnopqrstuvwx"
@@ -160,3 +161,29 @@ def test_a_key_for_tcp_that_cannot_be_sent(text: str, message: str, tmp_path: Pa
     path.write_text("key\n", encoding="utf-8")
     assert tcp_key(config, {}) == "key"
     assert tcp_key(Config(), {}) is None
+
+
+@pytest.mark.parametrize("malformed", MALFORMED)
+def test_the_library_function_takes_no_malformed_token(
+    malformed: str, put: Put, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """``download_model_if_needed`` refuses it with its own error, from the environment and as an argument."""
+    for name, value in put(tmp_path, MALFORMED[malformed]).items():
+        monkeypatch.setenv(name, value)
+    for argument, origin in ((None, ""), (MALFORMED[malformed], "the argument: ")):
+        with pytest.raises(StoreError, match=f"^{origin}.*expects one line of printable ASCII") as caught:
+            download_model_if_needed(f"path:{tmp_path}", token=argument)
+        assert SECRET not in str(caught.value)
+
+
+def test_the_library_function_warns_of_a_readable_token(
+    hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, snapshot: Path, tmp_path: Path
+) -> None:
+    """Over http to another machine it says so in the log, without the token; to this machine it says nothing."""
+    monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+    assert download_model_if_needed(f"path:{snapshot}", cache_dir=tmp_path, token=SECRET) == snapshot
+    assert caplog.text == ""
+    monkeypatch.setenv("HF_ENDPOINT", "http://mirror.lan")
+    assert download_model_if_needed(f"path:{snapshot}", cache_dir=tmp_path, token=SECRET) == snapshot
+    assert "the token of the argument goes to http://mirror.lan without encryption" in caplog.text
+    assert SECRET not in caplog.text

@@ -29,7 +29,11 @@ def download(names: tuple[str, ...], force: bool, cache_dir: Path | None) -> Non
     from whisperd.store.download import download_settings
     from whisperd.store.reconcile import become_owner
 
-    settings = download_settings(force=force, cache_dir=cache_dir)
+    settings = download_settings(
+        force=force,
+        cache_dir=cache_dir,
+        on_warning=lambda warning: click.echo(f"warning: {warning}", err=True),
+    )
     become_owner(settings.cache_dir)
     with bars() as shown:
 

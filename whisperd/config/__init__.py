@@ -16,7 +16,7 @@ from whisperd.config.load import Loaded, load
 from whisperd.config.models import ModelTable
 from whisperd.config.options import DEFAULT_MODEL, Config
 from whisperd.config.render import Change, Effective, diff, effective, render
-from whisperd.config.secrets import Token, hide, known_secrets, tcp_key, token
+from whisperd.config.secrets import Token, checked_token, hide, known_secrets, tcp_key, token
 
 __all__ = [
     "DEFAULT_MODEL",
@@ -30,6 +30,7 @@ __all__ = [
     "cache_dir",
     "cache_dir_origin",
     "check",
+    "checked_token",
     "diff",
     "effective",
     "endpoint",

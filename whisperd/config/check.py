@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from whisperd.config.environment import cache_dir, cache_dir_origin, endpoint, expand, offline, spool_dir
 from whisperd.config.load import Loaded
 from whisperd.config.options import Config
-from whisperd.config.secrets import tcp_key, token
+from whisperd.config.secrets import Token, tcp_key, token
 from whisperd.errors import ConfigError, Problem
 
 SOCKET_PATH_BYTES = 107  # sun_path has 108 with its closing zero
@@ -43,10 +43,10 @@ def check(loaded: Loaded, environ: Mapping[str, str]) -> Loaded:
     return replace(loaded, warnings=(*loaded.warnings, *warnings(config, environ)))
 
 
-def warnings(config: Config, environ: Mapping[str, str]) -> Iterator[str]:
-    """Yields what works but is probably a mistake."""
+def warnings(config: Config, environ: Mapping[str, str], given: Token | None = None) -> Iterator[str]:
+    """Yields what works but is probably a mistake; ``given`` is a token that comes before those of the environment."""
     address = endpoint(config, environ)
-    if not offline(config, environ) and _is_readable_on_the_way(address) and (found := token(environ)):
+    if not offline(config, environ) and _is_readable_on_the_way(address) and (found := given or token(environ)):
         yield (
             f"the token of {found.origin} goes to {address} without encryption: anyone on the way can read it; "
             "use https://"

@@ -40,6 +40,11 @@ def token(environ: Mapping[str, str]) -> Token | None:
     return None
 
 
+def checked_token(text: str, origin: str) -> Token:
+    """A token that did not come from the environment; raises ConfigError, without the token."""
+    return Token(value=check_secret(text.encode(), where=origin, key=""), origin=origin)
+
+
 def tcp_key(config: Config, environ: Mapping[str, str]) -> str | None:
     """The key that clients must send over TCP; raises ConfigError, without the key."""
     if config.server.tcp_key_file is None:

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from whisperd.config import DEFAULT_MODEL, Config
-from whisperd.errors import SourceError, StoreError
+from whisperd.config import DEFAULT_MODEL, Config, checked_token, warnings
+from whisperd.errors import ConfigError, SourceError, StoreError
 from whisperd.reference import HubSource, parse
 from whisperd.store.names import shown
 from whisperd.store.plan import CachePlan
@@ -52,11 +52,19 @@ def download_model_if_needed(
         for line in plan_lines(plan):
             log.info("%s", line)
 
-    settings = download_settings(force=force, cache_dir=cache_dir, token=token)
+    settings = download_settings(
+        force=force, cache_dir=cache_dir, token=token, on_warning=lambda warning: log.warning("%s", warning)
+    )
     return download(model_name, settings, on_plan=on_plan, on_wait=lambda _: None)
 
 
-def download_settings(*, force: bool, cache_dir: str | Path | None, token: str | None = None) -> Settings:
+def download_settings(
+    *,
+    force: bool,
+    cache_dir: str | Path | None,
+    token: str | None = None,
+    on_warning: Callable[[str], None] = lambda _: None,
+) -> Settings:
     """The settings of a download, by the arguments and the environment; raises StoreError."""
     if not isinstance(force, bool):
         raise StoreError(f"force: expected True or False, got {shown(force)}")
@@ -64,12 +72,14 @@ def download_settings(*, force: bool, cache_dir: str | Path | None, token: str |
         raise StoreError(f"cache_dir: expected a path or None, got {shown(cache_dir)}")
     if token is not None and not isinstance(token, str):
         raise StoreError(f"token: expected text or None, got a value of type {type(token).__name__}")
-    settings = Settings.from_config(Config(force=force), os.environ)
-    return replace(
-        settings,
-        cache_dir=Path(cache_dir).absolute() if cache_dir else settings.cache_dir,
-        token=token or settings.token,
-    )
+    try:
+        given = checked_token(token, "the argument") if token else None
+        for warning in warnings(Config(), os.environ, given):
+            on_warning(warning)
+        settings = Settings.from_config(Config(force=force), os.environ, given)
+    except ConfigError as error:
+        raise StoreError(str(error)) from error
+    return replace(settings, cache_dir=Path(cache_dir).absolute()) if cache_dir else settings
 
 
 def download(

@@ -53,9 +53,12 @@ class Settings:
     lock_timeout_s: float = 600.0
 
     @classmethod
-    def from_config(cls, config: Config, environ: Mapping[str, str]) -> Settings:
-        """The settings that a configuration and an environment declare together."""
-        token = declared.token(environ)
+    def from_config(cls, config: Config, environ: Mapping[str, str], given: declared.Token | None = None) -> Settings:
+        """The settings that a configuration and an environment declare together; a ``given`` token comes first.
+
+        Raises ConfigError for a variable or a token that cannot be used.
+        """
+        token = given or declared.token(environ)
         followed = {
             "cache_dir": declared.cache_dir(config, environ),
             "endpoint": declared.endpoint(config, environ),
