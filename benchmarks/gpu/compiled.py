@@ -104,7 +104,7 @@ def _attention(dtype: str, cache: str) -> Iterator[Variant]:
         types=shared,
         constants={
             "WIDTH": WIDTH,
-            "BLOCK": kernels.CHUNK_BLOCK,
+            "BLOCK": kernels.CHUNK_BLOCKS[4 if dtype == "fp32" else 2],
             "QUERIES": kernels.CHUNK_QUERIES,
             "SCALED": scaled,
         },

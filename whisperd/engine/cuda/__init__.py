@@ -1,5 +1,5 @@
-"""Whisper in PyTorch, made for one GPU: fixed slots, and windows that join while others are decoded.
+"""Whisper in PyTorch for one GPU: fixed slots, and windows that join while others are decoded.
 
-Modules that need torch import it at their top; whoever is above imports those modules late. ``memory``,
-``onnxfile`` and ``presence`` work without torch.
+Modules that need torch import it at their top; the factory imports them late. ``memory``, ``jobs``, ``coalesce`` and
+``onnxfile`` work without torch.
 """

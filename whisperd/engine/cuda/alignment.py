@@ -112,7 +112,7 @@ def _steps(diagonals: Tensor) -> Tensor:
 
 
 def _walked(steps: Tensor, n_rows: Tensor, n_columns: Tensor) -> Tensor:
-    """From the last corner of each matrix to its first."""
+    """Walks from the last corner of each matrix to its first."""
     count, length, most_rows = steps.shape
     firsts = torch.zeros((count, most_rows), dtype=torch.int64, device=steps.device)
     which = torch.arange(count, device=steps.device)

@@ -1,8 +1,8 @@
-"""Beam search: several texts of one window side by side, of which the likeliest go on, as in openai-whisper.
+"""Beam search: several texts of one window side by side, of which the likeliest continue, as in openai-whisper.
 
-The rows of a window share its audio; when a text goes on in another row, what that row remembers is copied. Steps are
-not recorded: groups come and go. Nothing here waits for the device but ``texts``. Proven on the CPU; it HAS NEVER
-RUN ON A GPU.
+The rows of a window share its audio; when a text continues in another row, its keys and values are copied there. The
+logits of a step are recorded (``graphs``), the search itself is not: groups start and end at any step. Nothing here
+waits for the device but ``texts``. Tested on the CPU; it HAS NEVER RUN ON A GPU.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from whisperd.engine.cuda.rules import TokenRules
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Candidates:
-    """What might come next in each group, the likeliest first; all [groups, beams * (beams + 1)].
+    """The possible next tokens of each group, the likeliest first; all [groups, beams * (beams + 1)].
 
-    ``source`` is the row that is written on. ``rank`` counts the candidates before it that do not end their text.
+    ``source`` is the row that continues. ``rank`` counts the candidates before it that do not end their text.
     """
 
     scores: Tensor
@@ -35,8 +35,8 @@ class Beams:
     """The finished texts of groups of rows; a group's ``n``th text lies at its ``n``th row.
 
     Args:
-        rows: what is being written. Its last row is nobody's.
-        caches: what rows remember.
+        rows: the texts. Its last row is used by no window.
+        caches: their keys and values.
         eot: the end token.
     """
 
@@ -50,7 +50,7 @@ class Beams:
         self._n_finished = torch.zeros_like(rows.n_tokens)  # of a group, at its first row
 
     def begin(self, groups: Tensor) -> None:
-        """Groups (int64 [groups, beams]) have no finished texts yet."""
+        """Resets groups (int64 [groups, beams])."""
         self._n_finished[groups] = 0
 
     def write(self, groups: Tensor, logits: Tensor, rules: TokenRules, bound: int) -> None:
@@ -60,7 +60,7 @@ class Beams:
             groups: int64 [groups, beams], rows.
             logits: float32 [groups * beams, vocabulary].
             rules: what may come next.
-            bound: no row remembers more positions than this.
+            bound: no row has more positions than this.
         """
         found = self._candidates(groups, logits, rules)
         alive = ~self._rows.done[groups[:, :1]]
@@ -101,13 +101,13 @@ class Beams:
         )
 
     def _finish(self, groups: Tensor, found: _Candidates, alive: Tensor) -> None:
-        """Keeps texts that end before the last of those that go on, while there is room for them."""
+        """Stores texts that end before the last of those that continue, while there is room."""
         n_beams = groups.shape[1]
         ended = found.ends & (found.rank < n_beams) & found.scores.isfinite() & alive
         place = self._n_finished[groups[:, :1]] + ended.cumsum(dim=1) - 1
         fits = ended & (place < n_beams)
-        nobody = len(self._n_finished) - 1
-        target = torch.where(fits, groups.gather(1, place.clamp(0, n_beams - 1)), nobody)
+        unused = len(self._n_finished) - 1
+        target = torch.where(fits, groups.gather(1, place.clamp(0, n_beams - 1)), unused)
         self._tokens[target] = self._rows.tokens[found.source]
         self._n_tokens[target] = self._rows.n_tokens[found.source]
         self._sum_logprob[target] = found.scores

@@ -1,4 +1,4 @@
-"""Calls of many threads as few calls: for devices on which ten things beside each other take as long as one."""
+"""Coalesces concurrent calls into batches, for devices on which ten items take as long as one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Answer = TypeVar("Answer")
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class _Call(Generic[Question, Answer]):
-    """One thread that waits; ``woken`` without an answer or an error means that it is its turn to work."""
+    """One waiting thread; ``woken`` without an answer or an error: it runs the next batch."""
 
     question: Question
     woken: threading.Event = field(default_factory=threading.Event)
@@ -24,13 +24,13 @@ class _Call(Generic[Question, Answer]):
 class Coalescer(Generic[Question, Answer]):
     """A function of one question, made of a function of several; any number of threads may call it.
 
-    It has no thread of its own: who comes while nobody works does the work, and who comes meanwhile waits. Then the
-    first of those who wait works for as many of them as fit.
+    It has no thread of its own: the first caller runs a batch, and calls that arrive meanwhile wait. Then the first
+    waiting caller runs the next batch, for as many of them as fit.
 
     Args:
         answer: the answers of several questions, in order; never called twice at the same time.
         size: of one question.
-        most: the sizes of the questions that are answered together; a larger one is answered alone.
+        most: the largest sum of sizes in one batch; a larger question is answered alone.
     """
 
     def __init__(
@@ -41,14 +41,14 @@ class Coalescer(Generic[Question, Answer]):
         self._most = most
         self._lock = threading.Lock()
         self._waiting: list[_Call[Question, Answer]] = []
-        self._at_work = False
+        self._running = False
 
     def __call__(self, question: Question) -> Answer:
         """Blocks; raises what ``answer`` raised for any question that was answered together with this one."""
         call: _Call[Question, Answer] = _Call(question=question)
         with self._lock:
             self._waiting.append(call)
-            mine, self._at_work = not self._at_work, True
+            mine, self._running = not self._running, True
         if not mine:
             call.woken.wait()
         if not call.answers and call.error is None:
@@ -68,11 +68,11 @@ class Coalescer(Generic[Question, Answer]):
                 call.error = error
             raise
         finally:
-            self._hand_over(calls)
+            self._finish(calls)
 
-    def _hand_over(self, calls: list[_Call[Question, Answer]]) -> None:
+    def _finish(self, calls: list[_Call[Question, Answer]]) -> None:
         with self._lock:
-            self._at_work = bool(self._waiting)
+            self._running = bool(self._waiting)
             next_calls = self._waiting[:1]
         for call in [*calls, *next_calls]:
             call.woken.set()

@@ -26,12 +26,12 @@ class Job:
 
     @property
     def complete(self) -> bool:
-        """Whether nothing of it waits or runs."""
+        """True if none of its texts waits or runs."""
         return not self.unstarted and not self.rows
 
     @property
     def group(self) -> tuple[int, ...]:
-        """Its rows, where they are one search."""
+        """Its rows, if they are one search; else empty."""
         return tuple(sorted(self.rows)) if self.beams else ()
 
     @property
@@ -40,7 +40,7 @@ class Job:
         return None if self.beams else self.window.request.compression_ratio_threshold
 
     def plan_rows(self, plan: RowPlan) -> None:
-        """How it is to be written, and in how many rows."""
+        """Sets the plan of its rows, and how many there are."""
         request = self.window.request
         self.plan = plan
         self.beams = request.beam_size if asks_for_beams(self.window) else 0
@@ -51,7 +51,7 @@ class Job:
         return max(self.texts, key=_mean_logprob if self.beams else avg_logprob)
 
     def hypothesis(self, text: RowText, times: tuple[TokenTime, ...] | None) -> Hypothesis:
-        """What comes out of the engine."""
+        """The outcome of the window."""
         return Hypothesis(
             window_id=self.window.id,
             language=self.language[0],
@@ -66,7 +66,7 @@ class Job:
 
 
 def asks_for_beams(window: Window) -> bool:
-    """Whether a window wants to be searched."""
+    """True if a window is decoded by beam search."""
     return window.request.temperature == 0 and window.request.beam_size > 1
 
 
@@ -76,25 +76,25 @@ def avg_logprob(text: RowText) -> float:
 
 
 def _mean_logprob(text: RowText) -> float:
-    """By which openai-whisper ranks the texts of a search: the end is not counted, its probability is."""
+    """The rank of a text in a search, as in openai-whisper: without the end in the count, with its probability."""
     return text.sum_logprob / max(1, len(text.tokens))
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Slot:
-    """Room for one window. ``audio`` is what it holds, ``languages`` how likely each one is, once that was asked."""
+    """Room for one window. ``audio``: its key; ``languages``: their probabilities, once they were detected."""
 
     number: int
     audio: int | None = None
     languages: list[float] = field(default_factory=list)
 
     def forget(self) -> None:
-        """What it holds is overwritten."""
+        """Clears what is known of its content, before it is overwritten."""
         self.audio, self.languages = None, []
 
 
 class Slots:
-    """The free slots, the one that was left first at the head: audio that comes again is found as late as can be."""
+    """The free slots, the longest free first, so that audio that is decoded again is found as long as possible."""
 
     def __init__(self, count: int) -> None:
         self._free = [Slot(number=number) for number in range(count)]
@@ -110,11 +110,11 @@ class Slots:
         return found
 
     def oldest(self) -> Slot:
-        """Takes the slot that has been free for the longest time; nothing of it is remembered."""
+        """Takes the slot that has been free for the longest time, and clears it."""
         slot = self._free.pop(0)
         slot.forget()
         return slot
 
     def give_back(self, slot: Slot) -> None:
-        """Nobody reads it any more; it keeps its audio until somebody needs the room."""
+        """Frees a slot; its audio stays until the slot is taken again."""
         self._free.append(slot)

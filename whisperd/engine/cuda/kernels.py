@@ -15,7 +15,7 @@ from torch import Tensor
 from whisperd.engine.cuda.caches import Scales
 
 BLOCK = 32  # positions that a program loads at once for one new position
-CHUNK_BLOCK = 64  # the same for several new positions
+CHUNK_BLOCKS = {2: 64, 4: 32}  # the same for several new positions, by the bytes of a number: more would not fit
 CHUNK_QUERIES = 16  # new positions of one program: the least that the matrix units multiply
 PUT_BLOCK = 32  # positions that a program copies
 PARTS = (
@@ -228,7 +228,7 @@ class SlotKernels:
             *keys.stride()[:3],
             width**-0.5,
             WIDTH=width,
-            BLOCK=CHUNK_BLOCK,
+            BLOCK=CHUNK_BLOCKS[query.element_size()],
             QUERIES=CHUNK_QUERIES,
             SCALED=scales is not None,
         )

@@ -1,4 +1,4 @@
-"""Whisper's encoder and decoder. The decoder's memory lies in slots, so that its rows can come and go."""
+"""Whisper's encoder and decoder. The decoder keeps keys and values in slots, so that rows start and end at any step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FLOAT16_LIMIT = 64_504.0  # float16's largest less 1000: residuals of large mode
 
 
 class Encoder:
-    """Mel spectrograms to states."""
+    """Encodes mel spectrograms."""
 
     def __init__(self, weights: EncoderWeights, n_heads: int) -> None:
         self._weights = weights
@@ -38,7 +38,7 @@ class Encoder:
 
 
 class Decoder:
-    """Tokens of many rows, each at its own position in its own slot, to states and logits."""
+    """Decodes tokens of many rows, each at its own position in its own slot."""
 
     def __init__(self, weights: DecoderWeights, n_heads: int, caches: Caches) -> None:
         self._weights = weights
@@ -80,15 +80,15 @@ class Decoder:
         positions = first[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
         states = functional.embedding(tokens, weights.embedding) + functional.embedding(positions, weights.positions)
         frames = self.caches.cross_keys.shape[3]
-        seen, heard = first + 1, torch.full_like(windows, frames)
+        text_live, audio_live = first + 1, torch.full_like(windows, frames)
         if active is not None:
-            seen, heard = seen * active, heard * active
+            text_live, audio_live = text_live * active, audio_live * active
         scores: list[Tensor] = []
         for index, layer in enumerate(weights.layers):
-            states = states + self._self_attended(index, layer, states, rows, first, seen, bound)
+            states = states + self._self_attended(index, layer, states, rows, first, text_live, bound)
             query = _split(_linear(_norm(states, layer.cross_norm), layer.cross_q), self._n_heads)
             scores += [self._scores(index, head, query, windows) for number, head in heads if number == index]
-            found = self.caches.attend_audio(index, query, windows, heard)
+            found = self.caches.attend_audio(index, query, windows, audio_live)
             states = states + _linear(_joined(found), layer.cross_out)
             states = _mlp(layer, states)
         return _norm(states, weights.norm), scores
@@ -104,12 +104,12 @@ class Decoder:
         states: Tensor,
         rows: Tensor,
         first: Tensor,
-        seen: Tensor,
+        live: Tensor,
         bound: int,
     ) -> Tensor:
         query, key, value = _qkv(layer, states, self._n_heads)
         self.caches.put_text(index, rows, first, key, value)
-        found = self.caches.attend_text(index, query, rows, seen, bound)
+        found = self.caches.attend_text(index, query, rows, live, bound)
         return _linear(_joined(found), layer.out)
 
     def _scores(self, index: int, head: int, query: Tensor, windows: Tensor) -> Tensor:

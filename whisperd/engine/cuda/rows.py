@@ -1,4 +1,4 @@
-"""What every row of the decoder writes: state on the device, one entry for each row."""
+"""The texts of the decoder's rows: state on the device, one entry for each row."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from whisperd.engine.cuda.rules import History, Loops, TokenRules
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowPlan:
-    """How one row is to write.
+    """The plan for one row.
 
-    ``prefix`` is what it is shown first, ``start_at`` the place of the start token in it. ``temperature`` 0 is greedy.
+    ``prefix`` is read first; ``start_at`` is the place of the start token in it. ``temperature`` 0 is greedy.
     The text has at least ``min_tokens`` and at most ``max_tokens``; equal, they force its length.
     """
 
@@ -31,7 +31,7 @@ class RowPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowText:
-    """What one row wrote, without the end token; ``sum_logprob`` includes it. ``looped``: it was broken off."""
+    """The text of one row, without the end token; ``sum_logprob`` includes it. ``looped``: it was stopped."""
 
     tokens: tuple[int, ...]
     sum_logprob: float
@@ -40,7 +40,7 @@ class RowText:
 
 
 class Rows:
-    """The tensors of all rows; the host reads ``done`` now and then, and the rest of a row once."""
+    """The tensors of all rows; the host reads ``done`` after each turn, and the rest of a row once."""
 
     def __init__(self, n_rows: int, *, eot: int, timestamp_begin: int, device: torch.device) -> None:
         def integers(value: int = 0) -> Tensor:
@@ -111,16 +111,16 @@ class Rows:
         self.loops.append(rows, picked, text & (picked < self._eot))
 
     def copy(self, source: Tensor, rows: Tensor) -> None:
-        """Rows (int64 [rows]) go on with the texts of others (int64 [rows]) that have the same plan."""
+        """Copies the texts of the rows ``source`` (int64 [rows]) to ``rows``; both have the same plan."""
         for target in (self.tokens, self.n_tokens, self.last, self.previous, self.last_timestamp, self.sum_logprob):
             target[rows] = target[source]
 
     def progress(self, rows: Tensor) -> Tensor:
-        """bool [2, rows]: whose text is complete, and whose repeats itself."""
+        """bool [2, rows]: True if the text is complete, and if it repeats itself."""
         return torch.stack([self.done[rows], self.loops.going(rows)])
 
     def texts(self, rows: Tensor) -> list[RowText]:
-        """What rows wrote; the host waits for it."""
+        """The texts of rows; the host waits for them."""
         counts = self.n_tokens[rows].tolist()
         tokens = self.tokens[rows].tolist()
         figures = torch.stack([self.sum_logprob[rows], self.no_speech[rows]], dim=1).tolist()
@@ -130,7 +130,7 @@ class Rows:
         ]
 
     def history(self, rows: Tensor) -> History:
-        """What the rules must know."""
+        """The state that the rules need."""
         return History(
             n_tokens=self.n_tokens[rows],
             last=self.last[rows],

@@ -16,7 +16,7 @@ NEVER = float("-inf")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class History:
-    """What the rules know of each row; all tensors have one entry for each row.
+    """The state of each row that the rules need; all tensors have one entry for each row.
 
     ``n_tokens`` counts what was written, ``last`` and ``previous`` are the last two of it. ``last_timestamp`` is the
     last timestamp token, -1 where there is none. ``timestamps`` says whether the row writes any. ``min_tokens``: the
@@ -101,7 +101,9 @@ NONE = -1  # no token
 
 
 class Loops:
-    """For each row and each period, how many of its last text tokens equal the one that many places before."""
+    """Finds rows that repeat themselves. Only text counts: in a loop with timestamps the times move on.
+
+    For each row and each period, it counts how many of the last text tokens equal the one that many places before."""
 
     def __init__(self, n_rows: int, device: torch.device) -> None:
         self.recent = torch.full((n_rows, PERIOD_MAX_TOKENS), NONE, dtype=torch.int64, device=device)
@@ -110,7 +112,7 @@ class Loops:
         self._needed = torch.maximum((ROUNDS_MIN - 1) * periods, REPEATED_MIN_TOKENS - periods)
 
     def begin(self, rows: Tensor) -> None:
-        """Rows start anew."""
+        """Resets rows."""
         self.recent[rows] = NONE
         self.equal[rows] = 0
 
@@ -122,5 +124,5 @@ class Loops:
         self.recent[rows] = torch.where(text, torch.cat([tokens[:, None], recent[:, :-1]], dim=1), recent)
 
     def going(self, rows: Tensor) -> Tensor:
-        """bool [rows]: whose text ends in so many rounds, and so many tokens, of the same."""
+        """bool [rows]: True if the text ends in enough rounds, and enough tokens, of the same."""
         return (self.equal[rows] >= self._needed).any(dim=1)
