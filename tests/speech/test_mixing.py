@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from whisperd.speech.mixing import RangeMeter, as_channels, channel_weights, downmix, within_range
+from whisperd.speech.mixing import RangeMeter, as_channels, channel_weights, downmix, is_plausible, within_range
 
 STEREO = channel_weights(["FL", "FR"])
 SURROUND = channel_weights(["FL", "FR", "FC", "LFE", "BL", "BR"])
@@ -99,3 +99,10 @@ def test_scale_of_floats(samples: np.ndarray, scale: float | None) -> None:
     meter = RangeMeter()
     meter.feed(samples)
     assert meter.scale == scale
+
+
+def test_plausible_floats() -> None:
+    """Sound within [-1, 1] is taken as it is; integers written as floats, NaN and infinity are not."""
+    assert is_plausible(np.stack([TONE, SILENCE]))
+    for wrong in (TONE * np.float32(32_768), np.full_like(TONE, np.nan), np.full_like(TONE, np.inf)):
+        assert not is_plausible(np.stack([TONE, wrong]))

@@ -109,3 +109,12 @@ def test_remains_of_a_file(found: Completeness) -> None:
     """When more than two thirds are missing, an answer would mislead."""
     assert found.is_mostly_missing
     assert found.missing_s > MISSING_S
+
+
+@given(st.floats(0, 100), st.floats(0, 100) | st.none())
+def test_sound_in_place_has_no_hole(position_s: float, stamp_s: float | None) -> None:
+    """What is in place needs no silence, and what needs silence is not in place."""
+    timeline = Timeline(None)
+    in_place = timeline.is_in_place(position_s, stamp_s)
+    assert in_place == (stamp_s is None or abs(stamp_s - position_s) <= TOLERANCE_S)
+    assert not in_place or timeline.hole_s(position_s, stamp_s) == 0.0
