@@ -44,7 +44,8 @@ def main() -> None:
 
     gc.collect()
     gc.freeze()  # what lives now is not touched, and so not copied, by collections in children
-    _Server(control).run()
+    with control:
+        _Server(control).run()
 
 
 class _Server:
@@ -66,6 +67,8 @@ class _Server:
                     os.read(wake_up, 4096)
                 self._reap()
             if self._control.fileno() in readable and not self._start():
+                for end in self._children.values():
+                    end.close()
                 return
 
     def _start(self) -> bool:
