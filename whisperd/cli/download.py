@@ -1,4 +1,4 @@
-"""``whisperd download``: models made present, as paths; ``download_model_if_needed`` for the shell."""
+"""``whisperd download``: fetches models and prints their paths; ``download_model_if_needed`` for the shell."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @click.option("--force", is_flag=True, help="Fetch every file anew.")
 @click.option("--cache-dir", type=click.Path(path_type=Path, file_okay=False), help="Another cache.")
 def download(names: tuple[str, ...], force: bool, cache_dir: Path | None) -> None:
-    """Fetch models as far as they are not there, and print the directory of each.
+    """Fetch missing models and print their paths.
 
     Without -m the model that WHISPER_MODEL names, else the default model. Reads no configuration file: cache, Hub and
     token are what the environment says. A complete model needs neither network nor write access.
