@@ -96,3 +96,11 @@ def test_files() -> None:
     assert "01:01:40.000 --> 01:01:42.000\n&lt;b&gt;x&lt;/b&gt; --&gt; y\n" in vtt
     times = re.findall(r"(\d\d:\d\d:\d\d,\d{3}) --> (\d\d:\d\d:\d\d,\d{3})", laid_out)
     assert [edge for pair in times for edge in pair] == sorted(edge for pair in times for edge in pair)
+
+
+def test_a_full_cue_ends_at_its_last_comma() -> None:
+    """Where a sentence is too long for a cue, the cue ends at the last comma of its second half."""
+    texts = [f" word{n:02d}{',' if n == 8 else ''}" for n in range(16)]
+    words = tuple(Word(text=text, start_s=n / 4, end_s=n / 4 + 0.2, probability=1.0) for n, text in enumerate(texts))
+    found = cues([replace(segment(0, 4, "".join(texts)), words=words)], Layout())
+    assert found[0].lines[-1].endswith("word08,")
