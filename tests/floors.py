@@ -16,7 +16,7 @@ CONTRACT = "the pure core does no I/O and knows no heavy library"
 
 
 def pure_modules() -> list[str]:
-    """Their paths, from the import contract that keeps them pure."""
+    """The paths of the pure modules, from the import contract that keeps them pure."""
     tools = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]
     (contract,) = [one for one in tools["importlinter"]["contracts"] if one["name"] == CONTRACT]
     return [f"{name.replace('.', '/')}.py" for name in contract["source_modules"]]

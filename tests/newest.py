@@ -19,7 +19,7 @@ EXTRAS = ("embedded", "wyoming", "test")
 OPTIONS = ("-q", "-p", "no:cacheprovider", "--hypothesis-profile=quick")  # the properties are tested by the other run
 LEFT_OUT = ("tests/integration", "tests/systemd")
 LINTERS = ("mypy", "ruff", "import-linter", "coverage", "pytest-cov", "types-")  # no test needs them
-NEWEST_MINOR = 20  # of Python 3; a version that does not exist is not found
+NEWEST_MINOR = 20  # of Python 3; a version that does not exist is skipped
 PROBE = "import ensurepip, ssl, sys, venv; print('%d %d' % sys.version_info[:2])"
 
 

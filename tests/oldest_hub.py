@@ -17,9 +17,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 LIBRARY = "huggingface_hub"
-# the seam to the library: its exceptions, the whole way of a model, and what happens to bodies and to processes
+# the code next to the library: its exceptions, the whole way of a model, and its bodies and processes
 TESTS = ("tests/store/test_hub.py", "tests/store/test_reconcile.py", "tests/integration/test_faults_body.py")
-LEFT_OUT = "plain or waited_for or lasting"  # of the library alone, slow, or far from the seam
+LEFT_OUT = "plain or waited_for or lasting"  # tests of the library alone, slow ones, or those that use little of it
 
 
 def oldest() -> str:

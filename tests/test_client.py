@@ -50,7 +50,7 @@ def transcribe(client: Client, file: BinaryIO, **fields: str) -> tuple[dict[str,
 
 
 def test_calls(client: Client, whisperd: Daemon) -> None:
-    """Status, models, readiness and reload are plain calls."""
+    """Status, models, readiness and reload work as plain calls."""
     assert client.status() == STATUS
     assert [model["id"] for model in client.models()] == [MODEL, "local"]
     assert client.reload()["changed"] == []
@@ -60,7 +60,7 @@ def test_calls(client: Client, whisperd: Daemon) -> None:
 
 
 def test_transcribe_a_file(client: Client, whisperd: Daemon) -> None:
-    """A file arrives byte for byte from its position on, the events come in order, the whole comes back."""
+    """A file arrives byte for byte from its position on, the events come in order, and the transcript is complete."""
     data = os.urandom(700_000)
     file = io.BytesIO(b"skipped" + data)
     file.seek(7)
@@ -81,7 +81,7 @@ def test_transcribe_a_file(client: Client, whisperd: Daemon) -> None:
 
 
 def test_transcribe_a_pipe(client: Client, whisperd: Daemon) -> None:
-    """What has no length is sent in chunks as it comes."""
+    """Input without a length is sent in chunks as it comes."""
     read, write = os.pipe()
     with os.fdopen(read, "rb") as reader:
 
@@ -99,7 +99,7 @@ def test_transcribe_a_pipe(client: Client, whisperd: Daemon) -> None:
 
 
 def test_translate(client: Client) -> None:
-    """Translations go to their own route."""
+    """Translations use their own route."""
     told = client.transcribe(
         io.BytesIO(b"x"), filename="a.wav", fields={}, on_event=lambda _kind, _data: None, translate=True
     )
@@ -107,7 +107,7 @@ def test_translate(client: Client) -> None:
 
 
 def test_an_output_that_breaks(client: Client, whisperd: Daemon) -> None:
-    """What the caller's own callback raises comes out as it is and is not blamed on the daemon."""
+    """An exception of the caller's callback is raised unchanged and not attributed to the daemon."""
 
     def broken(_kind: str, _data: dict[str, Any]) -> None:
         raise BrokenPipeError("stdout is gone")
@@ -119,7 +119,7 @@ def test_an_output_that_breaks(client: Client, whisperd: Daemon) -> None:
 
 
 class Endless(io.RawIOBase):
-    """A pipe that never ends; counts what was taken."""
+    """A pipe that never ends; counts the bytes that were read."""
 
     def __init__(self) -> None:
         self.taken_bytes = 0
@@ -134,7 +134,7 @@ class Endless(io.RawIOBase):
 
 @pytest.mark.parametrize("not_ready", [True, False])
 def test_an_early_answer_stops_the_upload(client: Client, whisperd: Daemon, not_ready: bool) -> None:
-    """An answer that comes during the upload is read at once: a file without end is refused, not sent for ever."""
+    """An answer during the upload is read at once: an endless file is refused and not sent for ever."""
     whisperd.service.now = Readiness(ready=not not_ready, reason="still loading")
     file = Endless()
     with pytest.raises(RemoteError) as caught:
@@ -145,7 +145,7 @@ def test_an_early_answer_stops_the_upload(client: Client, whisperd: Daemon, not_
 
 
 def test_a_large_file_is_refused_by_its_length(client: Client) -> None:
-    """With a known length, the refusal is read although the body was cut off."""
+    """With a known length, the refusal is read although the body was not sent whole."""
     with pytest.raises(RemoteError, match="at most 1000000 are accepted") as caught:
         transcribe(client, io.BytesIO(b"x" * 20_000_000))
     assert caught.value.status == 413
@@ -177,7 +177,7 @@ def test_a_file_that_shrinks(client: Client, whisperd: Daemon) -> None:
 def test_errors_of_the_daemon(
     client: Client, whisperd: Daemon, error: Exception, status: int, exit_code: int, late: bool
 ) -> None:
-    """What the daemon says comes back with its exit code, before the first event and after it."""
+    """The daemon's message is raised with its exit code, before the first event and after it."""
     if late:
         whisperd.service.late_error = error
     else:
@@ -189,7 +189,7 @@ def test_errors_of_the_daemon(
 
 
 def test_a_reload_that_is_refused(client: Client, whisperd: Daemon) -> None:
-    """The problems of the configuration come back line by line, with its exit code."""
+    """The problems of the configuration are returned line by line, with the exit code."""
     whisperd.service.reload_error = ConfigError(
         Problem(where="f", key="a", message="is wrong"), Problem(where="f", key="b", message="is missing")
     )
@@ -199,14 +199,14 @@ def test_a_reload_that_is_refused(client: Client, whisperd: Daemon) -> None:
 
 
 def test_an_unknown_model(client: Client) -> None:
-    """A name that is not served is the caller's mistake."""
+    """A model that is not served is the caller's mistake."""
     with pytest.raises(RemoteError, match="no model 'nope'") as caught:
         transcribe(client, io.BytesIO(b"x"), model="nope")
     assert caught.value.remote_exit_code == 2
 
 
 def test_no_daemon(tmp_path: Path) -> None:
-    """A missing or dead socket is named, with what to try."""
+    """A missing or stale socket is named, with what to try."""
     path = tmp_path / "whisperd.sock"
     with pytest.raises(DaemonUnreachable, match=f"no daemon answers at {path} .*systemctl start whisperd"):
         Client(path).status()
@@ -219,7 +219,7 @@ def test_no_daemon(tmp_path: Path) -> None:
 
 
 def test_no_permission(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A socket of another group says which group to join; nobody is asked to join one that may not either."""
+    """The error for another group's socket says which group to join, but not for a group without access."""
     path = tmp_path / "whisperd.sock"
     path.touch()
     if os.geteuid() == 0:
@@ -241,7 +241,7 @@ def test_no_permission(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @contextmanager
 def misbehaving(path: Path, answer: Callable[[socket.socket], None]) -> Iterator[Client]:
-    """A server that takes one connection, reads a little, does as it likes and hangs up."""
+    """A server that takes one connection, reads a little, answers as scripted and closes."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         listener.bind(str(path))
         listener.listen()
@@ -276,7 +276,7 @@ STREAM = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
     ],
 )
 def test_a_connection_that_is_lost(tmp_path: Path, sent: bytes) -> None:
-    """Wherever the answer breaks off, it is told as a daemon that went away."""
+    """Wherever the answer breaks off, the error says that the daemon closed the connection."""
     with (
         misbehaving(tmp_path / "s", lambda connection: connection.sendall(sent)) as client,
         pytest.raises(DaemonUnreachable, match="closed the connection before it had answered"),
@@ -285,8 +285,8 @@ def test_a_connection_that_is_lost(tmp_path: Path, sent: bytes) -> None:
 
 
 def test_an_answer_behind_a_broken_pipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An answer that comes while a piece is stuck on its way is read after the connection broke."""
-    monkeypatch.setattr("whisperd.client._answered", lambda _: False)  # as if it had come just after the look
+    """An answer that arrives while a send is blocked is read after the connection broke."""
+    monkeypatch.setattr("whisperd.client._answered", lambda _: False)  # as if it had arrived just after the check
     page = b'HTTP/1.1 503 No\r\nContent-Length: 49\r\n\r\n{"error":{"message":"later","code":"queue_full"}}'
     with (
         misbehaving(tmp_path / "s", lambda connection: connection.sendall(page)) as client,
@@ -307,7 +307,7 @@ def test_an_answer_that_is_not_whisperd(tmp_path: Path) -> None:
     assert caught.value.remote_exit_code == 1
 
 
-def test_a_daemon_that_says_nothing(tmp_path: Path) -> None:
+def test_a_daemon_that_does_not_answer(tmp_path: Path) -> None:
     """With a limit on silence, a hanging daemon is reported."""
     hang = threading.Event()
     with misbehaving(tmp_path / "s", lambda _: (hang.wait(PATIENCE_S), None)[1]):

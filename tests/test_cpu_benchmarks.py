@@ -1,4 +1,4 @@
-"""The benchmarks of fairness and endurance work, end in time, and see what they are there to see."""
+"""The benchmarks of fairness and endurance work, end in time, and detect what they measure."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Stuck:
 
 
 def test_fairness(clips: dict[str, Clip], capsys: pytest.CaptureFixture[str]) -> None:
-    """A real daemon through all three runs: every clip and the file come back, and the table and the JSON say so."""
+    """A real daemon completes all three runs: every clip and the file come back, as the table and the JSON show."""
     clip, long = str(clips["monkeys"].path), str(clips["agent"].path)
     fairness.main([clip, long, "--hours", "0", "--idle-s", "2", "--limit-s", "120"])
     printed = capsys.readouterr().out.splitlines()
@@ -81,7 +81,7 @@ def test_fairness(clips: dict[str, Clip], capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_a_server_that_is_stuck(clips: dict[str, Clip], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The run ends at its limit, and what did not come back is neither forgotten nor taken for fast."""
+    """The run ends at its limit, and missing answers are counted and not taken for fast."""
     options = argparse.Namespace(
         clip=clips["monkeys"].path, long=clips["monkeys"].path, hours=0.0, idle_s=1.0, rounds=1, limit_s=1.8
     )
@@ -96,7 +96,7 @@ def test_a_server_that_is_stuck(clips: dict[str, Clip], tmp_path: Path, capsys: 
 
 
 def test_latency_counts_from_the_schedule(clips: dict[str, Clip], tmp_path: Path) -> None:
-    """A clip that was sent late has waited, whoever is to blame."""
+    """The latency of a clip that was sent late includes the wait, whatever the cause."""
     stuck = Stuck()
     fairness.make_long(clips["monkeys"].path, tmp_path / "clip.wav", 0.0)
     with subprocess.Popen(list(stuck.command())) as process:
@@ -107,13 +107,13 @@ def test_latency_counts_from_the_schedule(clips: dict[str, Clip], tmp_path: Path
 
 
 def test_silence_is_no_answer() -> None:
-    """A server that answers at once without text has not answered."""
+    """An answer at once without text does not count as an answer."""
     with pytest.raises(NoAnswer):
         answer(" \n", 1)
 
 
 def test_percentiles_with_losses() -> None:
-    """What is lost is slower than everything that came."""
+    """A lost request ranks slower than every answered one."""
     latencies_s = [0.2, math.inf, 0.1, 0.3]
     assert fairness.percentile(latencies_s, 50) == 0.2
     assert math.isinf(fairness.percentile(latencies_s, 99))
@@ -121,7 +121,7 @@ def test_percentiles_with_losses() -> None:
 
 
 def test_soak(clips: dict[str, Clip], capsys: pytest.CaptureFixture[str]) -> None:
-    """A real daemon bears everything that clients do, and the verdict is computed."""
+    """A real daemon passes the soak run, and the verdict is computed."""
     path = str(clips["monkeys"].path)
     code = soak.main([path, path, "--minutes", "0.05", "--clients", "2"])
     printed = capsys.readouterr().out.splitlines()
@@ -133,7 +133,7 @@ def test_soak(clips: dict[str, Clip], capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_an_outcome_that_may_not_be() -> None:
-    """It is counted apart, with what it was."""
+    """An outcome that is not allowed is counted apart."""
     load = soak.Load([Action(do=lambda: "500", weight=1, allowed=frozenset({"done"}))])
     load.everything_once()
     assert list(load.unexpected.values()) == [1]
@@ -158,7 +158,7 @@ def test_trend(start_mib: float, slope: float, noise: list[float]) -> None:
 
 
 def test_too_few_samples() -> None:
-    """Nothing is said of a trend then."""
+    """Too few samples give no trend."""
     found = trend([QUIET, QUIET])
     assert math.isnan(found.mib_per_hour)
     assert not list(complaints(found, QUIET, QUIET, LIMITS))
@@ -168,7 +168,7 @@ def test_too_few_samples() -> None:
     ("found", "after", "complaint"),
     [
         (Trend(mib_per_hour=30, error=5), QUIET, "memory grows by 30.0 MiB"),
-        (Trend(mib_per_hour=30, error=16), QUIET, ""),  # may be chance
+        (Trend(mib_per_hour=30, error=16), QUIET, ""),  # may be noise
         (Trend(mib_per_hour=15, error=1), QUIET, ""),  # little enough
         (Trend(mib_per_hour=0, error=1), replace(QUIET, n_descriptors=12), "12 descriptors"),
         (Trend(mib_per_hour=0, error=1), replace(QUIET, n_threads=30), "30 threads"),
@@ -176,5 +176,5 @@ def test_too_few_samples() -> None:
     ],
 )
 def test_complaints(found: Trend, after: Sample, complaint: str) -> None:
-    """Each kind of growth has its complaint, and chance has none."""
+    """Each kind of growth has its complaint, and noise has none."""
     assert [text[: len(complaint)] for text in complaints(found, QUIET, after, LIMITS)] == [complaint] * bool(complaint)

@@ -1,4 +1,4 @@
-"""What README, docs, CONTRIBUTING and SECURITY say is true of the code beside them."""
+"""What README, docs, CONTRIBUTING and SECURITY say is true of the code."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_links_resolve(page: Path) -> None:
 
 @PAGE
 def test_commands_are_understood(page: Path) -> None:
-    """Every command that is shown exists, with its options and arguments."""
+    """Every command in the pages exists, with its options and arguments."""
     for arguments in commands(page):
         context = click.Context(cli, info_name="whisperd", **cli.context_settings)
         name, command, rest = cli.resolve_command(context, arguments)
@@ -81,14 +81,14 @@ def test_commands_are_understood(page: Path) -> None:
 
 
 def test_every_command_is_shown() -> None:
-    """No command goes without a line in the README or the docs."""
+    """Every command has a line in the README or the docs."""
     shown = {arguments[0] for page in PAGES for arguments in commands(page)}
     assert shown == set(cli.commands)
 
 
 @PAGE
 def test_configurations_are_valid(page: Path, tmp_path: Path) -> None:
-    """Every block of TOML is a whisperd.toml that is accepted without a warning."""
+    """Every block of TOML is a whisperd.toml that is valid without a warning."""
     for block in blocks(page, "toml"):
         file = tmp_path / "whisperd.toml"
         file.write_text(block, encoding="utf-8")
@@ -97,7 +97,7 @@ def test_configurations_are_valid(page: Path, tmp_path: Path) -> None:
 
 @PAGE
 def test_names_of_options_exist(page: Path) -> None:
-    """What stands in backticks like an option is one."""
+    """Text in backticks that looks like an option is one."""
     known = {option.key for option in options()}
     tables = "|".join({key.partition(".")[0] for key in known if "." in key})
     named = set(re.findall(rf"`((?:{tables})\.\w+)", text_of(page)))
@@ -109,7 +109,7 @@ def test_names_of_options_exist(page: Path) -> None:
 
 @PAGE
 def test_paths_exist(page: Path) -> None:
-    """What stands in backticks like a path of this repository is one."""
+    """Text in backticks that looks like a path of this repository is one."""
     for path in re.findall(
         r"`((?:whisperd|tests|systemd|packaging|benchmarks|docs|examples)/[\w./*-]*)`", text_of(page)
     ):
@@ -118,31 +118,31 @@ def test_paths_exist(page: Path) -> None:
 
 @PAGE
 def test_names_of_metrics_exist(page: Path) -> None:
-    """What stands in backticks like a metric is one."""
+    """Text in backticks that looks like a metric is one."""
     known = COUNTERS | OTHER_METRICS | {"whisperd_version"}
     assert set(re.findall(r"`(whisperd_\w+)", text_of(page))) <= known
 
 
 def test_readme_is_short() -> None:
-    """The README keeps to what a first user does."""
+    """The README stays within its length, since it covers first use."""
     assert len(text_of(ROOT / "README.md").splitlines()) < README_LINES_MAX
 
 
 def test_readme_names_every_page() -> None:
-    """Each page of docs is one click away."""
+    """The README links to each page of docs."""
     linked = {Path(link).name for link in LINK.findall(text_of(ROOT / "README.md")) if link.startswith("docs/")}
     assert linked == {page.name for page in DOCS.glob("*.md")}
 
 
 def test_fields_are_described() -> None:
-    """Every field of a request stands in one of the two tables, and no other."""
+    """The two tables list every field of a request, and no other."""
     rows = re.findall(r"^\| (`.*?) \|", text_of(DOCS / "openai.md") + text_of(DOCS / "serving.md"), re.MULTILINE)
     documented = {name for row in rows for name in re.findall(r"`(\w+)(?:\[\])?`", row)}
     assert set(FIELDS) <= documented
 
 
 def test_codes_of_errors_exist() -> None:
-    """The table of errors names codes and statuses that the tree of exceptions has."""
+    """The table of errors has codes and statuses of the tree of exceptions."""
     rows = re.findall(r"^\| (\d{3}) \| (.*?) \|", text_of(DOCS / "serving.md"), re.MULTILINE)
     documented = {(int(status), code) for status, codes in rows for code in re.findall(r"`(\w+)`", codes)}
     known = {(kind.http_status, kind.code) for kind in tree(errors.Error)}
@@ -159,7 +159,7 @@ def test_exit_codes_are_described() -> None:
 
 
 def test_messages_are_those_of_the_program() -> None:
-    """Each message of the page on troubleshooting is printed somewhere in the program."""
+    """Each message of the page on troubleshooting is a message of the program."""
     table = text_of(DOCS / "operations.md").partition("| message | cause |")[2].partition("\n\n")[0]
     messages = re.findall(r"^\| `(.*?)` \|", table, re.MULTILINE)
     said = "\n".join(strings(ROOT / "whisperd"))
@@ -168,7 +168,7 @@ def test_messages_are_those_of_the_program() -> None:
 
 
 def test_the_report_is_described() -> None:
-    """The contract of ``whisperd reconcile --json`` is written down, whole."""
+    """The contract of ``whisperd reconcile --json`` is documented completely."""
     from whisperd.store.plan import CachePlan
     from whisperd.store.reconcile import Report, Result
 
@@ -200,7 +200,7 @@ def test_the_map_has_the_pure_core() -> None:
 
 
 def test_the_snippet_is_an_example() -> None:
-    """Python of the README is what examples/openai_sdk.py does with its socket."""
+    """The README's Python is what examples/openai_sdk.py does with its socket."""
     (snippet,) = blocks(ROOT / "README.md", "python")
     example = text_of(ROOT / "examples/openai_sdk.py")
     for line in snippet.splitlines():

@@ -40,7 +40,7 @@ def test_the_old_file_or_the_new_one(tmp_path: Path) -> None:
 
 
 def test_a_failure_changes_nothing(tmp_path: Path) -> None:
-    """Text that cannot be encoded, or a target that is a directory, leaves what was there and no scratch file."""
+    """Text that cannot be encoded, or a target that is a directory, changes nothing and leaves no scratch file."""
     path = tmp_path / "file"
     write_atomically(path, "old")
     with pytest.raises(UnicodeEncodeError):
@@ -76,13 +76,13 @@ def test_threads_do_not_change_the_umask(tmp_path: Path) -> None:
 
 
 def test_without_proc(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Where the kernel does not say what the umask is, the usual one counts."""
+    """Where the kernel does not report the umask, the usual one is used."""
     monkeypatch.setattr(files, "STATUS", tmp_path / "nothing")
     assert umask() == 0o022
 
 
 def test_many_writers_of_one_file(tmp_path: Path) -> None:
-    """Whoever is last wins, whole."""
+    """The file is whole, with the content of the last writer."""
     texts = [str(n) * 10_000 for n in range(10)]
     with ThreadPoolExecutor(10) as pool:
         list(pool.map(lambda text: write_atomically(tmp_path / "file", text), texts))
@@ -90,7 +90,7 @@ def test_many_writers_of_one_file(tmp_path: Path) -> None:
 
 
 def test_a_small_file_is_read_with_a_bound(tmp_path: Path) -> None:
-    """A regular file up to the bound, /dev/null as empty; nothing larger, and nothing that could wait or never end."""
+    """A regular file up to the bound is read, /dev/null as empty; nothing larger, and nothing that could block."""
     path = tmp_path / "file"
     path.write_bytes(b"12345")
     os.mkfifo(tmp_path / "fifo")

@@ -1,4 +1,4 @@
-"""The benchmark for GPUs works on a machine without one, and its roofline is the published arithmetic."""
+"""The benchmark for GPUs works on a machine without one, and its roofline is the published formula."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from whisperd.speech import audio
 from whisperd.speech.tokenizer import Vocabulary
 from whisperd.speech.units import SAMPLE_RATE_HZ
 
-# what the reference machine for GPUs does not have
+# what the reference machine for GPUs lacks
 WITHOUT = """
 import sys
 for name in ("av", "ctranslate2"):
@@ -41,7 +41,7 @@ main(["--smoke", "--parts", "engine,daemon", "--snapshot", sys.argv[1]])
     ],
 )
 def test_roofline(name: str, batch: int, n_tokens: int, expected_s: float) -> None:
-    """The floors of known models on an H200, as reckoned before by hand."""
+    """The floors of known models on an H200 equal those computed by hand."""
     assert window_s(SHAPES[name], H200, batch=batch, n_tokens=n_tokens) == pytest.approx(expected_s, rel=0.03)
 
 
@@ -51,7 +51,7 @@ def test_encoder() -> None:
 
 
 def test_smoke(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """On the CPU, with a tiny model: all systems write the same lengths, and every line says what it is."""
+    """On the CPU, with a tiny model, all systems write the same lengths, and every line is labelled."""
     pytest.importorskip("torch", reason="PyTorch is not installed")
     pytest.importorskip("transformers", reason="transformers is not installed")
     from benchmarks.gpu.command import main
@@ -60,7 +60,7 @@ def test_smoke(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     printed = capsys.readouterr().out
     assert "RANDOM weights, FORCED lengths" in printed
     assert re.search(r"whisperd, short +[\d.]+ windows/s", printed)
-    assert "roofline" not in printed  # of a CPU nobody knows it
+    assert "roofline" not in printed  # not known for a CPU
     found = json.loads((tmp_path / "found.json").read_text())
     assert (found["device"], found["weights"], found["lengths"]) == ("cpu", "random", "forced")
     records = found["records"]
@@ -81,7 +81,7 @@ def test_smoke(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
 
 
 def test_without_the_libraries_of_the_daemon(snapshot: Path) -> None:
-    """Where PyAV and CTranslate2 are missing, the engine is measured and the rest says what it lacks."""
+    """Where PyAV and CTranslate2 are missing, the engine is measured and the rest reports what is missing."""
     pytest.importorskip("torch", reason="PyTorch is not installed")
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT, str(snapshot)], check=True, capture_output=True, text=True, timeout=240
@@ -113,7 +113,7 @@ def test_texts_that_end(snapshot: Path, vocabulary: Vocabulary, tmp_path: Path, 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_recordings(form: str, tmp_path: Path) -> None:
-    """Every form holds the same speech, as long as it says."""
+    """Every form holds the same speech, with its stated length."""
     for _, path, duration_s in recordings(tmp_path, 5.0, [form]):
         with path.open("rb") as file:
             n_samples = sum(map(len, audio.blocks(file)))

@@ -1,4 +1,4 @@
-"""The table of slots in docs/gpu.md is what the engine computes."""
+"""The table of slots in docs/gpu.md is the one that the engine computes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ DOCUMENT = Path(__file__).parents[1] / "docs" / "gpu.md"
 
 
 def test_the_document_holds_the_table() -> None:
-    """``python -m benchmarks.gpu.sizing`` prints what the document shows, line by line."""
+    """docs/gpu.md has the output of ``python -m benchmarks.gpu.sizing``, line by line."""
     assert table() in DOCUMENT.read_text(encoding="utf-8")
 
 

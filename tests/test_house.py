@@ -1,4 +1,4 @@
-"""How the repository is laid out, and that the files beside the code agree."""
+"""The layout of the repository, and that the files beside the code agree."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_version() -> None:
 
 
 def test_the_package_holds_wings() -> None:
-    """A newcomer sees at most 20 names, and a wing is a directory with a docstring that says what it is for."""
+    """The package has at most 20 names, and a wing is a directory with a docstring that states its purpose."""
     wings = [path for path in (ROOT / "whisperd").iterdir() if (path / "__init__.py").exists()]
     modules = list((ROOT / "whisperd").glob("[!_]*.py"))
     assert len(wings) + len(modules) <= NAMES_MAX
@@ -48,7 +48,7 @@ def test_the_package_holds_wings() -> None:
 
 
 def test_modules_have_one_noun() -> None:
-    """No module has a name that could be any module's, and none is longer than a reader can hold."""
+    """No module has a generic name, and none exceeds the limit of lines."""
     for path in (ROOT / "whisperd").rglob("*.py"):
         assert path.stem not in VAGUE, f"{path}: {path.stem} could be anything"
         assert len(path.read_text(encoding="utf-8").splitlines()) <= LINES_MAX, f"{path} is too long"
@@ -62,7 +62,7 @@ def test_tests_follow_the_wings() -> None:
 
 
 def test_hooks_are_the_linters_of_the_tests() -> None:
-    """What runs before a commit is what the checks run."""
+    """The pre-commit hooks are what the checks run."""
     hooks = (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
     for check in ("style", "layout", "types", "imports"):
         assert f"- id: {check}\n" in hooks
@@ -79,7 +79,7 @@ def test_checks_are_described() -> None:
 
 
 def test_metadata() -> None:
-    """Every classifier of a Python version is one that the project allows, and no address is made up."""
+    """Every classifier of a Python version is allowed by the project, and no address is invented."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     versions = re.findall(r"Python :: (3\.\d+)", "\n".join(project["classifiers"]))
     assert f">={versions[0]}" == project["requires-python"]
@@ -87,7 +87,7 @@ def test_metadata() -> None:
 
 
 def test_locked_versions_are_admitted() -> None:
-    """What the Debian package ships lies within the bounds of pyproject.toml."""
+    """Versions in the Debian package are within the bounds of pyproject.toml."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     lock = (ROOT / "packaging/requirements-cpu.lock").read_text(encoding="utf-8")
     locked = dict(re.findall(r"^([a-z0-9-]+)==([^ ;]+)", lock, re.MULTILINE))

@@ -1,4 +1,4 @@
-"""What reaches the journal: one entry for a record, its fields, its priority; lines where there is no journal."""
+"""Records in the journal: one entry for a record, its fields, its priority; lines where there is no journal."""
 
 from __future__ import annotations
 
@@ -59,14 +59,14 @@ def test_a_record_is_one_entry(journal: socket.socket) -> None:
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=200))
-def test_no_text_makes_another_field(text: str) -> None:
-    """Whatever a message or a field holds, it stays the value of that field."""
+def test_no_text_adds_a_field(text: str) -> None:
+    """No text in a message or a field can add another field."""
     fields = parsed(entry(record("m", WHISPERD_MODEL=text), text))
     assert (fields["MESSAGE"], fields["WHISPERD_MODEL"], len(fields)) == (text, text, 5)
 
 
 def test_without_a_journal_it_is_lines(tmp_path: Path) -> None:
-    """What the journal does not take goes to stderr, each line with its priority."""
+    """A record that the journal does not accept goes to stderr, each line with its priority."""
     stream = io.StringIO()
     fallback = logging.StreamHandler(stream)
     fallback.setFormatter(JournalFormatter("%(message)s"))

@@ -1,4 +1,4 @@
-"""What Prometheus reads, and what is made of it: exposition, alert rules, dashboard."""
+"""The metrics for Prometheus and their users: exposition, alert rules, dashboard."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ FIGURES = Figures(
 
 @pytest.fixture
 def metrics() -> Metrics:
-    """Metrics after a bit of everything."""
+    """Metrics after some events of every kind."""
     metrics = Metrics()
     model = metrics.model("a/b")
     model.observe_wait(0.02)
@@ -71,7 +71,7 @@ def values(metrics: Metrics) -> dict[tuple[str, ...], float]:
 
 
 def test_everything_is_counted(metrics: Metrics) -> None:
-    """Each event is where a dashboard looks for it."""
+    """Each event is counted in the metric that a dashboard reads."""
     found = values(metrics)
     expected = {
         ("whisperd_http_requests_total", "/v1/audio/transcriptions", "POST", "200"): 1,
@@ -117,7 +117,7 @@ def test_everything_is_counted(metrics: Metrics) -> None:
 
 
 def test_every_row_of_the_table_is_exposed(metrics: Metrics) -> None:
-    """Each family has a unique name, and a sample once something of everything has happened."""
+    """Each family has a unique name, and a sample after events of every kind."""
     metrics.observe_reconcile("cancelled", 1.0)
     exposed = metrics.render("", FIGURES)[0].decode()
     assert len({family.name for family in FAMILIES}) == len(FAMILIES)
@@ -127,7 +127,7 @@ def test_every_row_of_the_table_is_exposed(metrics: Metrics) -> None:
 
 
 def test_what_a_model_counts_is_shown_before_its_first_event() -> None:
-    """A rate over a counter that jumps from nothing to one misses the first event."""
+    """The counters of a model start at zero, since a rate over one that starts at one misses the first event."""
     metrics = Metrics()
     metrics.model("a/b")
     found = values(metrics)
@@ -141,7 +141,7 @@ def test_what_a_model_counts_is_shown_before_its_first_event() -> None:
 
 
 def test_models_that_went_away_are_gone(metrics: Metrics) -> None:
-    """The gauges show what is declared now."""
+    """The gauges show the models that are declared now."""
     values(metrics)
     text = metrics.render("", Figures(ready=True, draining=False, requests=0, queue_audio_s=0, spool_bytes=0,
                                       spool_files=0))[0].decode()  # fmt: skip
@@ -150,7 +150,7 @@ def test_models_that_went_away_are_gone(metrics: Metrics) -> None:
 
 
 def test_openmetrics(metrics: Metrics) -> None:
-    """A scraper that asks for OpenMetrics gets it, whole and parsable."""
+    """A scraper that asks for OpenMetrics gets it, complete and parsable."""
     body, content_type = metrics.render("application/openmetrics-text; version=1.0.0", FIGURES)
     assert content_type.startswith("application/openmetrics-text")
     assert body.endswith(b"# EOF\n")
@@ -169,7 +169,7 @@ def test_packaging_asks_for_what_there_is(metrics: Metrics) -> None:
 
 
 def test_dashboard() -> None:
-    """Panels have queries and do not lie on each other."""
+    """Panels have queries and do not overlap."""
     panels = json.loads((PACKAGING / "grafana/whisperd.json").read_text())["panels"]
     assert all(target["expr"] for panel in panels for target in panel["targets"])
     cells = [
@@ -189,7 +189,7 @@ def promtool(arguments: Sequence[str], stdin: bytes = b"") -> None:
 
 @needs_promtool
 def test_promtool_likes_the_exposition(metrics: Metrics) -> None:
-    """Names, types and help texts are as Prometheus wants them."""
+    """Names, types and help texts follow Prometheus's rules."""
     promtool(["check", "metrics"], metrics.render("", FIGURES)[0])
 
 

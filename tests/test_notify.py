@@ -1,4 +1,4 @@
-"""systemd hears every message whole, in UTF-8, and none that a text smuggles in."""
+"""systemd gets every message whole, in UTF-8, and no text can add another message."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_reloading_carries_the_clock(systemd: socket.socket, notifier: Notifier)
 
 
 def test_each_moment_has_its_message(systemd: socket.socket, notifier: Notifier) -> None:
-    """Stop, status, error number, more time and the sign of life are one datagram each."""
+    """Stop, status, error number, more time and the watchdog ping are one datagram each."""
     notifier.stopping()
     notifier.status("draining")
     notifier.errno(22)
@@ -73,7 +73,7 @@ def test_each_moment_has_its_message(systemd: socket.socket, notifier: Notifier)
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=st.text(st.characters(), max_size=400))
 def test_a_text_stays_one_short_line(systemd: socket.socket, notifier: Notifier, text: str) -> None:
-    """Whatever an exception says, systemd gets one printable line of at most 256 characters."""
+    """Whatever an exception's text is, systemd gets one printable line of at most 256 characters."""
     notifier.status(f"{text}\nSTOPPING=1")
     (message,) = received(systemd)
     assert message.startswith("STATUS=")
@@ -99,7 +99,7 @@ def test_an_abstract_socket_is_reached() -> None:
 
 
 def test_without_systemd_nothing_happens() -> None:
-    """No NOTIFY_SOCKET, no message and no watchdog."""
+    """Without NOTIFY_SOCKET there is no message and no watchdog."""
     notifier = Notifier({"WATCHDOG_USEC": "2000000"})
     assert (notifier.enabled, notifier.watchdog_s) == (False, None)
     notifier.ready("nobody listens")
@@ -107,8 +107,8 @@ def test_without_systemd_nothing_happens() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # sdnotify drops the socket unclosed
-def test_an_address_that_nobody_listens_on_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A socket that is not there is a warning; the program goes on."""
+def test_an_address_without_a_listener_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A missing socket is a warning; the program continues."""
     notifier = Notifier({"NOTIFY_SOCKET": str(tmp_path / "none")})
     notifier.ready("up")
     assert not notifier.enabled
@@ -135,7 +135,7 @@ def test_a_closed_notifier_is_silent(systemd: socket.socket, notifier: Notifier)
 
 
 def test_children_do_not_inherit_the_address(systemd: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The variable leaves the environment of the process, so that no child speaks for the daemon."""
+    """The variable is removed from the environment of the process, so that no child sends as the daemon."""
     monkeypatch.setenv("NOTIFY_SOCKET", systemd.getsockname())
     with closing(Notifier(os.environ)) as notifier:
         assert notifier.enabled
@@ -153,18 +153,18 @@ def test_children_do_not_inherit_the_address(systemd: socket.socket, monkeypatch
         ({}, None),
     ],
 )
-def test_the_watchdog_is_ours_or_nobodys(
+def test_the_watchdog_applies_to_its_process_only(
     systemd: socket.socket, environ: dict[str, str], expected_s: float | None
 ) -> None:
-    """Pings are due at half the limit, and only where the limit is meant for this process."""
+    """Pings are sent at half the limit, and only where the limit is meant for this process."""
     with closing(Notifier(environ | {"NOTIFY_SOCKET": systemd.getsockname()})) as notifier:
         assert notifier.watchdog_s == expected_s
 
 
-def test_a_manager_that_does_not_read_holds_nobody_up(
+def test_a_manager_that_does_not_read_blocks_nothing(
     systemd: socket.socket, notifier: Notifier, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """When the socket is full, a message is given up after a moment, with one warning."""
+    """When the socket is full, a message is dropped after a moment, with one warning."""
     full = 0
     while not caplog.records and full < 5000:
         notifier.watchdog()

@@ -1,4 +1,4 @@
-"""The files of the package that follow from others."""
+"""The package's files that follow from others."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PACKAGING = ROOT / "packaging"
 
 
 def test_generated_files_are_up_to_date() -> None:
-    """Man pages, completions, files of options and templates of units are what packaging/generate.py makes."""
+    """Man pages, completions, files of options and templates of units are the output of packaging/generate.py."""
     made = runpy.run_path(str(PACKAGING / "generate.py"))["generated"]()
     assert len(made) == 9
     for path, text in made.items():
@@ -22,14 +22,14 @@ def test_generated_files_are_up_to_date() -> None:
 
 
 def test_the_packaged_configuration() -> None:
-    """What lies in /etc is valid, and says where the models are to every user alike."""
+    """The configuration for /etc is valid, and names the same directory of models for every user."""
     loaded = load(PACKAGING / "etc/whisperd.toml", environ={}, cwd=ROOT)
     assert loaded.config.cache_dir == "/var/cache/whisperd"
     assert loaded.warnings == ()
 
 
 def test_every_dependency_is_pinned_by_hash() -> None:
-    """The lock file has each dependency of the project, each with a hash, and says nothing of where it came from."""
+    """The lock file has each dependency of the project, each with a hash, and no address of its origin."""
     text = (PACKAGING / "requirements-cpu.lock").read_text(encoding="utf-8")
     pinned = dict(
         re.findall(r"^([a-z0-9-]+)==\S+ \\\n((?: +--hash=sha256:[0-9a-f]{64}(?: \\)?\n)+)", text, re.MULTILINE)
@@ -48,7 +48,7 @@ def test_the_package_has_the_version_of_the_project() -> None:
 
 
 def test_units_beside_the_package() -> None:
-    """The package installs every unit of systemd/, and the container's restarts as the service does."""
+    """The package installs every unit of systemd/, and the container restarts as the service does."""
     installed = (PACKAGING / "debian/whisperd.install").read_text(encoding="utf-8")
     for unit in (ROOT / "systemd").glob("*.*"):
         if unit.suffix in {".service", ".socket", ".timer"}:

@@ -1,4 +1,4 @@
-"""One grammar for model references: what it takes, what it refuses, and that no two repositories share a folder."""
+"""The grammar of model references: what is valid, what is refused, and that no two repositories share a folder."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def parsed(text: str) -> Source | None:
     ],
 )
 def test_the_three_forms(reference: str, expected: Source) -> None:
-    """All three forms are understood; a commit in capitals is still a commit."""
+    """All three forms are parsed; a commit in capitals is still a commit."""
     assert parse(reference) == expected
 
 
@@ -69,14 +69,14 @@ def test_the_three_forms(reference: str, expected: Source) -> None:
     ],
 )  # fmt: skip
 def test_everything_else_is_refused(reference: str) -> None:
-    """What is no model reference is refused with the forms that are."""
+    """An invalid reference is refused with a list of the valid forms."""
     with pytest.raises(SourceError, match="expects"):
         parse(reference)
 
 
 @given(REPO_TEXT)
 def test_a_repository_is_what_the_hub_takes_for_one(text: str) -> None:
-    """Each repository that is accepted is one for huggingface_hub; of owner/name each one of the Hub is accepted."""
+    """Each accepted repository is one for huggingface_hub; of owner/name each one of the Hub is accepted."""
     try:
         validate_repo_id(text)
     except HFValidationError:
@@ -87,7 +87,7 @@ def test_a_repository_is_what_the_hub_takes_for_one(text: str) -> None:
 
 
 def test_no_two_repositories_share_a_folder() -> None:
-    """Of all texts of a, - and / up to nine characters, those that are repositories have folders of their own."""
+    """Of all texts of a, - and / up to nine characters, the valid repositories have folders of their own."""
     texts = ("".join(characters) for length in range(3, 10) for characters in product("a-/", repeat=length))
     found = {source.repo_id for text in texts if isinstance(source := parsed(text), HubSource)}
     assert len(found) > 100
@@ -103,6 +103,6 @@ def test_a_source_reads_back(source: Source) -> None:
 
 @given(st.text(max_size=30))
 def test_nothing_else_is_raised(text: str) -> None:
-    """Any text is a source whose text reads back, or a SourceError."""
+    """Any text is a source whose text parses back, or a SourceError."""
     if (source := parsed(text)) is not None:
         assert parse(str(source)) == source

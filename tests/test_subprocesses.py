@@ -1,4 +1,4 @@
-"""Children are started with what is theirs, ended for certain, and described when they cannot speak."""
+"""Children get only what is meant for them, are certainly ended, and their end is described."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def first_line(process: subprocess.Popen[str]) -> str:
 
 
 def test_a_command_runs_a_module_of_this_whisperd(tmp_path: Path) -> None:
-    """The child finds this whisperd from any directory, not one that lies there, and sees only its own arguments."""
+    """The child imports this whisperd from any directory, not one that is there, and gets only its own arguments."""
     (tmp_path / "whisperd").mkdir()
     (tmp_path / "whisperd/__init__.py").write_text("raise ImportError")
     done = subprocess.run(
@@ -38,7 +38,7 @@ def test_a_command_runs_a_module_of_this_whisperd(tmp_path: Path) -> None:
 
 
 def test_an_environment_without_what_is_not_for_the_child() -> None:
-    """What systemd says to the parent is left out, secrets where that is asked for; the rest is passed."""
+    """systemd's variables are left out, secrets where requested; the rest is passed."""
     environ = {"NOTIFY_SOCKET": "/run/x", "WATCHDOG_PID": "1", "HF_TOKEN": "hf_secret", "HOME": "/root"}
     assert environment(environ) == {"HF_TOKEN": "hf_secret", "HOME": "/root"}
     assert environment(environ, without=SECRETS) == {"HOME": "/root"}
@@ -54,12 +54,12 @@ def test_an_environment_without_what_is_not_for_the_child() -> None:
     ],
 )
 def test_the_end_in_words(code: int, last_line: str, words: str) -> None:
-    """A signal is named; the kernel kills for memory without a word."""
+    """A signal is named; SIGKILL is reported as a possible lack of memory."""
     assert describe_end(code, last_line) == words
 
 
 def test_stop_is_certain() -> None:
-    """A child that ends at the signal is waited for; one that ignores it is killed; one that has ended is no error."""
+    """A child that ends at the signal is waited for; one that ignores it is killed; an ended one is no error."""
     with python("import signal; print('on', flush=True); signal.pause()") as polite, python(STUBBORN) as stubborn:
         assert [first_line(polite), first_line(stubborn)] == ["on", "on"]
         assert stop(polite, 30.0) == -signal.SIGTERM
@@ -68,7 +68,7 @@ def test_stop_is_certain() -> None:
 
 
 def test_a_group_is_killed_whole() -> None:
-    """The children of a child end with it; a group that is gone is no error."""
+    """The children of a child end with it; a missing group is no error."""
     with python(FAMILY, stdin=subprocess.PIPE, start_new_session=True) as parent:
         grandchild = int(first_line(parent))
         kill_group(parent)
@@ -82,7 +82,7 @@ def test_a_group_is_killed_whole() -> None:
 
 
 def test_the_last_line_is_kept() -> None:
-    """Of all that is written, the last line that says something, shortened."""
+    """Of all output, the last line with text is kept, shortened."""
     read, write = os.pipe()
     with os.fdopen(read, encoding="utf-8") as stream:
         last = LastLine(stream)

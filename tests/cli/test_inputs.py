@@ -1,4 +1,4 @@
-"""What was typed, and the files and names that it means."""
+"""The files and names that the arguments of a command stand for."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from whisperd.errors import UsageError
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """Recordings in two levels, and what is none."""
+    """Recordings in two levels of directories, and a file that is not a recording."""
     for name in ("b.mp3", "a.WAV", "notes.txt", ".hidden.mp3", "sub/a.wav", "sub/deep/c.mkv", ".git/d.wav", "sub/x"):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -29,7 +29,7 @@ def names(*given: Path) -> dict[str, str]:
 
 
 def test_directories(tree: Path) -> None:
-    """A directory is its recordings, to the bottom, in order; their structure is kept."""
+    """A directory is expanded to all recordings below it, in order, and their structure is kept."""
     found = expand([tree])
     assert [str(path.relative_to(tree)) for path in found] == ["a.WAV", "b.mp3", "sub/a.wav", "sub/deep/c.mkv"]
     assert [str(name) for name in found.values()] == ["a", "b", "sub/a", "sub/deep/c"]
@@ -38,7 +38,7 @@ def test_directories(tree: Path) -> None:
 
 
 def test_patterns(tree: Path) -> None:
-    """A pattern that the shell left alone is looked up; one that matches nothing is a file that is not there."""
+    """A pattern that the shell did not expand is expanded; one that matches nothing is a file that does not exist."""
     assert list(names(tree / "*.mp3")) == [".hidden.mp3", "b.mp3"]
     assert list(names(tree / "**" / "*.wav")) == ["d.wav", "a.wav"]
     assert list(names(tree / "*.ogg")) == ["*.ogg"]
@@ -47,12 +47,12 @@ def test_patterns(tree: Path) -> None:
 
 
 def test_each_file_once(tree: Path) -> None:
-    """What is named twice is done once."""
+    """A file that is named twice is transcribed once."""
     assert len(expand([tree / "b.mp3", tree / "b.mp3", tree])) == 4
 
 
 def test_results_never_share_a_name(tree: Path) -> None:
-    """Endings tell apart what differs in nothing else; where that does not help, nothing is begun."""
+    """Results get the input's suffix where only that differs; where this does not help, nothing is started."""
     (tree / "b.wav").touch()
     assert names(tree / "b.mp3", tree / "b.wav") == {"b.mp3": "b.mp3", "b.wav": "b.wav"}
     with pytest.raises(UsageError, match=r"two inputs are called a\.wav"):
@@ -62,7 +62,7 @@ def test_results_never_share_a_name(tree: Path) -> None:
 
 
 def test_done_is_whole(tmp_path: Path) -> None:
-    """A recording is done when all its files are there; nothing half-written has their names."""
+    """A recording is done when all its files exist; a partly written file never has the final name."""
     output = Output(formats=("txt", "srt"), directory=tmp_path / "out", names={Path("x/a.v1.mp3"): Path("x/a.v1")})
     (path,) = output.names
     assert not output.is_done(path)

@@ -21,7 +21,7 @@ NOT_LOADED = frozenset(
 
 @pytest.mark.parametrize("reference", REFUSED)
 def test_option_and_file_refuse_the_same_references(reference: str, tmp_path: Path) -> None:
-    """What whisperd.toml refuses, ``-m`` refuses, in the same words, before a cache or a daemon is looked at."""
+    """What whisperd.toml refuses, ``-m`` refuses in the same words, before a cache or a daemon is looked at."""
     runner, base = CliRunner(), ["reconcile", "-c", "/dev/null", "--check", "--cache-dir", str(tmp_path / "cache")]
     by_option = runner.invoke(cli, [*base, "-m", reference]).exception
     by_file = runner.invoke(cli, [*base, "-o", f'models=["{reference}"]']).exception
@@ -40,7 +40,7 @@ def modules_of(*arguments: str) -> set[str]:
 
 
 def test_the_store_loads_neither_server_nor_engine(snapshot: Path, tmp_path: Path) -> None:
-    """A whole check of the cache, loads no front end, no engine and no numpy."""
+    """A whole check of the cache loads no front end, no engine and no numpy."""
     loaded = modules_of(
         "reconcile", "-c", "/dev/null", "--check", "--cache-dir", str(tmp_path), "-m", f"path:{snapshot}"
     )

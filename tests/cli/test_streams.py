@@ -45,7 +45,7 @@ def run(directory: Path, arguments: list[str], redirection: str) -> tuple[int, s
 def test_streams_that_cannot_be_written(
     arguments: list[str], redirection: str, code: int, message: str, tmp_path: Path
 ) -> None:
-    """What a command should have shown is lost: 74. Messages that are lost change nothing; a reader may leave."""
+    """A lost result exits with 74; a lost message changes nothing, and a reader may close its pipe."""
     returncode, _, stderr = run(tmp_path, arguments, redirection)
     assert (returncode, stderr.removeprefix("config: /dev/null\n" if code == 74 else "")) == (code, message)
 

@@ -1,4 +1,4 @@
-"""What cannot work on this machine is said before anything starts."""
+"""What cannot work on this machine is reported before anything starts."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def problem(directory: Path, *overrides: str, **environ: str) -> str:
 
 
 def test_the_defaults_work(tmp_path: Path) -> None:
-    """A machine as it comes needs no option, and nothing is warned about."""
+    """The defaults give no problem and no warning on an ordinary machine."""
     assert check(loaded(), {"HOME": str(tmp_path)}) == loaded()
 
 
@@ -60,7 +60,7 @@ def test_the_defaults_work(tmp_path: Path) -> None:
     ],
 )
 def test_what_does_not_exist_is_named(override: str, message: str, tmp_path: Path) -> None:
-    """A path, group or key that cannot be used is one problem, with who set it and what was expected."""
+    """A path, group or key that cannot be used is one problem, with its origin and what was expected."""
     (tmp_path / "file").touch()
     names = {"d": str(tmp_path), "long": "x" * 120}
     found = problem(tmp_path, override.format(**names))
@@ -69,7 +69,7 @@ def test_what_does_not_exist_is_named(override: str, message: str, tmp_path: Pat
 
 
 def test_all_at_once(tmp_path: Path) -> None:
-    """Every problem is said, those of the environment too, each with who set it."""
+    """Every problem is reported, those of the environment too, each with its origin."""
     environ = {"HF_HUB_CACHE": "/dev/null", "HF_ENDPOINT": "huggingface.co", "HF_TOKEN": "two words"}
     found = problem(tmp_path, "server.spool_dir='/none'", "server.socket_group='none'", **environ)
     starts = [line.partition(": ")[0] for line in found.splitlines()]
@@ -84,7 +84,7 @@ def test_all_at_once(tmp_path: Path) -> None:
     ],
 )
 def test_a_spool_that_this_user_cannot_use(mode: int, words: str, tmp_path: Path) -> None:
-    """The message says which user; a directory that this user may not even enter is no traceback."""
+    """The message names the user; a directory that this user cannot enter causes no traceback."""
     (tmp_path / "above/spool").mkdir(parents=True)
     (tmp_path / "above/spool").chmod(0o555)
     for directory in (tmp_path, *tmp_path.parents[:2]):
@@ -121,7 +121,7 @@ def test_two_listeners_at_one_address(tmp_path: Path) -> None:
     ],
 )
 def test_a_token_without_encryption_is_warned_about(address: str, warned: bool, tmp_path: Path) -> None:
-    """Over http to another machine the token can be read; without a token or a network nothing is said."""
+    """A token over http to another machine is warned about; without a token or a network there is no warning."""
     environ = {"HOME": str(tmp_path), "HF_TOKEN": "hf_secret"}
     one = loaded(f"reconcile.endpoint='{address}'")
     said = check(one, environ).warnings
@@ -132,6 +132,6 @@ def test_a_token_without_encryption_is_warned_about(address: str, warned: bool, 
 
 
 def test_force_in_the_file_is_warned_about(tmp_path: Path) -> None:
-    """What downloads everything at each start and reload is said once, with its cost."""
+    """``force`` in the file, which downloads everything at each start and reload, gets one warning with its cost."""
     (warning,) = check(loaded("force=true", "models=['a/b', 'c/d']"), {"HOME": str(tmp_path)}).warnings
     assert warning.startswith("force = true: each start and each reload downloads all files of 2 models anew")

@@ -1,4 +1,4 @@
-"""One declaration, one file, every mistake at once, and each value knows who set it."""
+"""One declaration, one file, all mistakes reported at once, and an origin for each value."""
 
 from __future__ import annotations
 
@@ -134,14 +134,14 @@ def test_types_and_bounds_are_exact(file: Path, text: str, message: str) -> None
 
 
 def test_an_integer_does_for_a_number(file: Path) -> None:
-    """``60`` is a fine number of seconds, and ``inf`` switches a test of the text off."""
+    """``60`` is accepted as a number of seconds, and ``inf`` switches a test of the text off."""
     config = load_text(file, "[limits]\naudio_s = 60\n[decode]\nlog_prob_threshold = -inf").config
     assert (config.limits.audio_s, config.decode.log_prob_threshold) == (60.0, float("-inf"))
 
 
 @given(key=st.from_regex(r"[a-z_]{1,12}", fullmatch=True).filter(lambda key: key not in Config.model_fields))
 def test_any_unknown_key_is_named(key: str) -> None:
-    """Whatever the key that nobody declared, the problem is about it."""
+    """An unknown key is named in the problem, whatever the key is."""
     with pytest.raises(ConfigError) as caught:
         load_bare(f"{key}=1")
     (problem,) = caught.value.problems
@@ -157,7 +157,7 @@ def test_a_secret_is_never_shown(file: Path) -> None:
 
 
 def test_the_line_is_that_of_the_right_table(file: Path) -> None:
-    """The same key in two tables is found under its own header, and inside an inline table at its option."""
+    """A key that occurs in two tables is located under its own header, and inside an inline table at its option."""
     text = "engine = { workers = -1 }\n\n[vad]\nthreshold = 0.5 # fine\n\n[ log ] # format\nformat = 1\n"
     assert problems_of(file, text) == [
         f"{file}:1: engine.workers: expects at least 0, got -1",
@@ -173,7 +173,7 @@ def test_a_broken_file_is_located(file: Path) -> None:
 
 
 def test_a_named_file_must_be_readable(tmp_path: Path) -> None:
-    """A file that was named and is missing, a directory or no TOML is a problem that tells where to look."""
+    """A file that was named and is missing, a directory or no TOML is a problem that names the path."""
     deep = tmp_path / "deep.toml"
     deep.write_text(f"prompt = {'[' * 1000}")
     latin = tmp_path / "latin.toml"
@@ -217,7 +217,7 @@ def test_the_first_file_found_wins(tmp_path: Path) -> None:
 
 
 def test_each_value_knows_who_set_it(file: Path) -> None:
-    """-o beats $WHISPERD_ADDOPTS, which beats the file; origins say who won."""
+    """-o overrides $WHISPERD_ADDOPTS, which overrides the file; the origins name the one that was used."""
     text = "log_level = 'debug'\n[vad]\nthreshold = 0.1\n[engine]\nworkers = 1\n"
     loaded = load_text(
         file, text, "vad.threshold=0.3", WHISPERD_ADDOPTS="-o vad.threshold=0.2 -oengine.workers=2 --option=force=true"
@@ -249,7 +249,7 @@ def test_each_value_knows_who_set_it(file: Path) -> None:
     ],
 )
 def test_a_mistake_in_addopts_says_so(file: Path, words: str, message: str) -> None:
-    """Whoever has forgotten the variable learns its name from the message."""
+    """The message about a mistake in $WHISPERD_ADDOPTS names the variable."""
     assert problem_of(file, "", WHISPERD_ADDOPTS=words) == message
 
 
@@ -275,7 +275,7 @@ def test_a_mistake_in_an_override_is_named(file: Path, override: str, message: s
 
 
 def test_a_bare_word_is_a_string() -> None:
-    """What is not TOML is taken as it stands; an empty right side unsets an option."""
+    """A value that is not TOML is taken as a string; an empty right side unsets an option."""
     config = load_bare("engine.device=cpu", "decode.prompt=Hello there", "cache_dir=/x", "cache_dir=").config
     assert (config.engine.device, config.decode.prompt, config.cache_dir) == ("cpu", "Hello there", None)
 
@@ -304,7 +304,7 @@ def test_a_file_for_a_newer_program_is_refused(file: Path) -> None:
 
 
 def test_a_renamed_option_is_read_with_a_warning(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The old name still works, says what it is called now, and loses against the new one."""
+    """The old name still works, warns with the new name, and is overridden by the new one."""
     monkeypatch.setitem(RENAMED, "engine.batch", "engine.batch_size")
     loaded = load_text(file, "[engine]\nbatch = 3\n")
     assert loaded.config.engine.batch_size == 3
@@ -348,7 +348,7 @@ def test_the_default_model_is_last_in_line(file: Path) -> None:
 def test_a_model_string_says_where_files_come_from(
     file: Path, given: str, reference: str, revision: str | None, name: str
 ) -> None:
-    """Reference, revision and served name follow from the string, and from the same words in a table."""
+    """Reference, revision and served name are read from the string, and from the same words in a table."""
     (model,) = load_text(file, f"models = ['{given}']").config.models
     assert (model.source.base, model.source.revision, model.served_name) == (reference, revision, name)
     assert load_text(file, f"[[models]]\nrepo = '{given}'").config.models == (model,)
@@ -379,7 +379,7 @@ def test_a_model_string_says_where_files_come_from(
     ],
 )
 def test_a_model_that_cannot_be_is_refused(file: Path, table: str, message: str) -> None:
-    """A reference, revision or name that makes no sense is refused before anything is asked of the Hub."""
+    """An impossible reference, revision or name is refused before the Hub is asked."""
     assert message in problem_of(file, f"models = [{table}]")
 
 
@@ -401,7 +401,7 @@ def test_uncommenting_every_option_changes_nothing(file: Path) -> None:
 
 
 def test_every_option_is_described() -> None:
-    """No option lacks a help text, a type, a default or the moment when it takes effect."""
+    """Every option has a help text, a type, a default and the moment when it takes effect."""
     listed = list(options())
     assert all(option.help.endswith(".") and option.type and option.default for option in listed)
     assert {option.key for option in listed if option.reload == "restart"} >= {
@@ -443,7 +443,7 @@ def test_a_configuration_cannot_be_changed() -> None:
     ],
 )
 def test_the_cache_is_the_one_that_other_tools_use(environ: dict[str, str], path: str, origin: str) -> None:
-    """Without cache_dir the variables of the Hugging Face world decide, an empty one does not count."""
+    """Without cache_dir the variables of the Hugging Face tools decide; an empty one does not count."""
     environ = {"HOME": "/home/me"} | environ
     assert (str(cache_dir(Config(), environ)), cache_dir_origin(Config(), environ)) == (path, origin)
     declared = Config(cache_dir="~/mine")
@@ -495,7 +495,7 @@ def test_the_hub_is_named_by_file_then_environment() -> None:
 
 
 def test_the_socket_follows_its_user() -> None:
-    """The file names the socket, else the environment, else systemd, else the user."""
+    """The socket is that of the file, else of the environment, else of systemd, else of the user."""
     declared = Config.model_validate({"server": {"socket": "/a.sock"}})
     environ = {"XDG_RUNTIME_DIR": "/run/user/7", "HOME": "/home/me"}
     system = environ | {"RUNTIME_DIRECTORY": "/run/w:/run/other"}
@@ -524,7 +524,7 @@ def test_the_package_is_light() -> None:
 
 
 def test_the_variable_that_overrules_the_file_is_its_origin(file: Path) -> None:
-    """HF_HUB_OFFLINE wins over the file, and that is what is shown; set to nothing true it changes nothing."""
+    """HF_HUB_OFFLINE overrides the file and is shown as the origin; set to a false value it changes nothing."""
     text = "[reconcile]\noffline = false"
     shown = {one.key: (one.value, one.origin) for one in effective(load_text(file, text, HF_HUB_OFFLINE="1"))}
     assert shown["reconcile.offline"] == ("true", "$HF_HUB_OFFLINE")
@@ -533,7 +533,7 @@ def test_the_variable_that_overrules_the_file_is_its_origin(file: Path) -> None:
 
 
 def test_a_byte_order_mark_is_no_part_of_the_file(file: Path) -> None:
-    """A file that an editor on Windows has written is read, with its lines."""
+    """A file that an editor on Windows wrote with a byte order mark is read, with the right lines."""
     file.write_bytes(b'\xef\xbb\xbfforce = true\r\nlog_level = "debug"\r\n')
     loaded = load(file, environ={}, cwd=file.parent)
     assert (loaded.config.force, loaded.config.log_level) == (True, "debug")
@@ -558,7 +558,7 @@ def test_a_file_that_is_no_configuration(file: Path, data: bytes, message: str) 
 
 @pytest.mark.parametrize("special", ["fifo", "/dev/zero", "directory"])
 def test_only_regular_files_are_read(special: str, tmp_path: Path) -> None:
-    """A FIFO that nobody writes to and a device without an end are refused at once."""
+    """A FIFO without a writer and a device without an end are refused at once."""
     path = tmp_path / special if special.isalpha() else Path(special)
     if special == "fifo":
         os.mkfifo(path)
@@ -588,7 +588,7 @@ def test_only_regular_files_are_read(special: str, tmp_path: Path) -> None:
     ],
 )
 def test_addresses_and_names_that_cannot_be(override: str, message: str) -> None:
-    """What no machine can listen at, reach or send is refused by its form, and a password is not repeated."""
+    """An address or name that cannot be used is refused by its form, and a password is not repeated."""
     with pytest.raises(ConfigError) as caught:
         load_bare(override)
     assert message in str(caught.value)

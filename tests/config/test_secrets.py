@@ -1,4 +1,4 @@
-"""A secret is checked where it is read, and no text that leaves the program holds it."""
+"""A secret is checked where it is read, and no output of the program contains it."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ COMMANDS = {
 
 @pytest.fixture(params=SOURCES)
 def put(request: pytest.FixtureRequest) -> Put:
-    """Puts a token where one source of tokens looks; returns the environment for it."""
+    """Puts a token into one source of tokens; returns the environment for it."""
     return SOURCES[request.param]
 
 
 def run(directory: Path, environ: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
-    """A command with nothing in its environment that is not given."""
+    """Runs a command with no other environment than the given one."""
     needed = {"PATH": os.environ["PATH"], "HOME": str(directory / "home"), "XDG_RUNTIME_DIR": str(directory)}
     return subprocess.run(
         [sys.executable, "-m", "whisperd", *arguments, "-c", "/dev/null"],
@@ -81,7 +81,7 @@ def assert_nothing_leaks(done: subprocess.CompletedProcess[str]) -> None:
 
 @pytest.mark.parametrize("malformed", MALFORMED)
 def test_a_malformed_secret_is_refused_without_being_quoted(put: Put, malformed: str, tmp_path: Path) -> None:
-    """Whatever source it has and whatever is wrong, the message names the source and what was expected, no more."""
+    """A malformed secret is refused with a message that names only its source and what was expected."""
     environ = put(tmp_path, MALFORMED[malformed])
     with pytest.raises(ConfigError, match="expects one line of printable ASCII without spaces") as caught:
         token(environ)
@@ -115,7 +115,7 @@ def test_no_command_shows_a_malformed_token(put: Put, command: str, tmp_path: Pa
 def test_a_hub_that_quotes_the_token(
     hub: LoopbackHub, fault: dict[str, object], options: tuple[str, ...], tmp_path: Path
 ) -> None:
-    """What the Hub says of the token does not reach the plan, the report or the messages."""
+    """A token that the Hub quotes does not reach the plan, the report or the messages."""
     hub.fault("/api/models/", **fault)
     environ = {"HF_TOKEN": SECRET, "HF_ENDPOINT": hub.endpoint}
     done = run(tmp_path, environ, "reconcile", *options, "-m", "org/model", "-o", "reconcile.metadata_timeout_s=1")
@@ -125,7 +125,7 @@ def test_a_hub_that_quotes_the_token(
 
 
 def test_a_record_of_the_log_is_filtered() -> None:
-    """Message, arguments, traceback and the journal's fields lose the secret."""
+    """The secret is removed from message, arguments, traceback and the journal's fields."""
     error = ValueError(f"Illegal header value b'Bearer {SECRET}'")
     record = logging.LogRecord("x", logging.ERROR, "", 1, "failed: %s", (SECRET,), (ValueError, error, None))
     record.fields = {"WHISPERD_MODEL": SECRET}
@@ -139,7 +139,7 @@ def test_a_record_of_the_log_is_filtered() -> None:
 
 @given(secret=st.text(min_size=6, max_size=40), before=st.text(max_size=5), after=st.text(max_size=5))
 def test_a_secret_is_found_in_any_form(secret: str, before: str, after: str) -> None:
-    """As it is, and quoted as Python shows it, a secret is struck out of any text."""
+    """A secret is removed from any text, both as it is and quoted as by repr."""
     for form in (secret, repr(secret)[1:-1]):
         assert "***" in hide(f"{before}{form}{after}", [secret])
     assert hide(before, []) == before
@@ -150,7 +150,7 @@ def test_a_secret_is_found_in_any_form(secret: str, before: str, after: str) -> 
     [("", "got nothing"), ("a\nb", "got 2 lines"), ("a b", "got a space"), ("é", "not printable ASCII")],
 )
 def test_a_key_for_tcp_that_cannot_be_sent(text: str, message: str, tmp_path: Path) -> None:
-    """A key that no client could send is refused at the start; one line with an end is fine."""
+    """A key that no client could send is refused at the start; one line with a line end is accepted."""
     path = tmp_path / "key"
     config = Config.model_validate({"server": {"tcp_key_file": str(path)}})
     with pytest.raises(ConfigError, match="cannot be read: No such file"):
@@ -167,7 +167,7 @@ def test_a_key_for_tcp_that_cannot_be_sent(text: str, message: str, tmp_path: Pa
 def test_the_library_function_takes_no_malformed_token(
     malformed: str, put: Put, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """``download_model_if_needed`` refuses it with its own error, from the environment and as an argument."""
+    """``download_model_if_needed`` refuses a malformed token from the environment or an argument with its own error."""
     for name, value in put(tmp_path, MALFORMED[malformed]).items():
         monkeypatch.setenv(name, value)
     for argument, origin in ((None, ""), (MALFORMED[malformed], "the argument: ")):
@@ -179,7 +179,7 @@ def test_the_library_function_takes_no_malformed_token(
 def test_the_library_function_warns_of_a_readable_token(
     hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, snapshot: Path, tmp_path: Path
 ) -> None:
-    """Over http to another machine it says so in the log, without the token; to this machine it says nothing."""
+    """The function logs a warning without the token for http to another machine, and none for this machine."""
     monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
     assert download_model_if_needed(f"path:{snapshot}", cache_dir=tmp_path, token=SECRET) == snapshot
     assert caplog.text == ""

@@ -1,4 +1,4 @@
-"""What the daemon takes on is bounded, and who is refused hears when to come back."""
+"""The daemon limits the work that it accepts, and a refused client gets the time after which to retry."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ AUDIO_MAX_S = 100.0
 
 
 class AdmissionsMachine(RuleBasedStateMachine):
-    """Requests come, say how long they are, get on and leave in any order."""
+    """Requests arrive, state their length, make progress and leave in any order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,11 +76,11 @@ TestAdmissions = AdmissionsMachine.TestCase
 
 
 def test_the_time_to_come_back_follows_the_speed() -> None:
-    """A daemon that does 50 s of audio a second says so of the 150 s that are too much."""
+    """At 50 s of audio per second, the time to retry follows from the 150 s that are too much."""
     now_s = 0.0
     admissions = Admissions(lambda: now_s)
     first = admissions.enter(9)
-    now_s = 100.0  # how long an upload takes says nothing of the daemon
+    now_s = 100.0  # the duration of an upload is no measure of the daemon's speed
     first.begin()
     first.announce(1000, 1000)
     now_s = 110.0
@@ -123,7 +123,7 @@ def refused(admissions: Admissions, limit: int) -> bool:
 
 
 def test_a_place_that_is_yielded() -> None:
-    """It goes to the next request, and those that want theirs back wait in order, before all who come later."""
+    """A yielded place goes to the next request; requests that want theirs back wait in order, before all later ones."""
 
     async def main() -> None:
         admissions = Admissions()
@@ -151,7 +151,7 @@ def test_a_place_that_is_yielded() -> None:
 
 
 def test_a_request_that_leaves_while_it_waits() -> None:
-    """Its turn goes to the next one."""
+    """When a waiting request leaves, its turn goes to the next one."""
 
     async def main() -> None:
         admissions = Admissions()
@@ -171,7 +171,7 @@ def test_a_request_that_leaves_while_it_waits() -> None:
 
 
 def test_slow_requests_are_bounded() -> None:
-    """However many yield their places, a multiple of the places is all that may be inside."""
+    """The number of requests that yield their places is limited to a multiple of the places."""
     admissions = Admissions()
     for _ in range(2 * INSIDE_MAX):
         admissions.enter(2).yield_place()

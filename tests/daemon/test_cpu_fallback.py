@@ -1,4 +1,4 @@
-"""A GPU that is lost: 503 with the reason, or the CPU in its place where the configuration says so, and back."""
+"""A lost GPU: 503 with the reason, or the CPU in its place where the configuration allows it, and the way back."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from whisperd.transcription.model import LoadedModel
 
 
 class Device(FakeEngine):
-    """Works as long as its device does."""
+    """An engine that works as long as its device does."""
 
     def __init__(self, vocabulary: Vocabulary, device: str, broken: Callable[[], bool]) -> None:
         super().__init__(vocabulary)
@@ -115,7 +115,7 @@ def served(snapshot: Path, tmp_path: Path) -> Iterator[Builder]:
 
 
 def test_without_the_option(served: Builder, clips: dict[str, Clip]) -> None:
-    """Clients get 503 with the reason and a time; the CPU is never asked; when the GPU is back, so is the model."""
+    """Clients get 503 with the reason and a time; the CPU is not used; when the GPU is back, the model serves again."""
     machine = Machine()
     one = served(machine)
     machine.gpu_works = False
@@ -128,12 +128,12 @@ def test_without_the_option(served: Builder, clips: dict[str, Clip]) -> None:
     machine.gpu_works = True
     until(lambda: not one.model.batcher.health.outage)
     assert one.transcribe(clips["monkeys"]) == "hello"
-    # a GPU that was there is asked for by name, or "auto" would have taken the CPU without a word
+    # the GPU is named, since "auto" would take the CPU without an error
     assert set(machine.asked[1:]) == {"cuda"}
 
 
 def test_with_the_option(served: Builder, clips: dict[str, Clip], caplog: pytest.LogCaptureFixture) -> None:
-    """The CPU serves, and says so in log, status, STATUS, metrics and header; then the GPU again. No request fails."""
+    """The CPU serves, shown in log, status, STATUS, metrics and header; then the GPU serves again; no request fails."""
     machine = Machine()
     one = served(machine, cpu_fallback=True)
     assert one.service.device(None) == "cuda"
@@ -157,7 +157,7 @@ def test_with_the_option(served: Builder, clips: dict[str, Clip], caplog: pytest
 
 
 def test_lost_before_the_boot(served: Builder, caplog: pytest.LogCaptureFixture) -> None:
-    """The daemon boots on the CPU where it may, and does not where it may not."""
+    """The daemon starts on the CPU where this is allowed, and fails where it is not."""
     machine = Machine()
     machine.gpu_works = False
     with pytest.raises(EngineError, match="no GPU is there"):
@@ -172,7 +172,7 @@ def test_lost_before_the_boot(served: Builder, caplog: pytest.LogCaptureFixture)
 
 
 def test_a_wrong_model_is_no_lost_gpu(snapshot: Path, tmp_path: Path, detector: SpeechDetector) -> None:
-    """What is wrong with the files is an error everywhere."""
+    """Wrong model files are an error on every device."""
 
     def no_model(*_: object) -> Engine:
         raise SourceError("this is no model")
@@ -182,6 +182,6 @@ def test_a_wrong_model_is_no_lost_gpu(snapshot: Path, tmp_path: Path, detector: 
 
 
 def test_on_cpu() -> None:
-    """Number formats that only GPUs have do not follow."""
+    """On the CPU, number formats that only GPUs have are not used."""
     assert on_cpu(EngineSettings(device="cuda", compute_type="float16")) == EngineSettings(device="cpu")
     assert on_cpu(EngineSettings(compute_type="float32")) == EngineSettings(device="cpu", compute_type="float32")

@@ -1,4 +1,4 @@
-"""A model that a request holds stays open, and one that nobody holds and that does not serve is closed."""
+"""A model that a request holds stays open; one that is neither held nor served is closed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ EXAMPLES = 60  # each closes a few threads
 
 
 class ClosableBatcher:
-    """Knows how often it was closed."""
+    """Counts how often it was closed."""
 
     failure = None
 
@@ -118,7 +118,7 @@ TestLeases = LeasesMachine.TestCase
 
 
 def test_idle_models_are_those_that_nobody_holds() -> None:
-    """The one that was used longest ago comes first."""
+    """Idle models are those without a lease, ordered by their last use, the oldest first."""
     now_s = 0.0
     leases, machine = Leases(lambda: now_s), LeasesMachine()
     tables = [ModelTable(repo=f"path:/{name}", name=name) for name in NAMES]

@@ -43,7 +43,7 @@ def room_for(house: House, n_models: float) -> int:
 
 
 def test_the_least_recently_used_one_makes_room(house: House) -> None:
-    """With room for two of three, the one that was used longest ago goes; a small budget still serves the first."""
+    """With room for two of three, the least recently used model is unloaded; a small budget still loads the first."""
     house.switch(*NAMES, preload=False, memory_bytes=room_for(house, 2.6))
     assert house.loaded == {"a"}
     house.use("b")
@@ -56,7 +56,7 @@ def test_the_least_recently_used_one_makes_room(house: House) -> None:
 
 
 def test_a_kept_model_stays(house: House) -> None:
-    """keep_loaded protects from eviction and from idleness."""
+    """keep_loaded protects a model from eviction and from idle unloading."""
     house.switch(*NAMES, preload=False, memory_bytes=room_for(house, 2.6), keep="a")
     house.use("b")
     house.use("c")
@@ -67,7 +67,7 @@ def test_a_kept_model_stays(house: House) -> None:
 
 
 def test_a_model_in_use_is_not_evicted(house: House) -> None:
-    """While all room is in use, a request for another model hears when to come back, and why."""
+    """While all room is in use, a request for another model gets the reason and the time after which to retry."""
     house.switch(*NAMES, preload=False, memory_bytes=room_for(house, 1.2))
     with house.leases.lease("a"):
         with pytest.raises(ModelLoading, match=r"in use hold .* MB \(limits\.model_bytes\)") as caught:
@@ -80,13 +80,13 @@ def test_a_model_in_use_is_not_evicted(house: House) -> None:
 
 
 def test_preload_within_the_budget(house: House) -> None:
-    """What does not fit at boot waits for its first request."""
+    """A model that does not fit at boot is loaded by its first request."""
     house.switch(*NAMES, memory_bytes=room_for(house, 2.2))
     assert house.loaded == {"a", "b"}
 
 
 def test_idle_models_leave_and_come_back(house: House) -> None:
-    """Only what nobody used for long enough goes, and the next request brings it back."""
+    """Only a model that was idle for long enough is unloaded, and the next request loads it again."""
     house.switch(*NAMES)
     house.now_s += 50
     house.use("b")
@@ -100,7 +100,7 @@ def test_idle_models_leave_and_come_back(house: House) -> None:
 def test_a_failed_engine_is_replaced(
     tmp_path: Path, snapshot: Path, vocabulary: Vocabulary, detector: SpeechDetector
 ) -> None:
-    """The next request finds the model loaded again."""
+    """The next request loads the model again."""
 
     def fails(_: Window) -> Hypothesis:
         raise EngineError("the device fell off the bus")
@@ -121,7 +121,7 @@ def test_a_failed_engine_is_replaced(
 
 
 def test_a_model_that_cannot_be_loaded(house: House) -> None:
-    """The first request hears the reason, the next ones wait a while before it is tried again."""
+    """The first request gets the reason; the next ones get it without a new attempt for a while."""
     house.switch(*NAMES, preload=False)
     (house.snapshots["b"] / "model.bin").unlink()
     (house.snapshots["b"] / "model.bin").write_bytes(b"damaged")
@@ -143,7 +143,7 @@ class Halvings(ModelMeter):
 
 @pytest.mark.parametrize("where", ["open", "first inference"])
 def test_no_room_for_the_batch(snapshot: Path, tmp_path: Path, detector: SpeechDetector, where: str) -> None:
-    """A device too small for the batch gets a smaller one; one that is too small for anything says so."""
+    """A device too small for the batch gets a smaller one; a device too small for any batch is an error."""
     opened: list[FakeEngine] = []
 
     def opener(_: Path, vocabulary: Vocabulary, settings: EngineSettings, __: Path, meter: ModelMeter) -> Engine:
@@ -165,7 +165,7 @@ def test_no_room_for_the_batch(snapshot: Path, tmp_path: Path, detector: SpeechD
 
 
 def test_openais_names_mean_the_default_model() -> None:
-    """Unless somebody declares one of them; others are told what there is."""
+    """OpenAI's names mean the default model unless one is declared; for other names the error lists the models."""
     tables = (
         ModelTable(repo="path:/mine", name="mine"),
         ModelTable(repo="path:/other", name="other", aliases=("gpt-4o-transcribe",)),
@@ -179,7 +179,7 @@ def test_openais_names_mean_the_default_model() -> None:
 
 
 def test_no_room_in_a_process_of_its_own(snapshot: Path, tmp_path: Path, detector: SpeechDetector) -> None:
-    """What the memory does not hold there is halved from here, and counted here."""
+    """When memory runs out in an engine's process, the daemon halves the batch and counts it."""
 
     def opener(path: Path, _: Vocabulary, settings: EngineSettings, __: Path, meter: ModelMeter) -> Engine:
         there = partial(openers.ct2_in_little_room, path, settings.batch_size, 2)
@@ -196,13 +196,13 @@ def test_no_room_in_a_process_of_its_own(snapshot: Path, tmp_path: Path, detecto
 
 
 def test_smaller() -> None:
-    """First the batch, then the workers."""
+    """The batch is reduced first, then the number of workers."""
     assert smaller(EngineSettings(batch_size=5, workers=3)) == EngineSettings(batch_size=2, workers=3)
     assert smaller(EngineSettings(batch_size=1, workers=3)) == EngineSettings(batch_size=1, workers=1)
 
 
 def test_memory_is_given_back_when_idle() -> None:
-    """Once after each time that requests were served, and never while one is active."""
+    """Memory is trimmed once after each period of requests, and never while a request is active."""
     leftovers = Leftovers()
     assert not leftovers.due(n_served=0, n_active=0)
     assert not leftovers.due(n_served=3, n_active=1)
@@ -212,7 +212,7 @@ def test_memory_is_given_back_when_idle() -> None:
 
 
 def test_trimming_collects_what_cancelled_requests_leave() -> None:
-    """An error and its frames hold each other, with everything in them; after a trim they are gone."""
+    """An error and its frames form a cycle that holds the samples; a trim frees it."""
 
     class Audio:
         """Stands for the samples of a request."""
@@ -240,7 +240,7 @@ def test_trimming_collects_what_cancelled_requests_leave() -> None:
 
 
 def test_trimming_gives_memory_back() -> None:
-    """What was freed below something that is still there goes back to the system."""
+    """Freed memory below an allocation that remains is returned to the system."""
 
     def resident_bytes() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -1,4 +1,4 @@
-"""The daemon behind its interface: requests, the queue, models that die."""
+"""The daemon behind its interface: requests, the queue, models whose engine fails."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_a_request_survives_a_failed_engine(served: Builder, clips: dict[str, Cl
 
 
 def test_an_engine_that_fails_again(served: Builder, clips: dict[str, Clip]) -> None:
-    """A request is begun again once; then its client gets the error."""
+    """A request is started again once; after a second failure its client gets the error."""
     house, opener = served(fails, fails)
     with house.service(ready_state()) as service, pytest.raises(EngineError, match="the device is gone"):
         house.run(transcribed(service, clips["monkeys"]))
@@ -60,7 +60,7 @@ def test_an_engine_that_fails_again(served: Builder, clips: dict[str, Clip]) -> 
 
 
 def test_a_failed_window_is_not_a_failed_engine(served: Builder, clips: dict[str, Clip]) -> None:
-    """What fails by itself would fail again: no second attempt."""
+    """A window that fails by itself is not retried, since it would fail again."""
     house, opener = served(lambda _: RuntimeError("boom"))
     with house.service(ready_state()) as service, pytest.raises(EngineError, match="boom"):
         house.run(transcribed(service, clips["monkeys"]))

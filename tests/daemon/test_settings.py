@@ -41,7 +41,7 @@ def test_every_option_of_the_engine_arrives() -> None:
 
 
 def test_a_request_comes_before_the_file(tmp_path: Path) -> None:
-    """What a request says of the segmentation wins; what it leaves out is the configuration's."""
+    """A request's own settings of the segmentation override the configuration's; the others are the configuration's."""
     config = Config.model_validate({"vad": {"filter": False, "threshold": 0.3}, "server": {"spool_dir": str(tmp_path)}})
     assert cut_options(config, Chunking(vad_filter=True)) == CutOptions(skip_silence=True, threshold=0.3)
     assert cut_options(config, Chunking(threshold=0.9)) == CutOptions(skip_silence=False, threshold=0.9)

@@ -1,4 +1,4 @@
-"""The daemon's work on the cache: what a request has fetched is served, and two never work on it at once."""
+"""What a request has fetched is served, and the daemon runs one reconcile of the cache at a time."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from whisperd.store.cache import is_held
 
 
 class WatchingOpener(ScriptedOpener):
-    """Knows of each snapshot that it opens whether it was held then."""
+    """Records for each snapshot that it opens whether it was held at that moment."""
 
     def __init__(self, vocabulary: Vocabulary, detector: SpeechDetector) -> None:
         super().__init__(vocabulary, detector, [lambda window: written(vocabulary, window, " x")] * 9)
@@ -58,7 +58,7 @@ def state(house: House, tmp_path: Path) -> State:
 
 
 def ignore(_event: str, _data: Mapping[str, Any]) -> None:
-    """No client listens."""
+    """A client that does not listen to events."""
 
 
 def snapshots(house: House, state: State) -> Snapshots:
@@ -67,7 +67,7 @@ def snapshots(house: House, state: State) -> Snapshots:
 
 
 def test_what_a_request_has_made_complete_is_served(house: House, state: State, tmp_path: Path) -> None:
-    """A declared model that could not be had at the boot serves after a reconcile that found it."""
+    """A declared model that was missing at boot is served after a reconcile that found it."""
     found = snapshots(house, state)
     house.snapshots["b"].rename(tmp_path / "elsewhere")
     house.run(found.apply(state.loaded.config, all_or_nothing=False))
@@ -81,7 +81,7 @@ def test_what_a_request_has_made_complete_is_served(house: House, state: State, 
 
 
 def test_what_is_served_is_held(house: House, state: State, opener: WatchingOpener) -> None:
-    """No prune removes a snapshot from before it is loaded; one that was not loaded is let go."""
+    """A snapshot is held before it is loaded, so no prune removes it; one that was not loaded is released."""
     found, paths = snapshots(house, state), [house.snapshots[name] for name in ("a", "b")]
     opener.fits = False
     with pytest.raises(OutOfMemory):
@@ -94,7 +94,7 @@ def test_what_is_served_is_held(house: House, state: State, opener: WatchingOpen
 
 
 def test_a_check_changes_nothing(house: House, state: State) -> None:
-    """An order that only asks leaves what is served alone, though it would be another snapshot."""
+    """A request that only checks changes nothing that is served, even if another snapshot would be."""
     found = snapshots(house, state)
     house.run(found.apply(state.loaded.config, all_or_nothing=True))
     before = house.leases.served
@@ -103,7 +103,7 @@ def test_a_check_changes_nothing(house: House, state: State) -> None:
 
 
 def test_one_at_a_time(house: House, state: State) -> None:
-    """A request that comes while the daemon works on the cache is refused, and so is one that comes while it stops."""
+    """A request that comes during a reconcile or during the stop is refused."""
     found = snapshots(house, state)
 
     async def both() -> None:

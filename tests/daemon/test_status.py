@@ -1,4 +1,4 @@
-"""Readiness and status say what a client would meet: also a spool that was removed or is full."""
+"""Readiness and status describe what a client would get, also with a spool that was removed or is full."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def read_only(directory: Path) -> Iterator[str]:
 
 @pytest.mark.parametrize("spoil", [removed, full, read_only])
 def test_a_spool_that_takes_no_upload(spool: Spool, spoil: object) -> None:
-    """Readiness, status and systemd's line name the directory and the cause, until it is healed."""
+    """Readiness, status and systemd's line name the directory and the cause, until it is repaired."""
     assert callable(spoil)
     status = shown(spool)
     assert status.readiness().ready
@@ -75,7 +75,7 @@ def test_a_spool_that_takes_no_upload(spool: Spool, spoil: object) -> None:
 
 
 def test_readiness_before_and_after(spool: Spool) -> None:
-    """While it starts the reason is the work of the moment; while it stops no later time is worth a try."""
+    """During the start the reason is the current step; during the stop no time to retry is given."""
     state = ready_state()
     state.phase, state.note = "starting", "loading a"
     status = Status(state, Leases(), spool)

@@ -1,4 +1,4 @@
-"""A reload whose new model does not fit beside the old one: the old one goes first, or comes back."""
+"""A reload whose new model does not fit beside the old one: the old one is unloaded first, and restored on failure."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def house(tmp_path: Path, snapshot: Path) -> Iterator[Builder]:
 
 
 def test_beside_where_there_is_room(house: Builder) -> None:
-    """The old model leaves only when the new one is there."""
+    """With room for both, the old model is unloaded only after the new one is loaded."""
     memory = Memory(2, {"a": 1, "b": 1})
     one = house(memory)
     one.switch("a")
@@ -95,7 +95,7 @@ def test_beside_where_there_is_room(house: Builder) -> None:
 
 
 def test_the_old_one_goes_first(house: Builder) -> None:
-    """Without room for both, the reload waits for the last request of the old model; new requests wait meanwhile."""
+    """Without room for both, the reload waits for the old model's last request; new requests wait meanwhile."""
     memory = Memory(3, {"a": 2, "b": 2})
     one = house(memory)
     one.switch("a")
@@ -114,7 +114,7 @@ def test_the_old_one_goes_first(house: Builder) -> None:
 
 
 def test_a_new_model_that_never_fits(house: Builder) -> None:
-    """The old one is loaded again, and the reload reports what was wrong."""
+    """The old model is loaded again, and the reload reports the error."""
     memory = Memory(2, {"a": 2, "b": 9})
     one = house(memory)
     one.switch("a")
@@ -130,7 +130,7 @@ def test_a_new_model_that_never_fits(house: Builder) -> None:
 
 
 def test_old_requests_that_do_not_end(house: Builder) -> None:
-    """After a while the reload gives up: the old model never stopped, and serves on."""
+    """After a time limit the reload fails; the old model kept serving all the time."""
     memory = Memory(2, {"a": 2, "b": 2})
     one = house(memory, drain_s=0.05)
     one.switch("a")
@@ -149,7 +149,7 @@ def test_old_requests_that_do_not_end(house: Builder) -> None:
 
 
 def test_what_stays_is_not_touched(house: Builder) -> None:
-    """Only the models that leave make room."""
+    """Only models that are removed are unloaded to make room."""
     memory = Memory(3, {"a": 1, "b": 2, "c": 2})
     one = house(memory)
     one.switch("a", "b")
@@ -160,7 +160,7 @@ def test_what_stays_is_not_touched(house: Builder) -> None:
 
 
 def test_a_gpu_is_not_shared_by_accident(house: Builder) -> None:
-    """An engine that took what was free of a GPU leaves room for a crippled one only: it goes first."""
+    """An engine that took a GPU's free memory leaves room for a reduced one only, so it is unloaded first."""
     memory = Memory(9, {"a": 1, "b": 1}, device="cuda")
     one = house(memory)
     one.switch("a")
@@ -184,7 +184,7 @@ def decoded(one: House, name: str, clip: Clip) -> str:
 
 
 def test_with_real_weights(house: Builder, clips: dict[str, Clip]) -> None:
-    """Real engines in processes of their own: the old process is gone when the new one serves, and both read right."""
+    """With real engines in processes, the old process is gone when the new one serves, and both read correctly."""
     memory = Memory(2, {"a": 2, "b": 2}, real=True)
     one = house(memory, own=True)
     one.switch("a")
@@ -197,7 +197,7 @@ def test_with_real_weights(house: Builder, clips: dict[str, Clip]) -> None:
 
 
 class SlowOpener(ModelOpener):
-    """Opens nothing until it may; then raises OutOfMemory."""
+    """Opens nothing until it is released; then raises OutOfMemory."""
 
     def __init__(self) -> None:
         super().__init__(EngineSettings(), Path("/nowhere"), Metrics())
@@ -216,7 +216,7 @@ def config(names: Sequence[str]) -> Config:
 
 
 def test_requests_wait_for_a_switch_without_threads(tmp_path: Path) -> None:
-    """Any number of them, up to a limit of time; then they get an error with the time to come back."""
+    """Any number of requests wait without threads, up to a time limit, and then get an error with a time to retry."""
     opener = SlowOpener()
 
     async def run() -> Sequence[object]:
@@ -236,7 +236,7 @@ def test_requests_wait_for_a_switch_without_threads(tmp_path: Path) -> None:
 
 
 def test_a_client_that_leaves_does_not_end_the_turn(tmp_path: Path) -> None:
-    """A cancelled change goes on in its thread, and the next one waits for it: models are changed one at a time."""
+    """A cancelled change continues in its thread and the next one waits for it: models are changed one at a time."""
     opener = SlowOpener()
 
     async def run() -> None:

@@ -1,4 +1,4 @@
-"""What systemd gets: one true line, a sign of life, and requests for more time only while bytes arrive."""
+"""What systemd gets: one true line, watchdog pings, and requests for more time only while bytes arrive."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ HALF = ["STATUS=downloading org/a: 50 % of 2.0 MB", "EXTEND_TIMEOUT_USEC=1500000
     ("done", "expected"),
     [
         ([0], []),
-        ([500_000], []),  # an earlier run has left it
+        ([500_000], []),  # a value left by an earlier run
         ([500_000, 500_000], []),
         ([500_000, 1_000_000], HALF),
         ([1_000_000, 1_100_000, 1_000_000], ["STATUS=downloading org/a: 55 % of 2.0 MB", HALF[1]]),  # within a second
@@ -88,7 +88,7 @@ HALF = ["STATUS=downloading org/a: 50 % of 2.0 MB", "EXTEND_TIMEOUT_USEC=1500000
 def test_more_time_only_while_bytes_arrive(
     systemd: socket.socket, state: State, done: list[int], expected: list[str]
 ) -> None:
-    """A download that moves extends the time to start by two stalls and a margin; one that does not is silent."""
+    """A download that progresses extends the start timeout by two stalls and a margin; a stalled one does not."""
     with closing(Notifier({"NOTIFY_SOCKET": systemd.getsockname()})) as notifier:
         supervision = supervised(notifier, state)
         supervision.send()
@@ -98,7 +98,7 @@ def test_more_time_only_while_bytes_arrive(
 
 
 def test_every_download_is_on_the_line(systemd: socket.socket, state: State) -> None:
-    """Downloads that go on beside each other are told together, and forgotten together."""
+    """Concurrent downloads are shown together and removed together."""
     with closing(Notifier({"NOTIFY_SOCKET": systemd.getsockname()})) as notifier:
         supervision = supervised(notifier, state)
         supervision.note_progress(fetched(0, "org/b"))
@@ -112,7 +112,7 @@ def test_every_download_is_on_the_line(systemd: socket.socket, state: State) -> 
 
 @contextmanager
 def standing_still(tiny: LoadedModel, pid: int | None) -> Iterator[ServedModels]:
-    """A model whose engine is in the middle of a window that does not end."""
+    """A model whose engine is inside a window that does not end."""
     gate, begun = threading.Event(), threading.Event()
 
     def stands_still(_: Window) -> Hypothesis:
@@ -132,7 +132,7 @@ def standing_still(tiny: LoadedModel, pid: int | None) -> Iterator[ServedModels]
 
 @pytest.mark.parametrize(("pid", "alive"), [(None, False), (4711, True)], ids=["inside", "own process"])
 def test_an_engine_that_stands_still(tiny: LoadedModel, pid: int | None, alive: bool) -> None:
-    """Inside the daemon it ends the sign of life; in its own process it is replaced."""
+    """A hung engine inside the daemon stops the watchdog pings; one in its own process is replaced."""
     with standing_still(tiny, pid) as models:
         assert is_alive(models, 300)
         assert is_alive(models, 0) is alive
@@ -140,7 +140,7 @@ def test_an_engine_that_stands_still(tiny: LoadedModel, pid: int | None, alive: 
 
 @pytest.mark.parametrize(("stall_s", "sent"), [(300, True), (0, False)])
 def test_the_watchdog(systemd: socket.socket, state: State, tiny: LoadedModel, stall_s: float, sent: bool) -> None:
-    """The message is sent as long as the engines move."""
+    """The watchdog message is sent as long as the engines make progress."""
     environ = {"NOTIFY_SOCKET": systemd.getsockname(), "WATCHDOG_USEC": "20000000", "WATCHDOG_PID": str(os.getpid())}
     leases = Leases()
     with standing_still(tiny, None) as models, closing(Notifier(environ)) as notifier:
@@ -158,7 +158,7 @@ def test_the_watchdog(systemd: socket.socket, state: State, tiny: LoadedModel, s
 
 
 def test_the_line(state: State, tiny: LoadedModel) -> None:
-    """What goes on, the model with its device, the queue."""
+    """The line has the current work, the model with its device, and the queue."""
     leases = Leases()
     leases.swap(served(replace(tiny, name="tiny")))
     status = shown(state, leases)

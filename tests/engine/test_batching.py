@@ -1,4 +1,4 @@
-"""Who is next inside an engine: short requests first, and nobody never."""
+"""The order of windows inside an engine: short requests first, and every window gets its turn."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def ids(windows: list[Window]) -> list[int]:
 
 
 def test_interactive_first() -> None:
-    """A short request does not wait behind a long one that came before."""
+    """A short request does not wait behind a long one that came first."""
     lanes = ReadyQueue()
     lanes.add([window(1, "bulk"), window(2, "bulk"), window(3)])
     assert ids(lanes.take(2, 4)) == [3]
@@ -32,7 +32,7 @@ def test_interactive_first() -> None:
 
 
 def test_late_windows_join() -> None:
-    """A batch that is being encoded takes along what may share it, of its own lane alone, up to its limit."""
+    """A batch that is being encoded takes in compatible windows of its own lane only, up to its limit."""
     lanes = ReadyQueue()
     lanes.add([window(1, temperature=0.2), window(2, "bulk"), *map(window, range(3, 8))])
     assert ids(lanes.join(window(0), 3)) == [3, 4, 5]
@@ -61,8 +61,8 @@ def test_short_requests_cut_in() -> None:
     assert ids(lanes.open) == [1]
 
 
-def test_nobody_is_passed_over_for_ever() -> None:
-    """Beside a stream of short requests that never ends, a long one has its turn after a few batches."""
+def test_no_request_starves() -> None:
+    """Beside an endless stream of short requests, a long one gets its turn after a few batches."""
     lanes = ReadyQueue()
     lanes.add([window(0, "bulk")])
     for number in range(1, 100):
@@ -83,7 +83,7 @@ def test_a_batch_is_of_one_kind() -> None:
 
 
 def test_dropped_windows_are_gone() -> None:
-    """A window that was taken cannot be dropped any more; one that waits can."""
+    """A window that was taken cannot be dropped any more; a waiting one can."""
     lanes = ReadyQueue()
     lanes.add([window(1), window(2, "bulk")])
     assert ids(lanes.take(1, 1)) == [1]
@@ -93,7 +93,7 @@ def test_dropped_windows_are_gone() -> None:
 
 @given(st.lists(lanes_of_windows, max_size=20), st.integers(1, 4), st.integers(1, 5))
 def test_every_window_is_taken_once(found: list[Lane], n_workers: int, limit: int) -> None:
-    """Whatever waits is taken, once, in batches within the limit."""
+    """Every waiting window is taken exactly once, in batches within the limit."""
     lanes = ReadyQueue()
     lanes.add([window(number, lane) for number, lane in enumerate(found)])
     taken: list[int] = []

@@ -1,4 +1,4 @@
-"""Calls of many threads become few calls, and everybody gets the answer to their own question."""
+"""Calls of many threads are combined into few, and each caller gets the answer to its own question."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Slow:
 
 
 class Counted(Coalescer[int, int]):
-    """Tells how many have come to wait."""
+    """Reports how many callers are waiting."""
 
     def waiting(self) -> int:
         with self._lock:
@@ -46,7 +46,7 @@ class Counted(Coalescer[int, int]):
 
 
 def asked_meanwhile(questions: Sequence[int], most: int) -> tuple[Slow, list[Future[int]]]:
-    """One question at work, then the others, one after the other; all are answered at the end."""
+    """Starts one question, then the others one after the other; all are answered at the end."""
     slow = Slow()
     together = Counted(slow.answer, size=slow.size, most=most)
     with ThreadPoolExecutor(len(questions) + 1) as pool:
@@ -60,8 +60,8 @@ def asked_meanwhile(questions: Sequence[int], most: int) -> tuple[Slow, list[Fut
     return slow, answers
 
 
-def test_who_waits_is_answered_together() -> None:
-    """What came while the first was at work is one call, in the order in which it came."""
+def test_waiting_questions_are_answered_together() -> None:
+    """Questions that came while the first was running are one call, in the order in which they came."""
     slow, answers = asked_meanwhile([2, 3, 4], most=100)
     assert slow.calls == [[1], [2, 3, 4]]
     assert [answer.result(PATIENCE_S) for answer in answers] == [2, 4, 6, 8]
@@ -69,7 +69,7 @@ def test_who_waits_is_answered_together() -> None:
 
 @given(questions=st.lists(st.integers(1, 12), min_size=1, max_size=8), most=st.integers(1, 20))
 def test_no_call_is_too_large(questions: list[int], most: int) -> None:
-    """Everybody is answered, no call is larger than allowed unless it is one question, and none could take the next."""
+    """Every question is answered; only a single question may exceed the limit, and each call is as full as possible."""
     slow, answers = asked_meanwhile(questions, most)
     assert [answer.result(PATIENCE_S) for answer in answers] == [2, *(2 * question for question in questions)]
     later = slow.calls[1:]
@@ -88,8 +88,8 @@ def test_errors_reach_those_who_asked_together() -> None:
             answer.result(PATIENCE_S)
 
 
-def test_who_works_for_the_others_keeps_newcomers_waiting() -> None:
-    """Whoever comes while the second call is at work waits, as during the first."""
+def test_a_question_waits_for_the_running_call() -> None:
+    """A question that comes while the second call runs waits, as during the first."""
     entered, go = threading.Semaphore(0), threading.Semaphore(0)
     at_work: list[int] = []
 
@@ -106,7 +106,7 @@ def test_who_works_for_the_others_keeps_newcomers_waiting() -> None:
         answers = []
         for question in range(3):
             answers.append(pool.submit(together, question))
-            if question:  # the one before is at work, and this one has come
+            if question:  # the call before is running, and this caller has arrived
                 while not together.waiting() and not answers[-1].done():
                     threading.Event().wait(0.0001)
                 go.release()
@@ -116,7 +116,7 @@ def test_who_works_for_the_others_keeps_newcomers_waiting() -> None:
 
 
 def test_many_threads() -> None:
-    """Whatever the order in which hundreds come and go, each has its own answer, and one works at a time."""
+    """With hundreds of threads in any order, each gets its own answer, and one call runs at a time."""
     busy = threading.Lock()
 
     def answer(questions: Sequence[int]) -> list[int]:

@@ -1,4 +1,4 @@
-"""What every engine promises, whatever runs inside. ``whisperd.engine.base`` is the text of it."""
+"""What every engine guarantees; ``whisperd.engine.base`` is the text of it."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def decode(engine: Engine, samples: Samples, request: DecodeRequest, *, audio: i
 
 
 def test_slots(engine: Engine, speech: Samples) -> None:
-    """Each admitted window takes a slot and gives it back when it comes out, exactly once."""
+    """Each admitted window takes a slot and returns it when it comes out, exactly once."""
     slots = engine.info.slots
     assert engine.free_slots == slots
     engine.admit([Window(id=key, samples=speech, request=DecodeRequest()) for key in range(slots)])
@@ -121,7 +121,7 @@ def test_slots(engine: Engine, speech: Samples) -> None:
 
 
 def test_an_idle_engine_has_nothing(engine: Engine) -> None:
-    """A step without windows returns soon and empty."""
+    """A step without windows returns soon and with nothing."""
     assert list(engine.step()) == []
 
 
@@ -164,7 +164,7 @@ def test_a_batch_changes_nothing(engine: Engine, speech: Samples, clips: dict[st
 
 
 def test_audio_that_comes_again(engine: Engine, speech: Samples, clips: dict[str, Clip]) -> None:
-    """What is known to be the same audio decodes as if it were new, whatever was decoded between and beside it."""
+    """Audio marked as the same decodes as if it were new, whatever was decoded between and beside it."""
     other = clips["agent"].samples()
     request = DecodeRequest(word_timestamps=True)
     fresh = decode(engine, speech, request)
@@ -181,7 +181,7 @@ def test_audio_that_comes_again(engine: Engine, speech: Samples, clips: dict[str
 
 
 def test_beams(engine: Engine, speech: Samples, vocabulary: Vocabulary) -> None:
-    """A window may be searched; the text is at least as likely as the greedy one, or nearly."""
+    """A window may use beam search; its text is at least as likely as the greedy one, or nearly."""
     greedy = decode(engine, speech, DecodeRequest())
     found = decode(engine, speech, DecodeRequest(beam_size=3))
     assert found.avg_logprob >= greedy.avg_logprob - 0.1
@@ -190,7 +190,7 @@ def test_beams(engine: Engine, speech: Samples, vocabulary: Vocabulary) -> None:
 
 
 def test_cancel_frees_slots(engine: Engine, speech: Samples) -> None:
-    """Cancelled windows may come out or not; their slots are free again, and the next window is served."""
+    """Cancelled windows may come out or not; their slots are free again, and the next window is decoded."""
     n_windows = engine.info.slots
     engine.admit([Window(id=key, samples=speech, request=DecodeRequest()) for key in range(n_windows)])
     engine.cancel(frozenset(range(n_windows)))
@@ -236,7 +236,7 @@ def test_no_memory_at_all(
     vocabulary: Vocabulary,
     speech: Samples,
 ) -> None:
-    """A window that does not even fit alone fails as OutOfMemory; the engine lives on."""
+    """A window that does not fit alone fails as OutOfMemory; the engine continues."""
     engine = opener(snapshot, vocabulary, 0, ModelMeter())
     try:
         engine.admit([Window(id=key, samples=speech, request=DecodeRequest()) for key in range(3)])

@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints serve as well as CTranslate2 models, without torch."""
+"""Hugging Face checkpoints are served like CTranslate2 models, without torch."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ def test_int8(snapshot: Path, clips: dict[str, Clip], tmp_path: Path) -> None:
 
 
 def test_bfloat16(snapshot: Path, clips: dict[str, Clip], tmp_path: Path) -> None:
-    """A bfloat16 checkpoint is read although numpy has no such type."""
+    """A bfloat16 checkpoint is read although numpy lacks the type."""
     exported = export(snapshot, tmp_path / "hf", bfloat16=True)
     found = read(exported, tmp_path / "work", clips["monkeys"], "float32")
     assert plain(Vocabulary.load(exported).decode(found.tokens)) == plain(clips["monkeys"].text)
 
 
 def test_kept(snapshot: Path, tmp_path: Path) -> None:
-    """A conversion is made once for each commit and type, and leaves nothing but its result."""
+    """A conversion is made once for each commit and type, and leaves only its result."""
     commit = tmp_path / "models--openai--whisper-tiny.en" / "snapshots" / ("c" * 40)
     export(snapshot, commit)
     work = tmp_path / "work"
@@ -74,7 +74,7 @@ def test_kept(snapshot: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("damage", ["cut", "shape", "other model", "no layers"])
 def test_damaged(snapshot: Path, tmp_path: Path, damage: str) -> None:
-    """A checkpoint that is no whole Whisper is refused by name, and no half conversion stays."""
+    """An incomplete Whisper checkpoint is refused by name, and no partial conversion remains."""
     exported = export(snapshot, tmp_path / "hf")
     weights, config = exported / "model.safetensors", exported / "config.json"
     known = json.loads(config.read_text())

@@ -54,7 +54,7 @@ def test_placement(n_cores: int, expected: tuple[int, int]) -> None:
 
 
 def test_a_short_request_cuts_in(snapshot: Path, vocabulary: Vocabulary, clips: dict[str, Clip]) -> None:
-    """The only worker encodes two windows of a long request, and decodes a short one that comes meanwhile first."""
+    """The only worker encodes two windows of a long request and decodes a short one that arrives meanwhile first."""
     model = ctranslate2.models.Whisper(str(snapshot), device="cpu", compute_type="int8")
     encoding, go_on = threading.Event(), threading.Event()
     encode = ctranslate2_encoder(model)

@@ -1,4 +1,4 @@
-"""The path through the attention: of many windows at once, and the one that openai-whisper walks."""
+"""The alignment path through the attention of many windows at once, compared with openai-whisper's."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Costs = NDArray[np.float64]
 
 
 def walked(costs: Costs) -> list[int]:
-    """openai-whisper's ``dtw_cpu`` and ``backtrace``, cell by cell; where the path first reaches each row."""
+    """openai-whisper's ``dtw_cpu`` and ``backtrace``, cell by cell: the first column of the path in each row."""
     n_rows, n_columns = costs.shape
     totals = np.full((n_rows + 1, n_columns + 1), np.inf)
     trace = np.full((n_rows + 1, n_columns + 1), -1)
@@ -76,7 +76,7 @@ def test_paths(seed: int, sizes: list[tuple[int, int]], levels: int) -> None:
 
 
 def test_kernel_in_the_interpreter() -> None:
-    """The kernel for GPUs walks the same paths."""
+    """The kernel for GPUs finds the same paths."""
     pytest.importorskip("triton", reason="Triton is not installed")
     run = subprocess.run(
         [sys.executable, "-c", COMPARED],
@@ -89,6 +89,6 @@ def test_kernel_in_the_interpreter() -> None:
 
 
 def test_one_frame() -> None:
-    """Audio of a single frame attends to nothing else, which is no number by the formula, and still has a path."""
+    """Audio of a single frame, for which the formula gives NaN, still has a path."""
     matrix = attention_matrix(torch.zeros(2, 4, 1))
     assert first_columns(-joined([matrix]), torch.tensor([4]), torch.tensor([1])).tolist() == [[0] * 4]

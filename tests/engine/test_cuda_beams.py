@@ -1,4 +1,4 @@
-"""Beam search on the engine for GPUs: what openai-whisper's search finds, in any company."""
+"""Beam search on the engine for GPUs gives the texts of openai-whisper's search, whatever else is decoded."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def runner(checkpoint: Checkpoint, vocabulary: Vocabulary) -> Iterator[Runner]:
 
 
 def logprobs(runner: Runner, vocabulary: Vocabulary, window: int, texts: list[list[int]], prefix: list[int]) -> Any:
-    """What may follow each text, read anew from its start; float32 [texts, vocabulary]."""
+    """The scores of the next token of each text, computed from its start; float32 [texts, vocabulary]."""
     at = torch.arange(len(texts))
     rows = Rows(len(texts), eot=vocabulary.eot, timestamp_begin=vocabulary.timestamp_begin, device=CPU)
     rows.begin(at, [window] * len(texts), [RowPlan(prefix=tuple(prefix))] * len(texts))
@@ -106,7 +106,7 @@ def test_as_openai_whisper(runner: Runner, vocabulary: Vocabulary, n_beams: int)
 
 
 def test_in_company(checkpoint: Checkpoint, vocabulary: Vocabulary) -> None:
-    """Searches of different widths, greedy windows and samples share the engine, and nobody changes another's text."""
+    """Searches of different widths, greedy windows and samples share the engine, and no text changes another."""
     requests = [
         DecodeRequest(beam_size=2, word_timestamps=True),
         DecodeRequest(),
@@ -130,7 +130,7 @@ def test_in_company(checkpoint: Checkpoint, vocabulary: Vocabulary) -> None:
 
 
 def test_more_beams_than_rows(checkpoint: Checkpoint, vocabulary: Vocabulary) -> None:
-    """A search that can never start fails with what to change, and gives its slot back."""
+    """A search that can never start fails with advice on what to change, and its slot is freed."""
     engine = opened(checkpoint, vocabulary, 2)
     request = DecodeRequest()
     engine.admit([Window(id=1, samples=audio(1), request=DecodeRequest(beam_size=3))])
@@ -147,7 +147,7 @@ def test_more_beams_than_rows(checkpoint: Checkpoint, vocabulary: Vocabulary) ->
 
 @pytest.mark.parametrize("name", ["agent", "monkeys"])
 def test_as_ctranslate2(snapshot: Path, vocabulary: Vocabulary, clips: dict[str, Clip], name: str) -> None:
-    """Real weights, real speech, five beams: the text that CTranslate2 finds."""
+    """On real weights and real speech, five beams give CTranslate2's text."""
     speech = clips[name].samples()[: 12 * SAMPLE_RATE_HZ]
     request = DecodeRequest(beam_size=5)
     mine = CudaEngine.load(snapshot, vocabulary, device="cpu", slots=5)

@@ -84,7 +84,7 @@ def test_no_model(tmp_path: Path) -> None:
 
 
 def test_sizes(snapshot: Path) -> None:
-    """What is reckoned for weights and slots is what the tensors weigh, and what is known of large-v3."""
+    """The computed sizes of weights and slots equal those of the tensors, and the known ones of large-v3."""
     found = checkpoint.read(snapshot)
     real_bytes = sum(tensor.size for tensor in found.tensors.values()) * 2
     assert memory.weight_bytes(found.shape, 2) == pytest.approx(real_bytes, rel=0.01)
@@ -144,32 +144,32 @@ def test_eight_bits_hold_more(name: str, budget_bytes: int) -> None:
     ],
 )
 def test_cards_with_eight_bits(capability: tuple[int, int], hip: bool, expected: str | None) -> None:
-    """Ada, Hopper and what came later; others hear what they have and what is needed."""
+    """Ada, Hopper and later GPUs are accepted; for others the error says what they have and what is needed."""
     found = fp8_obstacle(capability, hip=hip)
     assert found is None if expected is None else expected in (found or "")
 
 
 def test_no_device() -> None:
-    """Without a device of any maker nothing else is asked."""
+    """Without a device of any maker, nothing else is checked."""
     assert "no GPU" in (obstacle(nodes=()) or "")
 
 
 def test_no_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A device without PyTorch: what to install."""
+    """With a device but without PyTorch, the error says what to install."""
     monkeypatch.setitem(sys.modules, "torch", None)
     assert "whisperd[cuda]" in (obstacle(nodes=("/dev/null",)) or "")
 
 
 @NO_GPU
 def test_torch_without_a_gpu() -> None:
-    """A device that PyTorch cannot use: which build of PyTorch it is."""
+    """With a device that PyTorch cannot use, the error names the build of PyTorch."""
     torch = pytest.importorskip("torch", reason="PyTorch is not installed")
     assert torch.__version__ in (obstacle(nodes=("/dev/null",)) or "")
 
 
 @NO_GPU
 def test_cuda_without_a_gpu(snapshot: Path, vocabulary: Vocabulary, tmp_path: Path) -> None:
-    """A device that was asked for and is not there is an error that says why, and never a silent fallback."""
+    """A requested device that is missing is an error with the reason, never a silent fallback."""
     with pytest.raises(EngineError, match=r"'cuda', but .*GPU.*'auto' and 'cpu'"):
         open_engine(snapshot, vocabulary, EngineSettings(device="cuda"), tmp_path)
 

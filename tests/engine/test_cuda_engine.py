@@ -30,11 +30,11 @@ from whisperd.engine.cuda.engine import CudaEngine
 from whisperd.engine.cuda.rows import RowPlan, RowText
 from whisperd.engine.cuda.runner import Runner
 
-torch.set_num_threads(1)  # several wait for each other more than they work on tensors this small
+torch.set_num_threads(1)  # on tensors this small several threads wait for each other more than they compute
 CPU = torch.device("cpu")
 N_WINDOWS = 5
 SPREAD = 0.3  # large enough that audio, position and history change what comes next
-END_GROWTH = 0.7  # how much each position calls for the end, so that texts have one, and each its own
+END_GROWTH = 0.7  # the weight of the end token at each position, so that texts end, and at different lengths
 
 
 def talkative(vocabulary: Vocabulary, shape: Shape = SHAPES["smoke"]) -> Checkpoint:
@@ -95,7 +95,7 @@ def engines(checkpoint: Checkpoint, vocabulary: Vocabulary) -> Iterator[dict[int
 
 
 def test_texts_differ(alone: Sequence[Hypothesis]) -> None:
-    """The test weights are worth testing with: texts of different lengths that depend on the audio."""
+    """The test weights give texts of different lengths that depend on the audio."""
     assert len({len(one.tokens) for one in alone}) > 3
     assert len({one.tokens for one in alone}) == N_WINDOWS
 
@@ -109,7 +109,7 @@ def test_texts_differ(alone: Sequence[Hypothesis]) -> None:
 def test_any_order(
     engines: dict[int, CudaEngine], alone: Sequence[Hypothesis], order: list[int], turns: list[int], slots: int
 ) -> None:
-    """Whenever windows join and whoever is decoded beside them, each reads as if it were alone."""
+    """Whenever windows join and whatever is decoded beside them, each gives the text that it gives alone."""
     engine = engines[slots]
     waiting = [window(key) for key in order]
     arrivals = iter(turns)
@@ -129,7 +129,7 @@ def test_any_order(
 
 
 def test_cancel_gives_rows_back(checkpoint: Checkpoint, vocabulary: Vocabulary, alone: Sequence[Hypothesis]) -> None:
-    """Windows that are cancelled while they are written leave slots and rows to those who come next."""
+    """Windows that are cancelled during decoding free their slots and rows for the next ones."""
     engine = opened(checkpoint, vocabulary, 2)
     engine.admit([window(0), window(3)])
     engine.step()
@@ -153,7 +153,7 @@ def test_best_of_needs_no_free_rows(checkpoint: Checkpoint, vocabulary: Vocabula
 
 
 class ListeningRunner(Runner):
-    """Remembers how likely each text was."""
+    """Records how likely each text was."""
 
     def texts(self, rows: Sequence[int]) -> list[RowText]:
         found = super().texts(rows)
@@ -174,15 +174,15 @@ def test_the_likeliest_sample_is_kept(checkpoint: Checkpoint, vocabulary: Vocabu
 
 
 class NotingRunner(Runner):
-    """Remembers which audio came in, by its length, in order."""
+    """Records which audio came in, by its length, in order."""
 
     def encode(self, samples: Sequence[Samples], windows: Sequence[int], keys: Sequence[int] | None = None) -> None:
         self.lengths = [*getattr(self, "lengths", []), *map(len, samples)]
         super().encode(samples, windows, keys)
 
 
-def test_who_is_let_in(checkpoint: Checkpoint, vocabulary: Vocabulary) -> None:
-    """The oldest window, then those that somebody waits for, then the others."""
+def test_the_order_of_admission(checkpoint: Checkpoint, vocabulary: Vocabulary) -> None:
+    """The oldest window is admitted first, then interactive ones, then the others."""
     runner = NotingRunner(checkpoint, vocabulary, device=CPU, dtype=torch.float32, slots=4)
     engine = CudaEngine(runner, vocabulary, compute_type="float32")
     lanes: list[Lane] = ["bulk", "bulk", "interactive", "interactive"]
@@ -217,7 +217,7 @@ def again(key: int) -> Window:
 
 
 def test_a_retry_keeps_its_slot(checkpoint: Checkpoint, vocabulary: Vocabulary, alone: Sequence[Hypothesis]) -> None:
-    """Audio is encoded once while nobody needs its slot; the room is taken from whoever left first."""
+    """Encoded audio is kept until its slot is needed; the slot whose window left first is reused first."""
     runner = NotingRunner(checkpoint, vocabulary, device=CPU, dtype=torch.float32, slots=3)
     engine = CudaEngine(runner, vocabulary, compute_type="float32")
     decoded(engine, [again(0), again(1)])
@@ -232,7 +232,7 @@ def test_a_retry_keeps_its_slot(checkpoint: Checkpoint, vocabulary: Vocabulary, 
 
 
 def test_under_load_audio_is_kept_for_a_while(checkpoint: Checkpoint, vocabulary: Vocabulary) -> None:
-    """Where all rows are busy all the time, a window that comes again soon still finds its audio."""
+    """Where all rows are busy all the time, the audio of a window that comes again soon is still kept."""
     runner = NotingRunner(checkpoint, vocabulary, device=CPU, dtype=torch.float32, slots=8)
     engine = CudaEngine(runner, vocabulary, compute_type="float32")
     assert (runner.windows, engine.free_slots) == (9, 8)
@@ -261,7 +261,7 @@ class SmallRunner(Runner):
 
 
 def test_out_of_memory_halves(checkpoint: Checkpoint, vocabulary: Vocabulary, alone: Sequence[Hypothesis]) -> None:
-    """Too many windows at once are tried again by halves, in their order, and all are read."""
+    """Too many windows at once are retried by halves, in their order, and all are decoded."""
     runner = SmallRunner(checkpoint, vocabulary, device=CPU, dtype=torch.float32, slots=N_WINDOWS)
     engine = CudaEngine(runner, vocabulary, compute_type="float32")
     engine.admit([window(key) for key in range(N_WINDOWS)])
@@ -271,7 +271,7 @@ def test_out_of_memory_halves(checkpoint: Checkpoint, vocabulary: Vocabulary, al
 
 
 def test_a_window_that_does_not_fit_fails_alone(checkpoint: Checkpoint, vocabulary: Vocabulary) -> None:
-    """Where not even one window can be encoded, it fails, and the engine goes on."""
+    """A window that cannot be encoded alone fails, and the engine continues."""
     runner = SmallRunner(checkpoint, vocabulary, device=CPU, dtype=torch.float32, slots=2)
     runner.room = 0
     engine = CudaEngine(runner, vocabulary, compute_type="float32")
@@ -329,7 +329,7 @@ def reference(found: Checkpoint, vocabulary: Vocabulary) -> Any:
 
 
 def test_languages(many_languages: Vocabulary) -> None:
-    """A multilingual model hears the languages that transformers hears, and translates as it does."""
+    """A multilingual model detects the languages that transformers detects, and translates as it does."""
     found = talkative(many_languages)
     model = reference(found, many_languages)
     runner = Runner(found, many_languages, device=CPU, dtype=torch.float32, slots=3)
@@ -361,8 +361,8 @@ class HearingRunner(NotingRunner):
         return super().detect(windows, rows, languages)
 
 
-def test_a_language_is_heard_once(many_languages: Vocabulary) -> None:
-    """Audio that comes again has its language, also among fewer candidates; a slot's next audio does not inherit it."""
+def test_a_language_is_detected_once(many_languages: Vocabulary) -> None:
+    """Audio that comes again keeps its language, also among fewer candidates; a slot's next audio does not get it."""
     runner = HearingRunner(talkative(many_languages), many_languages, device=CPU, dtype=torch.float32, slots=1)
     engine = CudaEngine(runner, many_languages, compute_type="float32")
     first, second = (getattr(decoded(engine, [again(0)])[0], "language", "") for _ in range(2))
@@ -377,7 +377,7 @@ def test_a_language_is_heard_once(many_languages: Vocabulary) -> None:
 
 
 def test_a_language_is_found(many_languages: Vocabulary) -> None:
-    """The engine detects what was not asked for, keeps what was, and says how sure it is."""
+    """The engine detects a language that was not given, keeps a given one, and reports the probability."""
     engine = opened(talkative(many_languages), many_languages, 3)
     engine.admit(
         [Window(id=key, samples=audio(key), request=DecodeRequest(language="de" if key else None)) for key in (0, 1)]

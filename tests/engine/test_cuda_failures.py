@@ -1,4 +1,4 @@
-"""Every failure of PyTorch, CUDA and Triton becomes an error of whisperd, and a full memory is known as one."""
+"""Every failure of PyTorch, CUDA and Triton becomes an error of whisperd, and a full memory is recognised."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ BROKEN = [
 
 @pytest.mark.parametrize("error", FULL, ids=str)
 def test_full_memory(error: Exception) -> None:
-    """Whoever could not allocate, halving may help."""
+    """A failed allocation is OutOfMemory, so that the batch is halved."""
     with pytest.raises(OutOfMemory, match="not enough memory"), translated():
         raise error
 
 
 @pytest.mark.parametrize("error", BROKEN, ids=str)
 def test_other_failures(error: Exception) -> None:
-    """Halving would not help: the engine fails, with what the library said."""
+    """A failure that halving does not help is an engine failure with the library's words."""
     with pytest.raises(EngineError) as caught, translated():
         raise error
     assert not isinstance(caught.value, OutOfMemory)
@@ -55,15 +55,15 @@ def test_other_failures(error: Exception) -> None:
 
 
 def test_full_memory_behind_another_failure() -> None:
-    """What ends a capture hides why it ended; the first cause decides."""
+    """An error that ends a capture hides its cause; the first cause decides."""
     hidden = RuntimeError("CUDA error: operation failed due to a previous error during capture")
     hidden.__context__ = torch.OutOfMemoryError("CUDA out of memory")
     with pytest.raises(OutOfMemory), translated():
         raise hidden
 
 
-def test_mistakes_of_our_own_are_none_of_theirs() -> None:
-    """A wrong key is not the device's failure."""
+def test_own_errors_are_not_translated() -> None:
+    """An error of our own code, such as a KeyError, is not translated into a failure of the device."""
     with pytest.raises(KeyError), translated():
         raise KeyError("row")
 

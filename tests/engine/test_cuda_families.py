@@ -29,7 +29,7 @@ torch.set_num_threads(1)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """What a release has that others have not; widths are tiny."""
+    """How a release differs from the others; widths are tiny."""
 
     layers: tuple[int, int]
     n_mels: int
@@ -68,7 +68,7 @@ def tokenizer(snapshot: Path, target: Path, size: int) -> Vocabulary:
 
 
 def written(found: Checkpoint, vocabulary: Vocabulary, target: Path, family: Family) -> None:
-    """A drawn checkpoint in the layout of transformers, beside its tokenizer."""
+    """A generated checkpoint in the layout of transformers, beside its tokenizer."""
     shape = found.shape
     config = {
         "model_type": "whisper",
@@ -99,7 +99,7 @@ def read(engine: Engine, *, many: bool) -> list[Hypothesis]:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_families(snapshot: Path, tmp_path: Path, name: str) -> None:
-    """From disk to text as CTranslate2 reads the same files."""
+    """From disk to text, each family gives what CTranslate2 gives from the same files."""
     family = FAMILIES[name]
     vocabulary = tokenizer(snapshot, tmp_path / "model", family.vocabulary_size)
     assert vocabulary.size == family.vocabulary_size

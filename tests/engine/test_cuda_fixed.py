@@ -1,4 +1,4 @@
-"""Work in fixed sizes gives what work in any size gives, and all of it is recorded when the model is loaded."""
+"""Work in fixed sizes gives the results of work in any size, and all of it is recorded when the model is loaded."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_pieces(count: int, most: int) -> None:
 
 
 def test_pieces_are_read_as_a_whole(vocabulary: Vocabulary) -> None:
-    """Windows that are encoded in pieces, through buffers that are used again, lie in their slots as if all at once."""
+    """Windows that are encoded in pieces, through reused buffers, fill their slots as if encoded at once."""
     runner = Runner(drawn(SHAPES["smoke"], seed=2, spread=SPREAD), vocabulary, device=CPU, dtype=torch.float32, slots=5)
     spectrogram = torch.zeros(runner.shape.n_mels, 3000)
     sounds, windows = [audio(key) for key in range(5)], [4, 0, 3, 1, 2]
@@ -65,7 +65,7 @@ def prompted(vocabulary: Vocabulary, row: int, temperature: float = 0.0) -> RowP
 
 @pytest.mark.parametrize("beams", [False, True])
 def test_fixed_sizes_write_the_same(vocabulary: Vocabulary, beams: bool) -> None:
-    """Prefixes, steps and searches of fixed sizes give the texts of any size, for rows and their neighbours alike."""
+    """Prefixes, steps and searches of fixed sizes give the same texts as any size, for rows and their neighbours."""
     found = []
     for fixed in (False, True):
         checkpoint = drawn(SHAPES["smoke"], seed=2, spread=SPREAD)
@@ -94,7 +94,7 @@ def test_fixed_sizes_write_the_same(vocabulary: Vocabulary, beams: bool) -> None
 
 
 class Recorder:
-    """Records actions as CUDA graphs do, in what an action is run for; the ``fails_at``th finds no memory."""
+    """Records actions as CUDA graphs do, by running them; the ``fails_at``th runs out of memory."""
 
     def __init__(self, fails_at: int = 0) -> None:
         self.count = 0
@@ -106,7 +106,7 @@ class Recorder:
         if self.count == self._fails_at:
             try:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
-            finally:  # as torch.cuda.graph ends a capture in which anything failed
+            finally:  # torch.cuda.graph ends a failed capture like this
                 raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
         return action
 
@@ -127,7 +127,7 @@ def test_everything_is_recorded_at_load(vocabulary: Vocabulary) -> None:
 
 
 def test_no_memory_for_a_graph(vocabulary: Vocabulary) -> None:
-    """Memory that ends inside a recording is known as such, although what torch raises at last does not say so."""
+    """Memory that runs out during a recording is OutOfMemory, although torch's last error does not say so."""
     runner = Runner(drawn(SHAPES["smoke"], seed=2), vocabulary, device=CPU, dtype=torch.float32, slots=20)
     with pytest.raises(OutOfMemory, match="not enough memory"):
         runner.record(Recorder(fails_at=3))

@@ -1,4 +1,4 @@
-"""Audio that is kept in 8 bits: half of the memory, and the words stay right."""
+"""Audio kept in 8 bits takes half of the memory, and the words stay right."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_the_words_stay_right(snapshot: Path, vocabulary: Vocabulary, clips: dic
 
 
 def test_old_cards_refuse(snapshot: Path, vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The option is not dropped in silence where the card cannot do it."""
+    """On a GPU without the formats the option is refused, not ignored."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 6))
     with pytest.raises(EngineError, match=r"engine\.fp8_cross.*8\.6.*8\.9.*false"):
         CudaEngine.load(snapshot, vocabulary, device="cuda", fp8_cross=True)

@@ -1,4 +1,4 @@
-"""The host never waits for the device in the steady path, and hands it few launches outside of recorded graphs.
+"""In steady decoding the host never waits for the device, and launches little outside of recorded graphs.
 
 The true architectures on PyTorch's device "meta", which computes nothing: reading a number from it fails, as do shapes
 that depend on numbers, and a copy from it to the host is seen. Every operation that is no view counts as one launch;
@@ -140,7 +140,7 @@ def counted() -> Iterator[Launches]:
 
 
 def replayed(_: Action) -> Action:
-    """What a recorded graph costs beside it: nothing but one launch."""
+    """A recorded graph counts as one launch."""
     return lambda: None
 
 
@@ -154,7 +154,7 @@ def test_step(runner: Runner) -> None:
 
 
 def test_outside_of_graphs(runner: Runner, vocabulary: Vocabulary) -> None:
-    """What is launched one by one for an encoding, a prefix, a turn of steps and a step of searches is bounded."""
+    """The launches for an encoding, a prefix, a turn of steps and a step of searches are bounded."""
     runner.record(replayed)
     plan = RowPlan(prefix=(vocabulary.sot, vocabulary.sot + 1), temperature=0.0)
     rows = list(range(8))
@@ -179,6 +179,6 @@ def test_outside_of_graphs(runner: Runner, vocabulary: Vocabulary) -> None:
 
 
 def test_waits_are_seen(runner: Runner) -> None:
-    """The instrument works: reading what is done is a wait, and is seen as one."""
+    """The counter detects a read of a result as a wait."""
     with pytest.raises(Exception, match=r"meta|host"), counted():
         runner.progress([0, 1])

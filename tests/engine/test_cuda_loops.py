@@ -1,4 +1,4 @@
-"""Texts that repeat themselves are broken off when, and only when, nobody would take them."""
+"""Texts that repeat themselves are stopped early when, and only when, the safeguards would refuse them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NEVER = 1e9
 
 
 def repeats(text: list[int]) -> bool:
-    """The definition: a text that ends in enough rounds and enough tokens of the same."""
+    """The definition: a text that ends in enough repetitions, with enough tokens in all."""
     for period in range(1, PERIOD_MAX_TOKENS + 1):
         n_tokens = max(ROUNDS_MIN * period, REPEATED_MIN_TOKENS)
         end = text[-n_tokens:]
@@ -43,7 +43,7 @@ phrases = st.tuples(st.lists(st.integers(0, 3), min_size=1, max_size=45), st.int
 @settings(max_examples=60)
 @given(texts=st.lists(st.lists(phrases, min_size=1, max_size=3), min_size=1, max_size=4), every=st.integers(2, 9))
 def test_loops(texts: list[list[tuple[list[int], int]]], every: int) -> None:
-    """Rows of any rhythm, with timestamps between, and each in its own place, are known by the definition."""
+    """Rows of any rhythm, with timestamps between, and each at its own position, are classified by the definition."""
     written = [[token for phrase, rounds in parts for token in phrase * rounds][:150] for parts in texts]
     loops = Loops(9, CPU)
     rows = torch.tensor([7, 0, 3, 5][: len(written)])
@@ -71,7 +71,7 @@ def with_limit(window: Window, limit: float | None) -> Window:
 
 
 def test_a_loop_ends_early(vocabulary: Vocabulary) -> None:
-    """Random weights loop. What is stopped begins as the whole text does and fails; its row serves others."""
+    """Random weights loop: a stopped text is a prefix of the whole one and fails; its row is reused."""
     found = talkative(vocabulary)
     embeddings = found.tensors["model.decoder.embed_tokens.weight"]
     engine = opened(replace(found, tensors={**found.tensors, "model.decoder.embed_positions.weight": np.zeros(
@@ -94,7 +94,7 @@ def test_a_loop_ends_early(vocabulary: Vocabulary) -> None:
 
 
 def test_real_speech_is_never_broken_off(snapshot: object, vocabulary: Vocabulary, clips: dict[str, Clip]) -> None:
-    """Of good speech nothing is stopped; of speech that the model loses itself in, only what fails when whole."""
+    """No good speech is stopped; where the model loops, only what fails as a whole is stopped."""
     speech = clips["instruct"].samples()[: 20 * SAMPLE_RATE_HZ]
     sounds = [speech, np.repeat(speech, 2)[: 30 * SAMPLE_RATE_HZ], clips["agent"].samples()]
     engine = CudaEngine.load(snapshot, vocabulary, device="cpu", slots=3)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The engine for GPUs hears other languages as CTranslate2 does: real multilingual weights, real speech, float32."""
+"""The engine for GPUs reads other languages as CTranslate2 does: real multilingual weights, real speech, float32."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from whisperd.engine.cuda.engine import CudaEngine
 
 torch.set_num_threads(1)
 DATA = Path(__file__).parent.parent / "data"
-REQUESTS = (  # clip, and how it is read
+REQUESTS = (  # clip, and its transcript
     ("es", DecodeRequest()),
     ("fr", DecodeRequest(languages=("es", "fr", "it"))),
     ("es", DecodeRequest(task="translate")),
@@ -81,7 +81,7 @@ def test_ids_are_read(base: Path, many: Vocabulary, vocabulary: Vocabulary) -> N
 
 
 def test_languages(expected: list[Hypothesis], found: list[Hypothesis]) -> None:
-    """Detected among all languages or among a few, as likely as CTranslate2 finds them; what was asked for stays."""
+    """Detection among all or a few languages gives CTranslate2's probabilities; a given language stays."""
     assert [one.language for one in found] == ["es", "fr", "es", "fr", "en"]
     assert [one.language for one in expected] == [one.language for one in found]
     for one, other in zip(found, expected, strict=True):
@@ -90,7 +90,7 @@ def test_languages(expected: list[Hypothesis], found: list[Hypothesis]) -> None:
 
 
 def test_texts(expected: list[Hypothesis], found: list[Hypothesis], many: Vocabulary) -> None:
-    """Token for token, transcribed and translated, in one batch of several languages; and the texts make sense."""
+    """Transcripts and translations equal CTranslate2's token for token in one mixed batch, and the texts make sense."""
     for one, other in zip(found, expected, strict=True):
         assert one.tokens == other.tokens
         assert one.avg_logprob == pytest.approx(other.avg_logprob, abs=1e-3)

@@ -1,4 +1,4 @@
-"""What a row may write next is what transformers' processors allow, on any logits."""
+"""The tokens that a row may write next are those that transformers' processors allow, on any logits."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def drawn_logits(generator: Any, n_rows: int) -> Any:
     floors=st.integers(0, 4),
 )
 def test_rules(rules: TokenRules, seed: int, timestamps: list[bool], floors: int) -> None:
-    """Rows that write in one batch may write what each alone may by the reference, at every step of their texts."""
+    """Rows of one batch may write what each alone may by the reference, at every step of their texts."""
     generator = torch.Generator().manual_seed(seed)
     rows = Rows(len(timestamps), eot=EOT, timestamp_begin=BEGIN, device=CPU)
     at = torch.arange(len(timestamps))

@@ -1,4 +1,4 @@
-"""The voice detector of GPUs gives what onnxruntime gives, one stream or many, and reads its weights by itself."""
+"""The voice detector of GPUs gives onnxruntime's results, for one stream or many, with its own reader of weights."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_reads_protobuf() -> None:
 
 @given(cut=st.integers(1, len(CONSTANT) - 1))
 def test_damaged_files(cut: int) -> None:
-    """A file that is cut off is no network."""
+    """A truncated file is refused."""
     with pytest.raises(SourceError, match="ONNX"):
         initializers(graph(CONSTANT)[:-cut])
 
@@ -103,7 +103,7 @@ def test_equals_onnxruntime(network: DeviceSpeech, detector: SpeechDetector, cli
 def test_equals_onnxruntime_between_silence_and_noise(
     network: DeviceSpeech, detector: SpeechDetector, clips: dict[str, Clip]
 ) -> None:
-    """Edges from nothing to something shake both by rounding: they stay as near to each other as to float64."""
+    """At edges between silence and noise, where rounding matters, both stay as near to each other as to float64."""
     samples = np.concatenate([silence(0.5), clips["instruct"].samples(), silence(1.0), noise(1.0)])
     ours, theirs = (SpeechStream(one).feed(samples) for one in (network, detector))
     assert np.abs(ours - theirs).max() < 3e-5
@@ -127,7 +127,7 @@ def test_streams_beside_each_other(network: DeviceSpeech, counts: list[int], see
 
 
 def test_many_threads(network: DeviceSpeech, clips: dict[str, Clip]) -> None:
-    """Streams of many threads do not mix."""
+    """Streams of many threads do not mix their states."""
     recordings = [clips[name].samples()[start:] for name in ("agent", "monkeys") for start in range(0, 4000, 500)]
 
     def heard(samples: np.ndarray) -> np.ndarray:
@@ -141,28 +141,28 @@ def test_many_threads(network: DeviceSpeech, clips: dict[str, Clip]) -> None:
 
 
 def test_answers_are_plain_arrays(network: DeviceSpeech) -> None:
-    """Nothing of PyTorch leaves: an engine may be in another process."""
+    """Answers contain no PyTorch type, since an engine may be in another process."""
     state = np.zeros(STATE_SHAPE, np.float32)
     answer = network.run(np.ones((3, 576), np.float32), state, state)
     assert all(type(part) is np.ndarray and part.dtype == np.float32 for part in answer)
 
 
 def test_failures_have_a_name(network: DeviceSpeech) -> None:
-    """What PyTorch raises is an error of whisperd."""
+    """What PyTorch raises becomes an error of whisperd."""
     state = np.zeros(STATE_SHAPE, np.float32)
     with pytest.raises(EngineError, match="PyTorch failed"):
         network.run(np.zeros((2, 575), np.float32), state, state)
 
 
 class Refusing:
-    """A network that nobody should need."""
+    """A network that must not be used."""
 
     def run(self, *_: object) -> NoReturn:
         raise AssertionError("the cpu was asked")
 
 
 def test_the_engine_brings_it(snapshot: Path, tmp_path: Path, clips: dict[str, Clip]) -> None:
-    """A model on this engine finds speech with it, from the first inference on and in the engine's own process."""
+    """A model on this engine uses its detector, from the first inference on and in the engine's own process."""
 
     def opener(path: Path, _: Vocabulary, __: EngineSettings, ___: Path, meter: ModelMeter) -> Engine:
         return ChildEngine(partial(openers.cuda, path), stall_timeout_s=PATIENCE_S, meter=meter)
@@ -175,8 +175,8 @@ def test_the_engine_brings_it(snapshot: Path, tmp_path: Path, clips: dict[str, C
         model.batcher.close()
 
 
-def test_the_cpu_hears_for_a_dead_engine(snapshot: Path, detector: SpeechDetector, clips: dict[str, Clip]) -> None:
-    """A stream goes on where the engine's process left it when that dies."""
+def test_the_cpu_continues_a_stream(snapshot: Path, detector: SpeechDetector, clips: dict[str, Clip]) -> None:
+    """When the engine's process stops, the CPU continues a stream from the state where it stopped."""
     samples = clips["instruct"].samples()[: 20 * SAMPLE_RATE_HZ]
     expected = SpeechStream(detector).feed(samples)
     engine = ChildEngine(partial(openers.cuda, snapshot), stall_timeout_s=PATIENCE_S)

@@ -1,4 +1,4 @@
-"""What a machine lacks for a GPU's kernels is found before the first of them is launched."""
+"""Whatever a machine lacks for a GPU's kernels is found before the first launch."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_no_headers(machine: tuple[dict[str, str], Path]) -> None:
 
 
 def test_kernels_are_kept_beside_the_conversions(tmp_path: Path) -> None:
-    """A service has no home; whoever names a place keeps it."""
+    """Compiled kernels are kept beside the conversions, since a service has no home; a configured place is kept."""
     environ: dict[str, str] = {}
     set_kernel_cache(tmp_path, environ)
     assert environ == {"TRITON_CACHE_DIR": str(tmp_path / "triton")}

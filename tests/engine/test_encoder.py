@@ -1,4 +1,4 @@
-"""What encodes windows: CTranslate2, or OpenVINO from the same tensors."""
+"""The encoders: CTranslate2, or OpenVINO from the same tensors."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_openvino_is_the_same_encoder(snapshot: Path, features: Floats, frames: 
 
 
 def test_openvino_in_the_fastest_type(snapshot: Path, features: Floats) -> None:
-    """Where the CPU computes in bfloat16 the states lose less than in CTranslate2's int8."""
+    """Where the CPU computes in bfloat16 the states lose less precision than in CTranslate2's int8."""
     error = openvino_encoder(snapshot, "int8")(features) - exact_encoder(snapshot)(features)
     assert np.sqrt((error**2).mean()) < ROUNDED
 
@@ -75,7 +75,7 @@ def test_openvino_reads_safetensors(snapshot: Path, features: Floats, tmp_path: 
 def test_both_read_speech(
     encoder: Any, snapshot: Path, vocabulary: Vocabulary, clips: dict[str, Clip], tmp_path: Path
 ) -> None:
-    """The decoder reads the states of either, and says which it was."""
+    """The decoder works on the states of either encoder, and reports which one it was."""
     if encoder == "openvino":
         pytest.importorskip("openvino", reason="OpenVINO is not installed")
     engine = open_engine(snapshot, vocabulary, EngineSettings(encoder=encoder, short_windows="never"), tmp_path)
@@ -90,7 +90,7 @@ def test_both_read_speech(
 def test_without_openvino(
     snapshot: Path, vocabulary: Vocabulary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Asked for by name, a missing OpenVINO is an error that says what to install; else CTranslate2 encodes."""
+    """A missing OpenVINO that was asked for is an error that says what to install; else CTranslate2 encodes."""
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(EngineError, match=r"pip install 'whisperd\[openvino\]'"):
         open_engine(snapshot, vocabulary, EngineSettings(encoder="openvino"), tmp_path)
@@ -106,7 +106,7 @@ def test_openvino_that_does_not_work(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """On a CPU that it cannot compile for, "auto" warns and goes on with CTranslate2, and its name is an error."""
+    """On a CPU that OpenVINO cannot compile for, "auto" warns and uses CTranslate2, and "openvino" is an error."""
 
     class Core:
         def get_property(self, *_: str) -> list[str]:
@@ -145,8 +145,8 @@ def test_no_memory_while_encoding(snapshot: Path, vocabulary: Vocabulary, clips:
     assert meter.count == 1
 
 
-def test_nobody_hears_of_it(tmp_path: Path, snapshot: Path) -> None:
-    """OpenVINO's own reports of its use are not even loaded, and nothing is left in the home directory."""
+def test_no_telemetry(tmp_path: Path, snapshot: Path) -> None:
+    """OpenVINO's telemetry is not loaded, and nothing is written to the home directory."""
     pytest.importorskip("openvino", reason="OpenVINO is not installed")
     script = (
         "import sys; from pathlib import Path; from whisperd.engine.cpu.openvino import OpenVinoEncoder; "

@@ -22,7 +22,7 @@ from whisperd.speech.tokenizer import Vocabulary
 
 @given(st.integers(1, 4), st.lists(st.tuples(st.one_of(st.none(), st.integers(0, 6)), st.sampled_from([100, 3000]))))
 def test_the_last_ones_are_kept(most: int, audios: list[tuple[int | None, int]]) -> None:
-    """As many as there is room for, each with its own states, and never what has no number."""
+    """The last states are kept, up to the limit, each under its own number; audio without a number is never kept."""
     kept = EncoderCache(most)
     for place, (audio, n_frames) in enumerate(audios):
         kept.put(audio, n_frames, np.full((1, 1, 1), place, np.float32))
@@ -52,7 +52,7 @@ class Counting:
 def test_encoded_once(
     snapshot: Path, vocabulary: Vocabulary, clips: dict[str, Clip], short_windows: ShortWindows
 ) -> None:
-    """Audio that comes again is not encoded again, until others have taken its place."""
+    """Audio that comes again is not encoded again, until other audio has replaced it."""
     model = Counting(ctranslate2.models.Whisper(str(snapshot), device="cpu", compute_type="int8"))
     engine = Ct2Engine(model, vocabulary, batch_size=2, workers=1, short_windows=short_windows)
     speech = clips["monkeys"].samples()

@@ -1,4 +1,4 @@
-"""An engine in a process of its own: what it inherits, how its end is noticed, and that nothing outlives the daemon."""
+"""An engine in its own process: what it inherits, how its exit is detected, and that it never outlives the daemon."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def pid_of(engine: ChildEngine) -> int:
 
 
 def alive(pid: int) -> bool:
-    """A zombie is dead."""
+    """A zombie counts as stopped."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
     except OSError:
@@ -83,7 +83,7 @@ def test_samples_arrive_as_they_were(echo: ChildEngine) -> None:
 
 
 def test_what_it_inherits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Neither systemd's variables nor the daemon's sockets; only stderr, its own socket and the lifeline."""
+    """Neither systemd's variables nor the daemon's sockets are inherited; only stderr, its socket and the lifeline."""
     monkeypatch.setenv("NOTIFY_SOCKET", "/nowhere")
     with (tmp_path / "open").open("w") as file:
         os.set_inheritable(file.fileno(), True)
@@ -102,22 +102,22 @@ def test_what_it_inherits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signals_for_the_daemon(echo: ChildEngine, number: int) -> None:
-    """A terminal's Ctrl-C and a stop of the whole group do not end what the daemon still needs."""
+    """A terminal's Ctrl-C and a stop of the whole group do not end the engine while the daemon needs it."""
     os.kill(pid_of(echo), number)
     echo.admit([window(1, ones(5))])
     assert isinstance(drain(echo, 1)[1], Hypothesis)
 
 
 def test_close_ends_the_process(echo: ChildEngine) -> None:
-    """Nothing is left, and closing again is harmless."""
+    """No process remains, and closing again has no effect."""
     pid = pid_of(echo)
     echo.close()
     assert not alive(pid)
     echo.close()
 
 
-def test_death_is_noticed_while_idle(echo: ChildEngine) -> None:
-    """Whoever listens is told at once, and ``step`` says how it died."""
+def test_an_exit_is_noticed_while_idle(echo: ChildEngine) -> None:
+    """The callback is called at once, and ``step`` reports how the process ended."""
     told = threading.Event()
     echo.on_wake(told.set)
     os.kill(pid_of(echo), signal.SIGKILL)
@@ -128,8 +128,8 @@ def test_death_is_noticed_while_idle(echo: ChildEngine) -> None:
         echo.admit([window(1, ones(5))])
 
 
-def test_death_over_a_window(echo: ChildEngine) -> None:
-    """What was finished before comes out first."""
+def test_an_exit_during_a_window(echo: ChildEngine) -> None:
+    """Windows that were finished before the exit come out first."""
     echo.admit([window(1, ones(5))])
     assert list(drain(echo, 1)) == [1]
     echo.admit([window(2, ones(9))])
@@ -137,7 +137,7 @@ def test_death_over_a_window(echo: ChildEngine) -> None:
 
 
 def test_a_hung_process_is_killed() -> None:
-    """One that gives nothing back is killed after the timeout, and so is one that does not even take anything."""
+    """A process that returns nothing, or that reads nothing, is killed after the timeout."""
     for n_samples in (19, 5_000_000):
         engine = ChildEngine(openers.echo, stall_timeout_s=0.5)
         pid = pid_of(engine)
@@ -164,14 +164,14 @@ def test_a_hung_process_is_killed() -> None:
     ],
 )
 def test_errors_cross(opener: object, kind: type[Exception], words: str) -> None:
-    """What keeps the engine from opening is raised here, as the same class; the process is gone."""
+    """An error that keeps the engine from opening is raised here with the same class; the process is gone."""
     with pytest.raises(kind, match=words) as caught:
         ChildEngine(opener, stall_timeout_s=PATIENCE_S)  # type: ignore[arg-type]
     assert type(caught.value) is kind
 
 
 def test_its_log_is_ours(caplog: pytest.LogCaptureFixture) -> None:
-    """What is logged there is logged here, under the same name and with its traceback."""
+    """A record that is logged there is logged here, under the same name and with its traceback."""
     with pytest.raises(EngineError), caplog.at_level(logging.INFO, logger="whisperd"):
         ChildEngine(openers.no_luck, stall_timeout_s=PATIENCE_S)
     (record,) = [record for record in caplog.records if record.name == "whisperd.engine.process.worker"]
@@ -189,7 +189,7 @@ class Batches(ModelMeter):
 
 
 def test_calls(echo: ChildEngine) -> None:
-    """The detector of an engine is asked from any thread, beside windows; its errors cross too."""
+    """The detector of an engine is called from any thread, beside windows; its errors are passed on too."""
     assert echo.detector is not None
     found = echo.detector.run(ones(3), ones(2), ones(1))
     assert [array.tolist() for array in found] == [[2, 2, 2], [2, 2], [2]]
@@ -227,8 +227,8 @@ sys.stdin.read()
 
 
 @pytest.mark.parametrize("state", ["idle", "stuck"])
-def test_it_dies_with_the_daemon(state: str) -> None:
-    """After ``kill -9`` of the parent it is gone, even if it can do nothing by itself any more."""
+def test_it_ends_with_the_daemon(state: str) -> None:
+    """After ``kill -9`` of the parent the process is gone, even if it is stuck."""
     root = str(Path(__file__).parents[2])
     command = [sys.executable, "-c", PARENT, state]
     with subprocess.Popen(
@@ -243,7 +243,7 @@ def test_it_dies_with_the_daemon(state: str) -> None:
 
 
 def until_computing(pid: int) -> None:
-    """It does nothing else than what it is stuck in."""
+    """Runs nothing but the call in which it is stuck."""
     deadline_s = time.monotonic() + PATIENCE_S
     begun = ticks(pid)
     while ticks(pid) < begun + 20:

@@ -1,4 +1,4 @@
-"""An engine that dies, fails to open, and comes back: every window is answered, and everybody can see what happens."""
+"""An engine that stops, fails to open, and opens again: every window is answered, and the state is visible."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Counted(ModelMeter):
 class Machine:
     """A GPU that can be broken and repaired, a CPU that always works, and the engines that were opened on them.
 
-    ``poison`` are windows over which an engine dies; ``gate`` holds every engine back while it is not set.
+    ``poison`` are windows over which an engine stops; ``gate`` blocks every engine while it is not set.
     """
 
     def __init__(self, vocabulary: Vocabulary) -> None:
@@ -71,7 +71,7 @@ class Machine:
 
 
 class Device(FakeEngine):
-    """On one device of the machine."""
+    """An engine on one device of the machine."""
 
     def __init__(self, machine: Machine, device: str) -> None:
         super().__init__(machine.vocabulary, self.answer)
@@ -129,7 +129,7 @@ def admit(engine: ResilientEngine, *keys: int) -> None:
 
 
 def until(engine: ResilientEngine, condition: Callable[[dict[int, Outcome]], object]) -> dict[int, Outcome]:
-    """Steps until it is true of what came out."""
+    """Steps until the condition holds for the results."""
     found: dict[int, Outcome] = {}
     deadline_s = time.monotonic() + PATIENCE_S
     while not condition(found):
@@ -148,7 +148,7 @@ def texts(machine: Machine, found: dict[int, Outcome]) -> dict[int, str]:
 
 
 def test_windows_survive_their_engine(machine: Machine, opened: Opener) -> None:
-    """Those that were inside are decoded by the next engine, each once."""
+    """Windows that were inside are decoded by the next engine, once each."""
     engine = opened()
     admit(engine, 1, 2, 3)
     machine.break_gpu(for_good=False)
@@ -160,7 +160,7 @@ def test_windows_survive_their_engine(machine: Machine, opened: Opener) -> None:
 
 
 def test_it_comes_back_without_a_window(machine: Machine, opened: Opener) -> None:
-    """One ``step`` notices the death; who listens is told when there is something to do again."""
+    """One ``step`` detects the exit; the callback is called when there is work again."""
     engine = opened()
     told = threading.Event()
     engine.on_wake(told.set)
@@ -174,7 +174,7 @@ def test_it_comes_back_without_a_window(machine: Machine, opened: Opener) -> Non
 
 
 def test_cancelled_windows_do_not_come_back(machine: Machine, opened: Opener) -> None:
-    """What nobody waits for any more is not decoded again."""
+    """Cancelled windows are not decoded again."""
     engine = opened()
     machine.gate.clear()
     admit(engine, 1, 2)
@@ -187,8 +187,8 @@ def test_cancelled_windows_do_not_come_back(machine: Machine, opened: Opener) ->
     assert [window.id for window in machine.opened[1].seen] == [2]
 
 
-def test_clients_are_told_when_it_does_not_come_back(machine: Machine, opened: Opener) -> None:
-    """After two tries in vain windows fail as "later", with the reason; when it is back, all is well."""
+def test_windows_fail_when_it_does_not_come_back(machine: Machine, opened: Opener) -> None:
+    """After two failed tries windows fail as "later", with the reason; when the engine is back, they are decoded."""
     engine = opened(wait_first_s=0.05)
     admit(engine, 1)
     machine.break_gpu()
@@ -207,7 +207,7 @@ def test_clients_are_told_when_it_does_not_come_back(machine: Machine, opened: O
 
 
 def test_tries_become_rare(machine: Machine, opened: Opener) -> None:
-    """A GPU that stays away is not asked all the time: the waits double."""
+    """The waits between tries to open a lost GPU double."""
     engine = opened(wait_first_s=0.2)
     machine.tried.acquire()
     machine.break_gpu()
@@ -221,7 +221,7 @@ def test_tries_become_rare(machine: Machine, opened: Opener) -> None:
 
 
 def test_no_stand_in_unasked(machine: Machine, opened: Opener) -> None:
-    """Nothing is opened on the CPU unless it may be."""
+    """Nothing is opened on the CPU unless this is allowed."""
     engine = opened()
     admit(engine, 1)
     machine.break_gpu()
@@ -230,7 +230,7 @@ def test_no_stand_in_unasked(machine: Machine, opened: Opener) -> None:
 
 
 def test_a_stand_in_serves_until_the_gpu_is_back(machine: Machine, opened: Opener) -> None:
-    """A lost GPU: the CPU takes the windows, visibly; the GPU comes back beside it, and not one window is lost."""
+    """When a GPU is lost, the CPU takes the windows, visibly; the GPU opens again beside it, and no window is lost."""
     engine = opened(stand_in=True, wait_first_s=0.05)
     admit(engine, 1, 2)
     machine.break_gpu()
@@ -254,7 +254,7 @@ def test_a_stand_in_serves_until_the_gpu_is_back(machine: Machine, opened: Opene
 
 
 def test_windows_wait_for_the_stand_in(machine: Machine, opened: Opener) -> None:
-    """A stand-in may take long to open: nobody is sent away meanwhile."""
+    """A stand-in may take long to open: windows wait and are not refused meanwhile."""
     engine = opened(stand_in=True)
     admit(engine, 1)
     machine.cpu_gate.clear()
@@ -266,8 +266,8 @@ def test_windows_wait_for_the_stand_in(machine: Machine, opened: Opener) -> None
     assert texts(machine, until(engine, lambda found: 1 in found)) == {1: "cpu"}
 
 
-def test_the_stand_in_dies_too(machine: Machine, opened: Opener) -> None:
-    """Another one takes its place and its windows."""
+def test_the_stand_in_stops_too(machine: Machine, opened: Opener) -> None:
+    """Another engine replaces the stand-in and takes its windows."""
     engine = opened(stand_in=True, wait_first_s=0.05)
     machine.break_gpu()
     until(engine, lambda _: engine.health.fallback)
@@ -278,7 +278,7 @@ def test_the_stand_in_dies_too(machine: Machine, opened: Opener) -> None:
 
 
 def test_one_bad_window(machine: Machine, opened: Opener) -> None:
-    """A window over which the engine dies each time fails after three deaths; its neighbours are served."""
+    """A window over which the engine stops each time fails after three times; the other windows are decoded."""
     machine.poison = frozenset({2})
     engine = opened()
     admit(engine, 1, 2, 3)
@@ -294,7 +294,7 @@ def test_one_bad_window(machine: Machine, opened: Opener) -> None:
 
 
 def test_closed_while_it_is_opened_again(machine: Machine) -> None:
-    """What becomes ready too late is closed as well."""
+    """An engine that has opened after the close is closed as well."""
     begun, may_open = threading.Event(), threading.Event()
 
     def slow() -> Device:

@@ -1,4 +1,4 @@
-"""Short audio without its silence: the same words, for less work."""
+"""Short audio without its padding gives the same words with less work."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def rows(lengths: list[int]) -> list[np.ndarray[tuple[int, ...], np.dtype[np.flo
 
 @given(st.integers(1, WINDOW_SAMPLES))
 def test_no_audio_is_left_out(n_samples: int) -> None:
-    """What is encoded holds all of the audio and some silence, in whole seconds, or it is the whole window."""
+    """The encoded length covers all of the audio and some silence, in whole seconds, or is the whole window."""
     frames = frames_of(window(n_samples))
     assert frames % 100 == 0
     assert frames == 3000 or frames * 160 >= n_samples + 2 * 16_000
@@ -35,7 +35,7 @@ def test_no_audio_is_left_out(n_samples: int) -> None:
 
 @given(st.lists(st.integers(1, STATES), min_size=1, max_size=5))
 def test_every_row_keeps_its_states_and_ends_quietly(lengths: list[int]) -> None:
-    """Rows of any lengths make one batch; each begins with its own states and ends with the last ones of the quiet."""
+    """Rows of any lengths make one batch; each begins with its own states and ends with the silence's last ones."""
     quiet = -np.arange(STATES, dtype=np.float32).repeat(2).reshape(1, STATES, 2)
     batch = joined(rows(lengths), quiet)
     assert batch.shape[1] == min(STATES, max(lengths) + TAIL_STATES) or max(lengths) == STATES == batch.shape[1]
@@ -46,7 +46,7 @@ def test_every_row_keeps_its_states_and_ends_quietly(lengths: list[int]) -> None
 
 
 def test_only_where_it_was_measured() -> None:
-    """The language must be known; "auto" wants a small model that knows English alone."""
+    """The language must be known; "auto" applies only to a small English-only model."""
     assert may_be_short("auto", "en", 384, multilingual=False)
     assert not may_be_short("auto", "en", 768, multilingual=False)
     assert not may_be_short("auto", "en", 384, multilingual=True)
@@ -55,8 +55,8 @@ def test_only_where_it_was_measured() -> None:
     assert not may_be_short("never", "en", 384, multilingual=False)
 
 
-def test_loops_are_seen() -> None:
-    """Much of the same, more than can be said in the time, unsure, or behind the end; a sentence is none of these."""
+def test_doubtful_texts() -> None:
+    """A text that loops, is too long for the audio, unlikely, or ends too late is doubtful; a sentence is not."""
     assert is_doubtful("the second is " * 20, -0.2, 9.0, window(16_000 * 10))
     assert is_doubtful("all of these words in half a second cannot be, whoever speaks them", -0.2, 0.5, window(8_000))
     assert is_doubtful("They have been carried away by monkeys.", -1.2, 2.0, window(16_000 * 3))

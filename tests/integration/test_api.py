@@ -20,13 +20,13 @@ from tests.support.speech import Clip, plain
 from tests.support.wait import until
 
 URL = "/v1/audio/transcriptions"
-PROMPT = "Quetzalcoatl"  # words that nothing else in a log has
+PROMPT = "Quetzalcoatl"  # words that occur nowhere else in a log
 HOTWORD = "Xylophonist"
 
 
 @pytest.fixture(scope="module")
 def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
-    """A daemon that tells everything it has to tell, and takes one request at a time."""
+    """A daemon with the most detailed log, and room for one request at a time."""
     directory = tmp_path_factory.mktemp("api")
     config = f'models = ["{EMBEDDED}"]\nlog_level = "debug"\n[limits]\nrequests = 1'
     with running(directory, config, arguments=["-o", f'server.wyoming="unix:{directory}/wyoming"']) as process:
@@ -41,7 +41,7 @@ def client(daemon: DaemonProcess) -> Iterator[OpenAI]:
 
 
 def test_verbose_json(client: OpenAI, clips: dict[str, Clip]) -> None:
-    """Times rise and are none of them zero but the first, the language is found, words come when asked."""
+    """Times rise and only the first may be zero, the language is detected, and words come when requested."""
     with clips["instruct"].path.open("rb") as file:
         found = client.audio.transcriptions.create(
             file=file, model="whisper-1", response_format="verbose_json", timestamp_granularities=["word", "segment"]
@@ -61,7 +61,7 @@ def test_verbose_json(client: OpenAI, clips: dict[str, Clip]) -> None:
 
 
 def test_stream(client: OpenAI, clips: dict[str, Clip]) -> None:
-    """Several deltas come one after the other; they and the last event have the text of the answer without a stream."""
+    """Several deltas come one after the other; joined, and in the last event, they are the text of the plain answer."""
     create = client.audio.transcriptions.create
     whole = create(file=clips["instruct"].path, model="whisper-1").text
     events = list(create(file=clips["instruct"].path, model="whisper-1", stream=True))
@@ -74,7 +74,7 @@ def test_stream(client: OpenAI, clips: dict[str, Clip]) -> None:
 
 
 def test_a_hint_that_the_model_lacks(client: OpenAI, clips: dict[str, Clip]) -> None:
-    """An English model leaves the German hint out, and says so; without the English one it refuses."""
+    """An English model ignores the German hint with a warning; without the English hint it refuses the request."""
     create = client.audio.transcriptions.with_raw_response.create
     audio = clips["monkeys"].path
     found = create(file=audio, model="whisper-1", extra_body={"languages": ["de", "en-US"], "seed": 1})
@@ -87,7 +87,7 @@ def test_a_hint_that_the_model_lacks(client: OpenAI, clips: dict[str, Clip]) -> 
 
 
 def test_a_full_queue(daemon: DaemonProcess, client: OpenAI, clips: dict[str, Clip]) -> None:
-    """While an upload is on its way the place is taken: others hear when to come back, and status is answered."""
+    """While an upload holds the only place, others get the time after which to retry, and status is answered."""
     head = (
         f"POST {URL} HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=b\r\n"
         "Content-Length: 100000000\r\n\r\n"
@@ -106,7 +106,7 @@ def test_a_full_queue(daemon: DaemonProcess, client: OpenAI, clips: dict[str, Cl
 
 
 def test_no_transcript_in_any_log(daemon: DaemonProcess, client: OpenAI, clips: dict[str, Clip]) -> None:
-    """At the level that tells most, no word of a recording, of a prompt or of a hot word is in the log."""
+    """At the most detailed level, no word of a recording, of a prompt or of a hot word is in the log."""
     create = client.audio.transcriptions.create
     audio = ("talk.wav", clips["monkeys"].path.read_bytes())
     hints = {"hotwords": HOTWORD, "keywords": [HOTWORD]}

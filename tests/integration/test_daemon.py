@@ -37,7 +37,7 @@ def reload_of(status: Status) -> Reload:
 
 
 def test_boot_serve_stop(tmp_path: Path, clips: dict[str, Clip]) -> None:
-    """READY=1 comes after the model has answered once; SIGTERM ends it with 0 and leaves nothing behind."""
+    """READY=1 comes after the model's first answer; SIGTERM ends the daemon with 0, and nothing remains."""
     with running(tmp_path) as daemon:
         loading = next(index for index, text in enumerate(daemon.messages) if text.startswith("STATUS=loading"))
         assert loading < daemon.messages.index("READY=1")
@@ -69,7 +69,7 @@ def test_not_ready_yet(tmp_path: Path, clips: dict[str, Clip]) -> None:
 
 
 def test_an_edit_during_the_boot(tmp_path: Path) -> None:
-    """The file is read again before READY=1; a wrong one is told and does not keep the daemon from serving."""
+    """The file is read again before READY=1; a wrong one is reported and does not keep the daemon from serving."""
     with running(tmp_path, ready=False) as daemon:
         daemon.wait_for("STATUS=loading")
         daemon.write_config(f'models = ["{EMBEDDED}"]\n[decode]\nbeam_size = 2')
@@ -83,7 +83,7 @@ def test_an_edit_during_the_boot(tmp_path: Path) -> None:
 
 
 def test_stop_while_booting(tmp_path: Path) -> None:
-    """A stop in the middle of the boot is obeyed at once and is no failure."""
+    """A stop in the middle of the boot takes effect at once and is no failure."""
     with running(tmp_path, ready=False) as daemon:
         daemon.wait_for("STATUS=")
         daemon.signal(signal.SIGTERM)
@@ -91,7 +91,7 @@ def test_stop_while_booting(tmp_path: Path) -> None:
 
 
 def test_reload_of_a_bad_file(tmp_path: Path, clips: dict[str, Clip]) -> None:
-    """A broken file keeps the old configuration and says so everywhere; a good one heals it."""
+    """A broken file keeps the old configuration and is reported everywhere; a good one clears the report."""
     with running(tmp_path) as daemon:
         daemon.write_config('models = 3\nlog_levle = "info"')
         daemon.reload_by_signal()
@@ -111,7 +111,7 @@ def test_reload_of_a_bad_file(tmp_path: Path, clips: dict[str, Clip]) -> None:
 
 
 def test_a_broken_file_in_the_middle_of_a_job(tmp_path: Path, clips: dict[str, Clip]) -> None:
-    """SIGHUP with a broken file while a request runs: the request ends well, and status says what is wrong."""
+    """When SIGHUP reads a broken file while a request runs, the request succeeds, and status shows the mistake."""
     one_by_one = f'models = ["{EMBEDDED}"]\n[engine]\nbatch_size = 1\nworkers = 1'
     with running(tmp_path, one_by_one) as daemon, ThreadPoolExecutor(1) as pool:
         begun = threading.Event()
@@ -134,7 +134,7 @@ def test_a_broken_file_in_the_middle_of_a_job(tmp_path: Path, clips: dict[str, C
 
 
 def test_reload_switches_models(tmp_path: Path, other_model: Path, clips: dict[str, Clip]) -> None:
-    """A new model list serves new requests while a running one finishes on the old model, unharmed."""
+    """A new model list is used for new requests while a running one finishes on the old model, unharmed."""
     with running(tmp_path) as daemon, ThreadPoolExecutor(1) as pool:
         begun = threading.Event()
 
@@ -161,7 +161,7 @@ def test_reload_switches_models(tmp_path: Path, other_model: Path, clips: dict[s
 
 
 def test_reload_of_a_missing_model(tmp_path: Path, clips: dict[str, Clip]) -> None:
-    """A model that cannot be had fails the reload; the old one serves on."""
+    """A model that cannot be fetched fails the reload; the old one keeps serving."""
     with running(tmp_path) as daemon:
         daemon.write_config(f'models = ["{EMBEDDED}", "path:{tmp_path}/nothing"]')
         with pytest.raises(RemoteError, match="nothing"):
@@ -171,7 +171,7 @@ def test_reload_of_a_missing_model(tmp_path: Path, clips: dict[str, Clip]) -> No
 
 
 def test_a_burst_of_signals(tmp_path: Path) -> None:
-    """Many SIGHUPs are few reloads, and the last file wins."""
+    """Many SIGHUPs make few reloads, and the last file is in effect."""
     with running(tmp_path) as daemon:
         for beam_size in range(2, 12):
             daemon.write_config(f'models = ["{EMBEDDED}"]\n[decode]\nbeam_size = {beam_size}')
@@ -183,7 +183,7 @@ def test_a_burst_of_signals(tmp_path: Path) -> None:
 
 
 def test_restart_only_options(tmp_path: Path) -> None:
-    """Options that a reload cannot change are named and keep their running value."""
+    """Options that a reload cannot change are named and keep their current value."""
     with running(tmp_path) as daemon:
         daemon.write_config(f'models = ["{EMBEDDED}"]\n[engine]\nbatch_size = 9')
         assert daemon.client.reload()["needs_restart"] == ["engine.batch_size"]
@@ -205,7 +205,7 @@ def resident_mb(pid: int) -> float:
 
 
 def test_idle_models_give_their_memory_back(tmp_path: Path, clips: dict[str, Clip]) -> None:
-    """A model that nobody uses leaves the memory, and the next request brings it back; /metrics tells of both."""
+    """An idle model is unloaded, and the next request loads it again; /metrics shows both."""
     with running(tmp_path, f'models = ["{EMBEDDED}"]\n[limits]\nmodel_idle_s = 1.5') as daemon:
         assert plain(daemon.transcribe(clips["monkeys"].path)["text"]) == plain(clips["monkeys"].text)
         loaded_mb = resident_mb(daemon.process.pid)
@@ -296,7 +296,7 @@ def test_bad_input(tmp_path: Path, clips: dict[str, Clip]) -> None:
 
 
 def cut_off_upload(path: Path) -> None:
-    """A client that dies in the middle of its upload."""
+    """A client that stops in the middle of its upload."""
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(str(path))
         client.sendall(
@@ -307,7 +307,7 @@ def cut_off_upload(path: Path) -> None:
 
 
 def test_a_client_that_leaves(tmp_path: Path, clips: dict[str, Clip]) -> None:
-    """When a client goes away in the middle, its work is cancelled and its slot is free."""
+    """When a client disconnects in the middle, its work is cancelled and its slot is free."""
     with running(tmp_path) as daemon:
         body = clips["instruct"].path.read_bytes()
         with socket.socket(socket.AF_UNIX) as client:
@@ -339,7 +339,7 @@ def test_a_client_that_leaves(tmp_path: Path, clips: dict[str, Clip]) -> None:
     ],
 )
 def test_boot_that_fails(tmp_path: Path, config: str, code: int, words: str) -> None:
-    """What keeps the daemon from serving its default model ends it with the right code and a STATUS that says why."""
+    """A default model that cannot be served ends the daemon with the right code and a STATUS with the reason."""
     with running(tmp_path, config, ready=False) as daemon:
         assert daemon.wait() == code
         assert words in daemon.log
@@ -349,7 +349,7 @@ def test_boot_that_fails(tmp_path: Path, config: str, code: int, words: str) -> 
 
 
 def test_two_daemons(tmp_path: Path) -> None:
-    """A second daemon on the same socket leaves the first one alone."""
+    """A second daemon on the same socket does not disturb the first one."""
     with running(tmp_path) as daemon:
         command = [sys.executable, "-m", "whisperd", "serve", "-c", str(tmp_path / "whisperd.toml")]
         second = subprocess.run(
@@ -393,7 +393,7 @@ def test_inherited_socket(tmp_path: Path, clips: dict[str, Clip]) -> None:
 
 
 def test_an_inherited_socket_and_a_wrong_file(tmp_path: Path, clips: dict[str, Clip]) -> None:
-    """Who waits in the socket is told why the daemon cannot start; then it ends with 78."""
+    """Clients that wait in the socket get the reason why the daemon cannot start; then it exits with 78."""
     write_config(tmp_path, "models = 3")
     with socket.socket(socket.AF_UNIX) as listener, ThreadPoolExecutor(2) as pool:
         listener.bind(str(tmp_path / "passed.sock"))

@@ -1,4 +1,4 @@
-"""The engine's process is killed, stopped, hung: the daemon, its socket and all its requests stay."""
+"""When the engine's process is killed, stopped or hung, the daemon, its socket and all its requests remain."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def figure(daemon: DaemonProcess, name: str) -> float:
 
 
 def busy(daemon: DaemonProcess) -> bool:
-    """All requests are in, windows run, and others wait."""
+    """All requests have arrived, windows run, and others wait."""
     status = daemon.client.status()
     model = status["models"][0]
     return bool(status["requests"]["active"] == REQUESTS and model["windows_running"] and model["windows_waiting"])
@@ -52,7 +52,7 @@ def busy(daemon: DaemonProcess) -> bool:
 def test_requests_survive_the_engine(
     tmp_path: Path, clips: dict[str, Clip], config: str, number: signal.Signals, words: str
 ) -> None:
-    """Everything in flight is answered in full by the next process; READY is kept, and everybody can see what was."""
+    """Everything in flight is answered in full by the next process; READY is kept, and status shows the restart."""
     with running(tmp_path, config) as daemon, ThreadPoolExecutor(REQUESTS) as pool:
         inode, pid = daemon.socket_path.stat().st_ino, engine_pid(daemon)
         asked = [pool.submit(daemon.transcribe, clips["instruct"].path) for _ in range(REQUESTS)]
@@ -72,8 +72,8 @@ def test_requests_survive_the_engine(
         assert daemon.client.ready()
 
 
-def test_it_comes_back_by_itself(tmp_path: Path, clips: dict[str, Clip]) -> None:
-    """An engine that dies while nobody asks is replaced before the next request; a stop ends both processes."""
+def test_an_idle_engine_is_replaced(tmp_path: Path, clips: dict[str, Clip]) -> None:
+    """An engine that stops while idle is replaced before the next request; a stop ends both processes."""
     with running(tmp_path, OWN_PROCESS) as daemon:
         pid = engine_pid(daemon)
         os.kill(pid, signal.SIGKILL)
@@ -102,7 +102,7 @@ def test_the_daemon_is_killed(tmp_path: Path) -> None:
 
 
 def gone(pid: int) -> Callable[[], bool]:
-    """Who takes an orphan in may take a while to bury it."""
+    """Whether the process has ended; an orphan's new parent may take a while to reap it."""
 
     def is_gone() -> bool:
         try:
@@ -114,7 +114,7 @@ def gone(pid: int) -> Callable[[], bool]:
 
 
 def test_unloading_ends_the_process(tmp_path: Path) -> None:
-    """A model that leaves the memory leaves nothing: its process is gone."""
+    """When a model is unloaded, its process is gone."""
     with running(tmp_path, f"{OWN_PROCESS}\n[limits]\nmodel_idle_s = 1.5") as daemon:
         pid = engine_pid(daemon)
         until(lambda: not daemon.client.models()[0]["loaded"])

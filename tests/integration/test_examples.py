@@ -1,4 +1,4 @@
-"""The examples, run as they stand there against a real daemon."""
+"""The examples are run unchanged against a real daemon."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.speech import Clip, plain
 from tests.test_house import ROOT
 
 EXAMPLES = ROOT / "examples"
-PYTHON = {  # what each example prints of one file, as often as it asks for it
+PYTHON = {  # what each example prints of one file, once for each time that it requests it
     "standard_library.py": 1,
     "openai_sdk.py": 2,
     "openai_async.py": 1,
@@ -64,7 +64,7 @@ def test_curl(daemon: DaemonProcess, clips: dict[str, Clip]) -> None:
 
 
 def test_every_example_is_run() -> None:
-    """No example goes without a test, and each has its row in the table."""
+    """Each example has a test and a row in the table."""
     files = {
         path.relative_to(EXAMPLES).as_posix() for path in EXAMPLES.rglob("*.*") if "node_modules" not in path.parts
     }

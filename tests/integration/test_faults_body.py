@@ -1,4 +1,4 @@
-"""The bytes of a file come wrong, late, in pieces or not at all: none of it is ever called right."""
+"""The bytes of a file come wrong, late, in pieces or not at all, and wrong ones are never accepted."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ PASSING = {
 @pytest.mark.parametrize("faults", PASSING.values(), ids=PASSING)
 @pytest.mark.usefixtures("filled")
 def test_a_bad_moment(hub: LoopbackHub, repo: HubRepo, settings: Settings, faults: list[Fault]) -> None:
-    """What goes wrong for a while is mended in the same run, and the bytes are right in the end."""
+    """A temporary fault is corrected in the same run, and the bytes are right in the end."""
     repo.commit(new_files())
     hub.faults = [replace(fault) for fault in faults]
     assert_well(run(replace(settings, update=True, stall_timeout_s=6.0)), settings, new_files())
@@ -87,7 +87,7 @@ def test_a_lasting_fault(
     hub: LoopbackHub, repo: HubRepo, settings: Settings, filled: Path,
     fault: Fault, kind: type[errors.StoreError], cause: str,
 ) -> None:  # fmt: skip
-    """The run fails and says why; branch, snapshot and every blob are as they were; the next run heals it."""
+    """The run fails with the reason; branch, snapshot and every blob are unchanged; the next run repairs it."""
     before = tree(settings.cache_dir / FOLDER)
     repo.commit(new_files())
     hub.faults = [replace(fault)]
@@ -114,7 +114,7 @@ class Slow:
 
 @pytest.fixture(scope="module")
 def slow(tmp_path_factory: pytest.TempPathFactory) -> Slow:
-    """The faults that the library itself tries to outwait for long: a model for each, all at once; and without them."""
+    """The faults that the library itself retries for long: a model for each, all at once; and without them."""
     names = {f"org/m{number}": row for number, row in enumerate(SLOW)}
     with serving() as hub:
         settings = store_settings(
@@ -132,7 +132,7 @@ def slow(tmp_path_factory: pytest.TempPathFactory) -> Slow:
 
 @pytest.mark.parametrize("row", SLOW)
 def test_a_fault_that_is_waited_for(slow: Slow, row: str) -> None:
-    """The library's patience has an end, the message is the same as ever, and the next run heals it."""
+    """The library's retries end, the message is the same as for other faults, and the next run repairs it."""
     _, kind, cause = SLOW[row]
     failed, healed = slow.failed[row], slow.healed[row]
     assert (type(failed.error), failed.path) == (kind, None), failed
@@ -144,7 +144,7 @@ def test_a_fault_that_is_waited_for(slow: Slow, row: str) -> None:
 def test_plain_snapshot_download_keeps_wrong_bytes(
     hub: LoopbackHub, repo: HubRepo, plain_cache: Path, settings: Settings, match: str, path: str
 ) -> None:
-    """The library takes wrong bytes of the right length for good, now and for ever; whisperd finds and mends them."""
+    """The library accepts wrong bytes of the right length for good; whisperd finds and repairs them."""
     repo.commit(whisper_files(2))
     hub.fault(match, times=1, corrupt=True)
     first = plain(plain_cache, hub.endpoint)
@@ -160,10 +160,10 @@ def test_plain_snapshot_download_keeps_wrong_bytes(
     assert (report.snapshots[NAME] / path).read_bytes() == whisper_files(2)[path]
 
 
-def test_plain_snapshot_download_never_gets_through_a_dying_link(
+def test_plain_snapshot_download_never_completes_over_a_failing_link(
     hub: LoopbackHub, repo: HubRepo, tmp_path: Path
 ) -> None:
-    """The library keeps whole pieces of 10 MiB only; whisperd gets through the same link in the table above."""
+    """The library keeps whole pieces of 10 MiB only; whisperd completes over the same link in the table above."""
     repo.commit(new_files())
     hub.fault(LFS, cut_at=3 * MIB // 2)
     assert plain(tmp_path / "cache", hub.endpoint).error == "RemoteProtocolError"

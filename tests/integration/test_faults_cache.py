@@ -1,4 +1,4 @@
-"""A cache as others leave it: links that lead elsewhere, other tools at work, other disks, odd files in staging."""
+"""Caches as others leave them: links to other places, other tools at work, other disks, odd files in staging."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def hf_cache(settings: Settings, *arguments: str) -> str:
 
 
 def assert_readable_by_the_library(settings: Settings) -> None:
-    """``hf cache ls`` leaves out a whole repository when it finds in it what it does not expect."""
+    """``hf cache ls`` leaves out a whole repository when it finds something unexpected in it."""
     from huggingface_hub import scan_cache_dir
 
     with warnings.catch_warnings():
@@ -69,11 +69,11 @@ def assert_readable_by_the_library(settings: Settings) -> None:
     assert not any(NAME.replace("/", "--") in str(warning) for warning in found.warnings)
 
 
-# --- what the links lead to
+# --- where the links lead
 
 
 def to_another_cache(snapshot: Path, elsewhere: Path) -> None:
-    """The name is right, the file is there, and its bytes are others."""
+    """The name is right and the file exists, but its bytes are wrong."""
     name = (snapshot / "model.bin").readlink().name
     elsewhere.mkdir()
     (elsewhere / name).write_bytes(b"other bytes")
@@ -101,7 +101,7 @@ def as_a_directory(snapshot: Path, elsewhere: Path) -> None:
 def test_a_link_that_leads_elsewhere(
     settings: Settings, filled: Path, tmp_path: Path, damage: Callable[[Path, Path], None]
 ) -> None:
-    """A link counts for what it leads to, not for its name; it is replaced, and what it led to stays."""
+    """A link is judged by its target, not by its name; it is replaced, and the target stays."""
     damage(filled, tmp_path / "elsewhere")
     before = tree(tmp_path / "elsewhere") if (tmp_path / "elsewhere").exists() else {}
     assert offline(settings) == {}
@@ -112,7 +112,7 @@ def test_a_link_that_leads_elsewhere(
 
 
 def test_files_that_vanish_while_others_are_fetched(repo: HubRepo, settings: Settings, filled: Path) -> None:
-    """What was complete when the plan was made is looked at once more before the branch moves."""
+    """A model that was complete in the plan is checked once more before the branch moves."""
     files = {**whisper_files(1), "config.json": b'{"new": 1}'}
     repo.commit(files)
     vanished: list[Path] = []
@@ -128,7 +128,7 @@ def test_files_that_vanish_while_others_are_fetched(repo: HubRepo, settings: Set
 
 
 def test_a_model_that_vanishes_while_another_is_fetched(hub: LoopbackHub, settings: Settings, filled: Path) -> None:
-    """A model with nothing to do is there in the end, or is not reported as there."""
+    """A model with nothing to do exists at the end, or is not reported as present."""
     hub.add("org/other", whisper_files(5))
 
     def remove(_: Progress) -> None:
@@ -144,7 +144,7 @@ def test_a_model_that_vanishes_while_another_is_fetched(hub: LoopbackHub, settin
 
 @pytest.mark.parametrize("has_tree", [True, False], ids=["tree list", "no tree list"])
 def test_an_interrupted_download_of_another_tool(hub: LoopbackHub, settings: Settings, has_tree: bool) -> None:
-    """A file that the commit has and the engine uses is needed, also when everything else looks complete."""
+    """A file that the commit has and the engine uses is required, also when everything else looks complete."""
     hub.add(NAME, HUGGING_FACE)
     snapshot = plain(settings.cache_dir, hub.endpoint).path
     assert snapshot is not None
@@ -163,19 +163,19 @@ def test_an_interrupted_download_of_another_tool(hub: LoopbackHub, settings: Set
 
 
 def test_files_with_the_same_bytes(hub: LoopbackHub, settings: Settings) -> None:
-    """One download for each content, as many links as names; also for files without a byte."""
+    """Each content is downloaded once and linked under each name; empty files too."""
     files = HUGGING_FACE | {"added_tokens.json": b"{}", "special_tokens_map.json": b"{}"}
     files |= {"merges.txt": b"", "normalizer.json": b""}
     hub.add(NAME, files)
     report = run(settings)
     assert_well(report, settings, files)
     assert report.results[0].fetched_bytes == sum(map(len, set(files.values())))
-    assert sum("/resolve/" in request for request in hub.requests) == len(set(files.values())) - 1  # one is empty
+    assert sum("/resolve/" in request for request in hub.requests) == len(set(files.values())) - 1  # one file is empty
     assert run(settings).results[0].outcome == "ok"
 
 
 def test_a_branch_and_a_tag_below_it(hub: LoopbackHub, repo: HubRepo, settings: Settings) -> None:
-    """Both are served, whichever came first; the one that can have no ref of its name is kept by one of whisperd."""
+    """Both are served in any order; the one whose name cannot be a ref is kept by a ref of whisperd."""
     final = repo.commit(whisper_files(2), branch="v1/final")
     branch = repo.commit(whisper_files(3), branch="v1")
     references = (f"{NAME}@v1", f"{NAME}@v1/final")
@@ -196,7 +196,7 @@ def test_a_branch_and_a_tag_below_it(hub: LoopbackHub, repo: HubRepo, settings: 
 
 
 def test_a_branch_called_whisperd(repo: HubRepo, settings: Settings) -> None:
-    """It takes nothing away from a pinned commit."""
+    """A branch named whisperd does not disturb a pinned commit."""
     pinned = repo.refs["main"]
     branch = repo.commit(whisper_files(2), branch="whisperd")
     for reference in (f"{NAME}@{pinned}", f"{NAME}@whisperd", f"{NAME}@{pinned}"):
@@ -210,7 +210,7 @@ def test_a_branch_called_whisperd(repo: HubRepo, settings: Settings) -> None:
 def test_another_tool_moves_the_branch_and_cleans(
     hub: LoopbackHub, repo: HubRepo, settings: Settings, filled: Path
 ) -> None:
-    """What is recorded stays: ``hf download`` moves the branch, ``hf cache prune`` cleans, and a boot needs no Hub."""
+    """After ``hf download`` has moved the branch and ``hf cache prune`` has cleaned, a boot needs no Hub."""
     assert run(settings).exit_code == 0
     repo.commit(whisper_files(2))
     assert plain(settings.cache_dir, hub.endpoint).error is None
@@ -224,7 +224,7 @@ def test_another_tool_moves_the_branch_and_cleans(
 
 
 def test_scratch_files(repo: HubRepo, settings: Settings, filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files on their way to their place lie where no other tool looks; what a kill has left, the next run removes."""
+    """Unfinished files are where no other tool looks; what a kill left behind is removed by the next run."""
     left = [
         settings.cache_dir / ".whisperd.lock.abcd1234",
         settings.cache_dir / ".whisperd/.stamps.json.abcd_123",
@@ -274,7 +274,7 @@ def disk(directory: Path, options: str = "size=64m") -> Iterator[None]:
 
 @pytest.mark.parametrize("linked", [FOLDER, f"{FOLDER}/blobs", ".whisperd"])
 def test_a_link_to_another_disk(repo: HubRepo, settings: Settings, tmp_path: Path, linked: str) -> None:
-    """Whatever directory of the cache lies on another disk: parts lie beside the blobs, and moving them works."""
+    """Whatever directory of the cache is on another disk, parts are beside the blobs, and moving them works."""
     link = settings.cache_dir / linked
     link.parent.mkdir(parents=True)
     with disk(tmp_path / "disk"):
@@ -289,7 +289,7 @@ def test_a_link_to_another_disk(repo: HubRepo, settings: Settings, tmp_path: Pat
 
 
 def test_another_disk_that_is_full(hub: LoopbackHub, repo: HubRepo, settings: Settings, tmp_path: Path) -> None:
-    """Room is looked for where the bytes go, before the first one comes."""
+    """Free space is checked where the bytes will be written, before the first one comes."""
     link = settings.cache_dir / FOLDER / "blobs"
     link.parent.mkdir(parents=True)
     with disk(tmp_path / "disk", "size=200k"):
@@ -336,7 +336,7 @@ except errors.CacheBusy as error:
 
 @pytest.mark.skipif(os.uname().machine != "x86_64", reason="the filter names system calls by their numbers")
 def test_a_file_system_without_locks(tmp_path: Path) -> None:
-    """One writer at a time all the same, by a file that names its owner; one of a process that has ended is removed."""
+    """A file that names its owner still keeps writers apart; one of a process that has ended is removed."""
     done = subprocess.run(
         [sys.executable, "-c", NO_FLOCK + HOLD_TWICE, str(tmp_path / "cache")],
         capture_output=True, text=True, check=False,
@@ -369,7 +369,7 @@ def a_directory(part: Path, victim: Path) -> None:
 def test_a_part_that_is_no_file(
     repo: HubRepo, settings: Settings, tmp_path: Path, odd: Callable[[Path, Path], None]
 ) -> None:
-    """Bytes are appended to nothing but a regular file with one name."""
+    """Bytes are appended only to a regular file with one name."""
     victim = tmp_path / "victim"
     victim.write_bytes(b"mine")
     part = settings.cache_dir / ".whisperd/staging" / FOLDER / repo.commits[repo.refs["main"]]["model.bin"].sha256
@@ -380,7 +380,7 @@ def test_a_part_that_is_no_file(
 
 
 def test_a_cache_that_was_moved(settings: Settings, filled: Path, tmp_path: Path) -> None:
-    """Relative links lead on in a copy of the cache; nothing is fetched."""
+    """Relative links work in a copy of the cache; nothing is fetched."""
     copy_cache(settings.cache_dir, tmp_path / "copy")
     there = replace(settings, cache_dir=tmp_path / "copy")
     assert offline(there) == {NAME: tmp_path / "copy" / filled.relative_to(settings.cache_dir)}

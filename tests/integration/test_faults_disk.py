@@ -1,4 +1,4 @@
-"""The disk fails, is full, is somebody else's, or holds what nobody has put there: seen, told, and healed."""
+"""The disk fails, is full, is another user's, or holds unexpected files: this is detected, reported and repaired."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ Damage = Callable[[Path], None]
 
 
 def blob(entry: str, change: Callable[[Path], object]) -> Damage:
-    """Damage to the blob that an entry of the snapshot leads to."""
+    """Damage to the blob behind an entry of the snapshot."""
     return lambda snapshot: (change((snapshot / entry).resolve()), None)[1]
 
 
@@ -117,7 +117,7 @@ CONFIG_BYTES = len(whisper_files(1)["config.json"])
 MODEL_BYTES = len(whisper_files(1)["model.bin"])
 ALL_BYTES = sum(len(data) for name, data in whisper_files(1).items() if name not in (".gitattributes", "README.md"))
 
-# how it is done, what the plan calls it, and how many bytes it costs
+# how the damage is done, what the plan calls it, and how many bytes the repair costs
 DAMAGES: dict[str, tuple[Damage, str, int]] = {
     "bit flip": (blob("model.bin", flip), "model.bin wrong hash", MODEL_BYTES),
     "truncated blob": (blob("model.bin", lambda path: os.truncate(path, 10)), "model.bin wrong size", MODEL_BYTES),
@@ -142,7 +142,7 @@ DAMAGES: dict[str, tuple[Damage, str, int]] = {
 
 @pytest.mark.parametrize(("damage", "told", "cost_bytes"), DAMAGES.values(), ids=DAMAGES)
 def test_damage(settings: Settings, filled: Path, damage: Damage, told: str, cost_bytes: int) -> None:
-    """It is seen without the network, never served, and repaired with as few bytes as possible."""
+    """Damage is detected without the network, never served, and repaired with as few bytes as possible."""
     damage(filled)
     is_whole = all((filled / name).is_file() for name in ("config.json", "model.bin")) and "wrong" not in told
     assert offline(settings) == ({NAME: filled} if is_whole and "a link" not in told else {})
@@ -153,8 +153,8 @@ def test_damage(settings: Settings, filled: Path, damage: Damage, told: str, cos
     assert run(settings).results[0].outcome == "ok"
 
 
-def test_bytes_that_rot_unseen(settings: Settings, filled: Path) -> None:
-    """A file that looks untouched is believed until --verify hashes it."""
+def test_damage_that_keeps_size_and_time(settings: Settings, filled: Path) -> None:
+    """A file with unchanged size and time is trusted until --verify hashes it."""
     assert offline(settings) == {NAME: filled}
     path = (filled / "model.bin").resolve()
     found = path.stat()
@@ -188,7 +188,7 @@ def test_plain_snapshot_download_keeps_damage(
 
 @pytest.mark.usefixtures("repo")
 def test_plain_snapshot_download_with_an_empty_ref(hub: LoopbackHub, plain_cache: Path, settings: Settings) -> None:
-    """Offline the library gives the directory above all snapshots as success; whisperd mends such a ref for nothing."""
+    """Offline the library returns the directory above all snapshots as success; whisperd repairs the ref for free."""
     os.truncate(plain_cache / FOLDER / "refs/main", 0)
     done = plain(plain_cache, hub.endpoint, local_files_only=True)
     assert done.path == plain_cache / FOLDER / "snapshots"
@@ -200,7 +200,7 @@ def test_plain_snapshot_download_with_an_empty_ref(hub: LoopbackHub, plain_cache
 
 
 def test_an_extra_file(settings: Settings, filled: Path) -> None:
-    """What somebody has put beside the files of a model is neither removed nor minded."""
+    """An extra file beside those of a model is neither removed nor reported."""
     (filled / "notes.txt").write_text("mine")
     assert run(settings).results[0].outcome == "ok"
     assert (filled / "notes.txt").read_text() == "mine"
@@ -216,7 +216,7 @@ def run_after(settings: Settings, spoil: Callable[[], object]) -> Report:
 
 
 def fill(directory: Path) -> None:
-    """Takes the last byte."""
+    """Fills the disk to the last byte."""
     with suppress(OSError), (directory / "filler").open("wb", buffering=0) as file:
         while True:
             file.write(bytes(1 << 16))
@@ -244,7 +244,7 @@ TOO_SMALL = {
 def test_a_disk_that_is_too_small(
     hub: LoopbackHub, settings: Settings, tmp_path: Path, options: str, more: str, cause: str
 ) -> None:
-    """Nothing is fetched that cannot be stored; with more room the same run works."""
+    """A model without enough space is not fetched; with more space the same run works."""
     with small(tmp_path / "disk", options):
         there = replace(settings, cache_dir=tmp_path / "disk/cache")
         report = run(there)
@@ -259,7 +259,7 @@ def test_a_disk_that_is_too_small(
 def test_a_disk_that_fills_up(
     repo: HubRepo, settings: Settings, caches: Path, tmp_path: Path, spoil: Callable[[Path], None]
 ) -> None:
-    """The disk is full in the middle of an update: the old snapshot serves and the branch names it."""
+    """When the disk fills up in an update, the old snapshot serves and the branch names it."""
     disk = tmp_path / "disk"
     with small(disk, "size=100m,nr_inodes=1000"):
         copy_cache(caches / "whisperd", disk / "cache")
@@ -279,7 +279,7 @@ def test_a_disk_that_fills_up(
 
 
 def test_plain_snapshot_download_on_a_full_disk(hub: LoopbackHub, repo: HubRepo, caches: Path, tmp_path: Path) -> None:
-    """The library moves the branch before the bytes come: the copy that worked offline does no longer."""
+    """The library moves the branch before the bytes come, so the copy that worked offline no longer does."""
     with small(tmp_path / "disk", "size=3m"):
         cache = tmp_path / "disk/cache"
         copy_cache(caches / "plain", cache)
@@ -291,7 +291,7 @@ def test_plain_snapshot_download_on_a_full_disk(hub: LoopbackHub, repo: HubRepo,
 
 @pytest.mark.usefixtures("repo")
 def test_force_on_a_tight_disk(settings: Settings, caches: Path, tmp_path: Path) -> None:
-    """Old and new files are there together for a while: force that has no room for both is refused, the old serve."""
+    """Force keeps old and new files for a while: without room for both it is refused, and the old files serve."""
     disk = tmp_path / "disk"
     with small(disk, "size=64m"):
         copy_cache(caches / "whisperd", disk / "cache")
@@ -305,7 +305,7 @@ def test_force_on_a_tight_disk(settings: Settings, caches: Path, tmp_path: Path)
 
 
 def test_read_only(hub: LoopbackHub, repo: HubRepo, settings: Settings, filled: Path) -> None:
-    """A complete cache that cannot be written serves and can be checked; whatever needs writing is refused."""
+    """A complete read-only cache serves and can be checked; whatever must write is refused."""
     repo.commit(whisper_files(2))
     with mounted(settings.cache_dir, "--bind", "-o", "ro", str(settings.cache_dir)):
         before = tree(settings.cache_dir)
@@ -322,7 +322,7 @@ def test_read_only(hub: LoopbackHub, repo: HubRepo, settings: Settings, filled: 
 
 @pytest.mark.usefixtures("repo")
 def test_read_only_and_empty(hub: LoopbackHub, settings: Settings) -> None:
-    """An empty cache that cannot be written is refused before anybody is asked."""
+    """An empty read-only cache is refused before the Hub is asked."""
     with mounted(settings.cache_dir, "-t", "tmpfs", "-o", "ro", "tmpfs"):
         assert offline(settings) == {}
         with pytest.raises(errors.CachePermissionError, match=str(settings.cache_dir)):
@@ -333,7 +333,7 @@ def test_read_only_and_empty(hub: LoopbackHub, settings: Settings) -> None:
 
 @pytest.fixture
 def as_other_user(hub: LoopbackHub) -> Callable[[Path], list[str]]:
-    """Looks at a cache and reconciles it as a user who is nobody here; gives the lines of what it says."""
+    """Looks at a cache and reconciles it as a user without rights here; returns the lines of output."""
     if os.geteuid():
         pytest.skip("becoming another user needs root")
 
@@ -348,7 +348,7 @@ def as_other_user(hub: LoopbackHub) -> Callable[[Path], list[str]]:
 
 @pytest.fixture
 def open_dir() -> Iterator[Path]:
-    """A directory that everybody can enter; pytest's own are closed."""
+    """A directory that every user can enter; pytest's own are closed."""
     with tempfile.TemporaryDirectory() as name:
         path = Path(name)
         path.chmod(0o755)
@@ -358,7 +358,7 @@ def open_dir() -> Iterator[Path]:
 def test_the_cache_of_another_user(
     as_other_user: Callable[[Path], list[str]], caches: Path, open_dir: Path, hub: LoopbackHub
 ) -> None:
-    """Another user can serve from it, verified; to change it is refused, with the command that would do."""
+    """Another user can serve from it, verified; changing it is refused, with the command that would work."""
     copy_cache(caches / "whisperd", open_dir / "cache")
     served, refused = as_other_user(open_dir / "cache")
     assert served == "1"
@@ -370,7 +370,7 @@ def test_the_cache_of_another_user(
 def test_a_directory_that_cannot_be_written(
     as_other_user: Callable[[Path], list[str]], open_dir: Path, hub: LoopbackHub
 ) -> None:
-    """A directory without write permission, and one that cannot even be made, are refused with path and cure."""
+    """A directory without write permission, or one that cannot be made, is refused with its path and the remedy."""
     (open_dir / "closed").mkdir(mode=0o555)
     os.chown(open_dir / "closed", OTHER_UID, OTHER_UID)
     for cache_dir in (open_dir / "closed", open_dir / "missing/cache"):
@@ -385,7 +385,7 @@ def test_a_directory_that_cannot_be_written(
 @pytest.mark.parametrize("inside", [".", "cache"], ids=["cache_dir is a file", "a parent is a file"])
 @pytest.mark.usefixtures("repo")
 def test_a_file_in_the_way(hub: LoopbackHub, settings: Settings, tmp_path: Path, inside: str) -> None:
-    """A cache that cannot be is refused with its path before anybody is asked."""
+    """A cache path that cannot be a directory is refused with the path before the Hub is asked."""
     (tmp_path / "file").touch()
     there = replace(settings, cache_dir=tmp_path / "file" / inside)
     with pytest.raises(errors.StoreError, match=f"{tmp_path / 'file'}.*: Not a directory; something is in the way"):
@@ -397,7 +397,7 @@ def test_a_file_in_the_way(hub: LoopbackHub, settings: Settings, tmp_path: Path,
 
 @pytest.mark.usefixtures("repo")
 def test_blobs_is_a_file(settings: Settings) -> None:
-    """What cannot be moved into the cache is told with the path that is in the way."""
+    """A file that blocks a move into the cache is reported with its path."""
     blobs = settings.cache_dir / FOLDER / "blobs"
     blobs.parent.mkdir(parents=True)
     blobs.touch()
@@ -412,14 +412,14 @@ def test_blobs_is_a_file(settings: Settings) -> None:
 
 @pytest.mark.usefixtures("repo")
 def test_a_cache_that_is_missing(settings: Settings, tmp_path: Path) -> None:
-    """It is made, with its parents."""
+    """A missing cache is made, with its parents."""
     there = replace(settings, cache_dir=tmp_path / "a/b/c")
     assert_well(run(there), there, whisper_files(1))
 
 
 @pytest.mark.usefixtures("repo")
 def test_a_file_system_that_follows_no_links(hub: LoopbackHub, settings: Settings) -> None:
-    """Links that lead nowhere would make an empty model: refused before anybody is asked."""
+    """Broken links would make an empty model, so the cache is refused before the Hub is asked."""
     with (
         mounted(settings.cache_dir, "-t", "tmpfs", "-o", "nosymfollow", "tmpfs"),
         pytest.raises(errors.StoreError, match=r"no symbolic links.*; choose another cache_dir"),
@@ -430,7 +430,7 @@ def test_a_file_system_that_follows_no_links(hub: LoopbackHub, settings: Setting
 
 @pytest.mark.skipif(os.uname().machine != "x86_64", reason="the filter names system calls by their numbers")
 def test_a_file_system_without_links(hub: LoopbackHub, open_dir: Path) -> None:
-    """The kernel refuses to make links: told as what it is."""
+    """A kernel that refuses to make links is reported as such."""
     done = subprocess.run(
         [sys.executable, "-c", NO_SYMLINKS + LOOK_AND_RUN, str(open_dir / "cache"), hub.endpoint, str(os.geteuid())],
         capture_output=True, text=True, check=False,
@@ -442,7 +442,7 @@ def test_a_file_system_without_links(hub: LoopbackHub, open_dir: Path) -> None:
 
 @pytest.mark.usefixtures("repo")
 def test_a_cache_that_was_filled_without_links(hub: LoopbackHub, settings: Settings) -> None:
-    """Files where links should be are taken for what they are, and replaced."""
+    """Files in place of links are recognised and replaced."""
     assert plain(settings.cache_dir, hub.endpoint, environ={"HF_HUB_DISABLE_SYMLINKS": "1"}).error is None
     assert offline(settings) == {}
     report = run(settings)

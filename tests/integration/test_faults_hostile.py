@@ -1,4 +1,4 @@
-"""A Hub, a mirror or a proxy answers nonsense, or worse: one model fails, in few words, and nothing else happens."""
+"""When a Hub, a mirror or a proxy answers nonsense, one model fails with a short message, and nothing else changes."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def twice(answer: Answer) -> None:
     siblings(answer).append({"rfilename": "copy", "blobId": first["blobId"], "size": first["size"] + 1})
 
 
-# what the answer says, and a word of what is said about it
+# the answer, and a word of the message about it
 ANSWERS: Mapping[str, tuple[Callable[[Answer], object], str]] = {
     "a hash that is a path": (weights(f"../../../{VICTIM}"), "lfs.sha256"),
     "a hash that is an absolute path": (weights(f"/{VICTIM}"), "lfs.sha256"),
@@ -139,7 +139,7 @@ def honest(repo: HubRepo) -> Answer:
 
 @pytest.mark.parametrize("row", [*ANSWERS, *BODIES])
 def test_an_answer_of_nonsense(attacked: Attacked, row: str) -> None:
-    """It is one model's failure, says what is wrong in one short line, and nothing is stored of it."""
+    """A nonsensical answer fails one model with one short line, and nothing of it is stored."""
     result = attacked.results[row]
     word = ANSWERS[row][1] if row in ANSWERS else BODIES[row][2]
     assert (result.outcome, result.path) == ("failed", None)
@@ -160,7 +160,7 @@ def test_the_others_of_the_run(attacked: Attacked) -> None:
 
 
 def test_answers_that_never_end(hub: LoopbackHub, tmp_path: Path) -> None:
-    """A body without an end is cut off after some megabytes, one that drips after the time for an answer."""
+    """An endless body is cut off after some megabytes, a slow one after the time for an answer."""
     hub.add("org/fast", whisper_files(1))
     hub.add("org/slow", whisper_files(1))
     hub.fault("/api/models/org/fast/", endless=True)
@@ -175,7 +175,7 @@ def test_answers_that_never_end(hub: LoopbackHub, tmp_path: Path) -> None:
 
 
 def test_a_renamed_repository_is_said(hub: LoopbackHub, tmp_path: Path) -> None:
-    """A repository that answers under another name is fetched, and the new name is said."""
+    """A repository that answers under another name is fetched, and the new name is reported."""
     repo = hub.add(NAME, whisper_files(1))
     hub.fault("/revision/", status=200, body=json.dumps(honest(repo) | {"id": "other/name"}).encode())
     settings = store_settings(cache_dir=tmp_path / "cache", endpoint=hub.endpoint)
@@ -210,7 +210,7 @@ RECORDS = {
 
 @pytest.mark.parametrize("text", RECORDS.values(), ids=RECORDS)
 def test_a_record_of_nonsense(hub: LoopbackHub, repo: HubRepo, tmp_path: Path, text: str) -> None:
-    """whisperd.lock and the stamps are believed only as far as they make sense; the model is fetched all the same."""
+    """Nonsense in whisperd.lock and the stamps is ignored; the model is fetched all the same."""
     cache_dir = tmp_path / "cache"
     (cache_dir / ".whisperd").mkdir(parents=True)
     (cache_dir / "whisperd.lock").write_text(text)

@@ -1,4 +1,4 @@
-"""Processes that are stopped, killed, or meet another one: nothing is half done, and what has arrived is used."""
+"""Processes that are stopped, killed, or run twice leave nothing half done, and what has arrived is used."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def children(pid: int) -> list[int]:
 
 
 def alive(pids: list[int]) -> list[int]:
-    """Those that still run; one that has ended and is not waited for does not."""
+    """Those that still run; a zombie does not count."""
     return [pid for pid in pids if (path := Path(f"/proc/{pid}/stat")).exists() and ") Z " not in path.read_text()]
 
 
@@ -88,7 +88,7 @@ def test_interrupted(
     hub: LoopbackHub, repo: HubRepo, settings: Settings, filled: Path,
     match: str, what: dict[str, object], number: int,
 ) -> None:  # fmt: skip
-    """The command ends within a second with nothing broken and nobody left behind; the next run heals it."""
+    """The command ends within a second, leaves nothing broken and no process; the next run completes the work."""
     files = whisper_files(2, size_bytes=3 * MIB)
     repo.commit(files)
     before = tree(settings.cache_dir / FOLDER)
@@ -120,7 +120,7 @@ def large(hub: LoopbackHub) -> dict[str, bytes]:
 
 
 def test_killed_at_ninety_percent(hub: LoopbackHub, large: dict[str, bytes], settings: Settings) -> None:
-    """SIGKILL takes the helper along; the next run fetches what is missing and little more."""
+    """SIGKILL ends the fetching process too; the next run fetches what is missing and little more."""
     with reconciling(settings) as process:
         until(lambda: staged_bytes(settings) > ENOUGH * LARGE_BYTES)
         helpers = children(process.pid)
@@ -142,7 +142,7 @@ def test_killed_at_ninety_percent(hub: LoopbackHub, large: dict[str, bytes], set
 def test_plain_snapshot_download_killed_at_ninety_percent(
     hub: LoopbackHub, large: dict[str, bytes], tmp_path: Path
 ) -> None:
-    """The library begins anew, keeps the broken part for ever, and has moved the branch by then."""
+    """The library starts over, keeps the broken part for ever, and has moved the branch already."""
     cache = tmp_path / "plain"
 
     def parts() -> list[int]:
@@ -171,7 +171,7 @@ def test_plain_snapshot_download_killed_at_ninety_percent(
 def test_plain_snapshot_download_killed_in_an_update(
     hub: LoopbackHub, repo: HubRepo, settings: Settings, filled: Path
 ) -> None:
-    """A killed update has moved the branch: the copy that worked is out of reach offline, until whisperd has run."""
+    """A killed update has moved the branch: the working copy is out of reach offline until whisperd has run."""
     cache = settings.cache_dir
     repo.commit(whisper_files(2, size_bytes=3 * MIB))
     hub.fault("GET /cdn/", stall_at=MIB)
@@ -192,7 +192,7 @@ def test_plain_snapshot_download_killed_in_an_update(
 
 
 def test_killed_in_an_update(hub: LoopbackHub, repo: HubRepo, settings: Settings, filled: Path) -> None:
-    """A killed update has changed nothing that anybody can see, for other tools too; no lock is left behind."""
+    """A killed update has changed nothing that is visible, to other tools either; no lock is left behind."""
     files = whisper_files(2, size_bytes=3 * MIB)
     repo.commit(files)
     before = tree(settings.cache_dir / FOLDER)
@@ -209,7 +209,7 @@ def test_killed_in_an_update(hub: LoopbackHub, repo: HubRepo, settings: Settings
 
 
 def test_the_helper_is_killed(hub: LoopbackHub, repo: HubRepo, settings: Settings, filled: Path) -> None:
-    """The process that fetches dies, of memory perhaps: the run fails and says so, and the next one goes on."""
+    """When the fetching process is killed, as for memory, the run fails with the reason, and the next one continues."""
     files = whisper_files(2, size_bytes=3 * MIB)
     repo.commit(files)
     hub.fault("GET /cdn/", stall_at=2 * MIB)

@@ -1,4 +1,4 @@
-"""The network fails in every way that was seen: nothing wrong is called right, and what is there goes on serving."""
+"""In every known failure of the network nothing wrong is accepted, and the existing model keeps serving."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def black_holed(hub: LoopbackHub, settings: Settings) -> Settings:
     return replace(settings, endpoint=hub.nowhere, metadata_timeout_s=0.4)
 
 
-# what stays wrong when the Hub is asked: how it is arranged, what it is called, and a word of the cause
+# faults that last while the Hub is asked: how each is arranged, its name, and a word of the cause
 UNASKABLE = {
     "connection refused": (with_settings(endpoint=DEAD), errors.HubUnreachable, "refused"),
     "no such host": (with_settings(endpoint="http://hub.invalid"), errors.HubUnreachable, "ConnectError"),
@@ -124,7 +124,7 @@ def test_the_hub_cannot_be_asked(
     hub: LoopbackHub, repo: HubRepo, settings: Settings, tmp_path: Path, filled: Path,
     arrange: Arrange, kind: type[errors.StoreError], cause: str,
 ) -> None:  # fmt: skip
-    """A cold cache fails, a warm one goes on and says that it is unchecked, force fails; then all is well again."""
+    """A cold cache fails, a warm one is used and reported as unchecked, force fails; then all is well again."""
     repo.commit(whisper_files(2))
     broken = arrange(hub, settings)
     cold = run(replace(broken, cache_dir=tmp_path / "cold"))
@@ -150,7 +150,7 @@ def test_the_hub_cannot_be_asked(
     assert_well(run(replace(settings, update=True)), settings, whisper_files(2))
 
 
-# what goes wrong once, or only for requests that whisperd does not make
+# faults that occur once, or only for requests that whisperd does not make
 PASSING = {
     "429 once when asked": fault(API, times=1, status=429),
     "429 with Retry-After once when asked": fault(API, times=1, status=429, headers={"Retry-After": "1"}),
@@ -173,7 +173,7 @@ PASSING = {
 @pytest.mark.parametrize("arrange", PASSING.values(), ids=PASSING)
 @pytest.mark.usefixtures("repo")
 def test_a_bad_moment(hub: LoopbackHub, settings: Settings, arrange: Arrange) -> None:
-    """What goes wrong once is tried again; what is not needed is not asked for."""
+    """A fault that occurs once is retried; what is not needed is not requested."""
     assert_well(run(arrange(hub, settings)), settings, whisper_files(1))
     assert not any(one.times for one in hub.faults)
 
@@ -206,7 +206,7 @@ def test_plain_snapshot_download(
     hub: LoopbackHub, repo: HubRepo, settings: Settings, plain_cache: Path,
     arrange: Arrange, force: bool, leaks: str | None,
 ) -> None:  # fmt: skip
-    """What the library does alone with an update pending: the old copy as success, or an exception of its innards."""
+    """With an update pending the library alone reports the old copy as success, or raises an internal exception."""
     old = repo.refs["main"]
     repo.commit(whisper_files(2))
     broken = arrange(hub, settings)
@@ -216,7 +216,7 @@ def test_plain_snapshot_download(
 
 
 def test_a_stalled_answer_stalls_plain_snapshot_download(hub: LoopbackHub, repo: HubRepo, plain_cache: Path) -> None:
-    """The library asks without a time limit; whisperd's own limit is in the table above."""
+    """The library requests without a time limit; whisperd's own limit is in the table above."""
     repo.commit(whisper_files(2))
     hub.fault(API, silent=True)
     with pytest.raises(TimeoutError):

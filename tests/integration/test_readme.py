@@ -1,4 +1,4 @@
-"""The recipes of the README and the docs, run as they stand there."""
+"""The recipes of the README and the docs are run unchanged."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ EXPECTED = {  # what an answer to a recipe holds, by a word of the recipe
 def daemon(tmp_path_factory: pytest.TempPathFactory, clips: dict[str, Clip]) -> Iterator[DaemonProcess]:
     """A daemon with a TCP listener, beside the files that the recipes name."""
     directory = tmp_path_factory.mktemp("readme")
-    shutil.copy(clips["monkeys"].path, directory / "talk.mp3")  # what it is called does not matter
+    shutil.copy(clips["monkeys"].path, directory / "talk.mp3")  # its name does not matter
     (directory / "KEY").write_text("secret\n")
     with running(directory, f'models = ["{EMBEDDED}"]') as process:
         yield process
@@ -64,7 +64,7 @@ def tcp(tmp_path_factory: pytest.TempPathFactory, daemon: DaemonProcess) -> Iter
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipe(daemon: DaemonProcess, request: pytest.FixtureRequest, recipe: str) -> None:
-    """It ends well, and its answer is what it says."""
+    """A recipe succeeds, and its answer is the documented one."""
     if ADDRESS in recipe:
         recipe = recipe.replace(ADDRESS, request.getfixturevalue("tcp"))
     command = recipe.replace("SOCKET", str(daemon.socket_path)).replace("curl ", "curl -sS --fail-with-body ", 1)
@@ -79,13 +79,13 @@ def test_recipe(daemon: DaemonProcess, request: pytest.FixtureRequest, recipe: s
 
 
 def test_there_are_recipes() -> None:
-    """Each word of the table stands for a recipe."""
+    """Each word of the table belongs to a recipe."""
     assert all(any(word in recipe for recipe in RECIPES) for word in EXPECTED)
 
 
 @pytest.mark.parametrize("page", SNIPPETS, ids=lambda page: page.name)
 def test_python(daemon: DaemonProcess, page: Path) -> None:
-    """Python of a page runs, and prints a transcript or a directory."""
+    """Python code of a page runs, and prints a transcript or a directory."""
     for snippet in SNIPPETS[page]:
         program = snippet.replace("/run/whisperd.sock", str(daemon.socket_path))
         done = subprocess.run(

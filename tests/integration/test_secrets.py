@@ -1,4 +1,4 @@
-"""A daemon that has a token shows it nowhere, whatever the Hub answers."""
+"""A daemon never shows its token, whatever the Hub answers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SECRET = "hf_abcdefghijkl"
 
 
 def test_log_status_and_report_of_a_daemon(hub: LoopbackHub, tmp_path: Path) -> None:
-    """The Hub quotes the token in its error; notifications, log, status, reload and report are free of it."""
+    """A token in the Hub's error does not reach notifications, log, status, reload and report."""
     hub.fault("/api/models/", status=403, headers={"X-Error-Message": f"Bearer {SECRET} may not"})
     text = f'models = ["{EMBEDDED}", "org/model"]\n[reconcile]\nendpoint = "{hub.endpoint}"\nmetadata_timeout_s = 1.0'
     with running(tmp_path, text, environ={"HF_TOKEN": SECRET}) as daemon:
@@ -46,7 +46,7 @@ def test_log_status_and_report_of_a_daemon(hub: LoopbackHub, tmp_path: Path) -> 
 
 
 def test_a_daemon_with_a_token_of_two_lines(tmp_path: Path) -> None:
-    """It ends with the code of a wrong configuration; neither the log nor the status line quotes the token."""
+    """The daemon exits with the code of a wrong configuration; neither the log nor the status line quotes the token."""
     (tmp_path / "credentials").mkdir()
     (tmp_path / "credentials/hf-token").write_text(f"{SECRET}\n{SECRET[::-1]}\n")
     environ = {"CREDENTIALS_DIRECTORY": str(tmp_path / "credentials")}

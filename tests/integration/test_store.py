@@ -64,7 +64,7 @@ def snapshot_files(directory: Path, name: str) -> list[Path]:
 
 
 def test_first_boot_and_second(hub: LoopbackHub, tmp_path: Path, clips: dict[str, Clip]) -> None:
-    """The first boot fetches both formats and says how far it is; the second one needs no Hub and serves the same."""
+    """The first boot fetches both formats and shows the progress; the second one needs no Hub and serves the same."""
     texts = []
     with running(tmp_path, config(hub, "org/ct2", "org/hf")) as daemon:
         assert any(message.startswith("STATUS=downloading org/") for message in daemon.messages)
@@ -84,7 +84,7 @@ def test_first_boot_and_second(hub: LoopbackHub, tmp_path: Path, clips: dict[str
 
 
 def test_a_model_added_by_reload(hub: LoopbackHub, tmp_path: Path, clips: dict[str, Clip]) -> None:
-    """An edit of the file fetches what is new; a model that the Hub does not have changes nothing."""
+    """An edit of the file fetches the new model; a model that the Hub lacks changes nothing."""
     with running(tmp_path, config(hub, "org/ct2")) as daemon:
         daemon.write_config(config(hub, "org/ct2", "org/nothing"))
         with pytest.raises(RemoteError, match="no such repository"):
@@ -104,7 +104,7 @@ def test_a_model_added_by_reload(hub: LoopbackHub, tmp_path: Path, clips: dict[s
 
 
 def test_a_missing_second_model(hub: LoopbackHub, tmp_path: Path, clips: dict[str, Clip]) -> None:
-    """At boot the default model is enough: the daemon serves it and says what is missing."""
+    """At boot the default model is enough: the daemon serves it and reports the missing one."""
     with running(tmp_path, config(hub, "org/ct2", "org/nothing")) as daemon:
         assert daemon.transcribe(clips["monkeys"].path)["text"]
         assert "org/nothing" in daemon.client.status()["problems"][0]
@@ -164,7 +164,7 @@ def test_old_names_of_the_environment(hub: LoopbackHub, tmp_path: Path) -> None:
 
 
 def test_the_daemon_does_it(hub: LoopbackHub, tmp_path: Path, clips: dict[str, Clip]) -> None:
-    """With a daemon on the same cache, the command has it do the work, shows its progress, and it switches."""
+    """A daemon on the same cache does the command's work, shows the progress to it, and switches the model."""
     repo = hub.add("org/mine", hub_files(hub, "org/ct2"))
     with running(tmp_path, config(hub, "org/mine")) as daemon:
         first = repo.refs["main"]
@@ -179,7 +179,7 @@ def test_the_daemon_does_it(hub: LoopbackHub, tmp_path: Path, clips: dict[str, C
         assert "1 updated" in done.stdout
         assert [card["revision"] for card in daemon.client.models()] == [second]
         assert plain(daemon.transcribe(clips["monkeys"].path)["text"]) == plain(clips["monkeys"].text)
-        # alone, since an option is overridden: what the daemon serves stays all the same
+        # alone, since an option is overridden: what the daemon serves does not change
         pruned = whisperd(tmp_path, "reconcile", "--prune", "-o", 'models=["org/hf"]')
         assert "1 removed" in pruned.stdout
         assert (tmp_path / f"cache/models--org--mine/snapshots/{second}").is_dir()
@@ -193,7 +193,7 @@ def test_the_daemon_does_it(hub: LoopbackHub, tmp_path: Path, clips: dict[str, C
 
 
 def test_a_client_that_goes_away(hub: LoopbackHub, tmp_path: Path) -> None:
-    """Ctrl-C on a command that the daemon carries out ends the download at once, and the daemon serves on."""
+    """Ctrl-C on a command that the daemon carries out ends the download at once, and the daemon keeps serving."""
     hub.add("org/mine", hub_files(hub, "org/ct2"))
     with running(tmp_path, config(hub, "org/ct2")) as daemon:
         hub.fault("GET /cdn/", stall_at=1000)
@@ -208,7 +208,7 @@ def test_a_client_that_goes_away(hub: LoopbackHub, tmp_path: Path) -> None:
 
 
 def start(directory: Path, *arguments: str) -> subprocess.Popen[bytes]:
-    """A command that goes on."""
+    """A command that is still running."""
     environ = clean_environ(directory, {"NOTIFY_SOCKET": ""})
     return subprocess.Popen([sys.executable, "-m", "whisperd", *arguments], cwd=directory, env=environ)
 
@@ -219,7 +219,7 @@ def hub_files(hub: LoopbackHub, name: str) -> dict[str, bytes]:
 
 
 def test_hf_cache_prune(hub: LoopbackHub, tmp_path: Path) -> None:
-    """The cleaning of huggingface_hub's own command takes neither a branch nor a pinned commit."""
+    """``hf cache prune`` removes neither a branch nor a pinned commit."""
     pinned = f"org/hf@{hub.repos['org/hf'].refs['main']}"
     (tmp_path / "whisperd.toml").write_text(f'cache_dir = "{tmp_path}/cache"\n{config(hub, "org/ct2", pinned)}')
     assert whisperd(tmp_path, "reconcile").returncode == 0

@@ -49,7 +49,7 @@ def pcm(samples: NDArray[np.float32], *, rate: int = SAMPLE_RATE_HZ, width: int 
 
 
 async def transcribed(client: AsyncClient, sound: Pcm, asked: Transcribe) -> Transcript:
-    """As Home Assistant does it: everything but the transcript is ignored."""
+    """Transcribes as Home Assistant does: everything but the transcript is ignored."""
     shape = {"rate": sound.rate, "width": sound.width, "channels": sound.channels}
     await client.write_event(asked.event())
     await client.write_event(AudioStart(**shape).event())
@@ -75,7 +75,7 @@ def tcp(port: int) -> AsyncClient:
 
 
 def test_over_tcp(tmp_path: Path, port: int, clips: dict[str, Clip]) -> None:
-    """Whatever the format of the audio is, the text is right; many at once share the daemon; /metrics counts them."""
+    """The text is right in any audio format; many clients share the daemon; /metrics counts them."""
     samples = clips["monkeys"].samples()
     shapes = [
         pcm(samples),
@@ -112,7 +112,7 @@ def test_over_tcp(tmp_path: Path, port: int, clips: dict[str, Clip]) -> None:
 
 
 def test_over_a_unix_socket_until_the_end(tmp_path: Path, clips: dict[str, Clip]) -> None:
-    """SIGTERM in the middle of a transcription: the client gets its text, the daemon ends with 0, the path is gone."""
+    """On SIGTERM during a transcription the client gets its text, the daemon exits with 0, the path is gone."""
     path = tmp_path / "wyoming.sock"
 
     async def main(daemon: DaemonProcess) -> Transcript:
@@ -147,7 +147,7 @@ def passed(listeners: Sequence[socket.socket], directory: Path) -> list[str]:
 
 
 def test_an_inherited_socket(tmp_path: Path, clips: dict[str, Clip]) -> None:
-    """The socket named wyoming speaks Wyoming, the other one HTTP; both outlive the daemon."""
+    """The socket named wyoming serves Wyoming, the other one HTTP; both remain after the daemon."""
     write_config(tmp_path, f'models = ["{EMBEDDED}"]')
     paths = [tmp_path / "api.sock", tmp_path / "wyoming.sock"]
     listeners = [socket.socket(socket.AF_UNIX) for _ in paths]

@@ -1,4 +1,4 @@
-"""Routes without audio, who may use them, and what every answer has."""
+"""Routes without audio, their permissions, and what every answer has."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from whisperd.serving.spool import Spool
 
 
 def test_health(client: httpx2.Client, whisperd: Daemon) -> None:
-    """A loading daemon lives but is not ready; a draining one says so by its code."""
+    """A loading daemon is alive but not ready; a draining one answers with its own code."""
     routes = ("/livez", "/readyz", "/healthz", "/health")
     assert [client.get(route).json() for route in routes] == [{"status": "ok"}] * 4
     whisperd.service.now = Readiness(ready=False, draining=True)
@@ -39,7 +39,7 @@ def test_unknown_routes_and_methods(client: httpx2.Client) -> None:
 
 
 def test_an_unexpected_exception(client: httpx2.Client, whisperd: Daemon) -> None:
-    """A bug is a 500 with the request's id; what happened is in the log and not in the answer."""
+    """A bug is a 500 with the request's id; the details are in the log and not in the answer."""
     whisperd.service.error = ValueError("secret detail")
     response = client.post(URL, files=[AUDIO], headers={"x-request-id": "mine-1"})
     assert response.status_code == 500
@@ -50,8 +50,8 @@ def test_an_unexpected_exception(client: httpx2.Client, whisperd: Daemon) -> Non
 
 
 @pytest.mark.parametrize("fields", [{}, {"stream": "true"}])
-def test_the_device_is_told(client: httpx2.Client, fields: dict[str, str]) -> None:
-    """Each transcript's header says where its model computes; nothing else has that header."""
+def test_the_header_names_the_device(client: httpx2.Client, fields: dict[str, str]) -> None:
+    """Each transcript's header names the device of its model; no other answer has that header."""
     response = client.post(URL, files=[AUDIO], data=fields)
     assert response.headers["x-whisperd-device"] == "cpu (fallback)"
     assert "x-whisperd-device" not in client.get("/livez").headers
@@ -65,7 +65,7 @@ def test_request_ids(client: httpx2.Client, given: str, kept: bool) -> None:
 
 
 def test_the_log_line(client: httpx2.Client, whisperd: Daemon) -> None:
-    """One line has everything about a request but its text."""
+    """One line has everything about a request except its text."""
     response = client.post(URL, files=[AUDIO], data={"model": MODEL}, headers={"x-request-id": "id-7"})
     n_bytes = int(response.request.headers["content-length"])
     line = whisperd.finished()
@@ -75,7 +75,7 @@ def test_the_log_line(client: httpx2.Client, whisperd: Daemon) -> None:
 
 
 def test_reload(client: httpx2.Client, whisperd: Daemon) -> None:
-    """The daemon's own user may reload; a configuration with mistakes is refused in its own words."""
+    """The daemon's own user may reload; a configuration with mistakes is refused with their list."""
     assert client.post("/v1/whisperd/reload").json()["changed"] == []
     whisperd.service.reload_error = ConfigError(Problem(where="whisperd.toml", key="models", message="is empty"))
     response = client.post("/v1/whisperd/reload")
@@ -83,8 +83,8 @@ def test_reload(client: httpx2.Client, whisperd: Daemon) -> None:
     assert error_of(response)["message"] == "whisperd.toml: models: is empty"
 
 
-def test_an_order_without_end(client: httpx2.Client, whisperd: Daemon) -> None:
-    """The body of a reconcile order is bounded, with and without a length; what is too long is not kept."""
+def test_an_endless_reconcile_request(client: httpx2.Client, whisperd: Daemon) -> None:
+    """The body of a reconcile request is limited, with and without a length; a longer one is not kept."""
 
     pieces = iter([b" " * 65_536] * 4)
     for content in (b" " * 65_537, pieces):

@@ -1,4 +1,4 @@
-"""The first of all deadlines counts, and each from its own beginning."""
+"""The earliest deadline counts, each from its own start."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ NODE = "x-stainless-timeout"
     ],
 )
 def test_deadlines(timeout_s: float | None, headers: Mapping[str, str], stream: bool, left_s: float | None) -> None:
-    """After an upload of 10 s: Python's patience begins now, Node's began before; what cannot be read is no hint."""
+    """After an upload of 10 s Python's limit starts now and Node's started before; an unreadable one is ignored."""
     found = deadline(timeout_s, headers, elapsed_s=10.0, stream=stream)
     assert (found and found.left_s) == (None if left_s is None else pytest.approx(left_s))
 
 
 @pytest.mark.parametrize(("hint", "expected_s"), [("600", 15.0), ("10", 5.0), ("0.1", 0.5), ("x", 15.0)])
 def test_silence(hint: str, expected_s: float) -> None:
-    """A stream says something twice in the time that its client bears."""
+    """A stream sends something twice within its client's time limit."""
     assert silence_s({PYTHON: hint}, 15.0) == expected_s
 
 
 @given(text=st.text(max_size=12), other=st.floats().map(str))
 def test_any_header(text: str, other: str) -> None:
-    """Whatever the headers say, a deadline is a time that an answer can be sent in."""
+    """Whatever the headers say, a deadline is a finite time that is not negative."""
     found = deadline(None, {PYTHON: text, NODE: other}, elapsed_s=0.0, stream=False)
     assert found is None or 0 <= found.left_s < float("inf")

@@ -43,7 +43,7 @@ def test_json(client: OpenAI, whisperd: Daemon) -> None:
 
 
 def test_verbose_json_with_words(client: OpenAI, whisperd: Daemon) -> None:
-    """Segments, words, English language name and whisperd's own additions arrive through the SDK's types."""
+    """Segments, words, English language name and whisperd's own additions have the SDK's types."""
     answer = client.audio.transcriptions.create(
         file=AUDIO,
         model="whisper-1",
@@ -67,7 +67,7 @@ def test_verbose_json_with_words(client: OpenAI, whisperd: Daemon) -> None:
 
 
 def test_logprobs_and_chunking(client: OpenAI, whisperd: Daemon) -> None:
-    """Token log probabilities come whole and in the deltas; the SDK's object reaches the cutter."""
+    """Token log probabilities come whole and in the deltas; the SDK's chunking object reaches the segmentation."""
     create = client.audio.transcriptions.create
     answer = create(
         file=AUDIO,
@@ -169,8 +169,8 @@ def test_errors_by_class(client: OpenAI, whisperd: Daemon) -> None:
     assert (loading.value.status_code, loading.value.code) == (503, "model_loading")
 
 
-def test_a_request_ends_with_the_patience_of_its_client(client: OpenAI, whisperd: Daemon) -> None:
-    """Shortly before the SDK would give up and send the file again, it hears that this is final; a stream goes on."""
+def test_a_request_ends_with_the_timeout_of_its_client(client: OpenAI, whisperd: Daemon) -> None:
+    """Shortly before the SDK's timeout and retry, it gets a final error; a stream continues."""
     create = client.with_options(max_retries=2).audio.transcriptions.create
     sent = client.audio.transcriptions.with_raw_response.create(file=AUDIO, model="whisper-1").http_request.headers
     assert float(sent["x-stainless-read-timeout"]) == PATIENCE_S
@@ -193,7 +193,7 @@ def test_a_request_ends_with_the_patience_of_its_client(client: OpenAI, whisperd
 
 
 def test_a_large_upload_to_a_full_queue(client: OpenAI, whisperd: Daemon) -> None:
-    """The SDK hears of the full queue before it has sent everything, and comes back when there is room."""
+    """The SDK gets the refusal of a full queue before it has sent everything, and retries when there is room."""
     large = ("talk.wav", bytes(900_000))
     create = client.with_options(max_retries=5).audio.transcriptions.create
     whisperd.service.requests_max = 1
@@ -208,8 +208,8 @@ def test_a_large_upload_to_a_full_queue(client: OpenAI, whisperd: Daemon) -> Non
     freed.join()
 
 
-def test_the_sdk_retries_what_passes(client: OpenAI, whisperd: Daemon) -> None:
-    """With retries on, the SDK comes back after the time that it was told."""
+def test_the_sdk_retries_temporary_errors(client: OpenAI, whisperd: Daemon) -> None:
+    """With retries on, the SDK retries after the time in the answer."""
     whisperd.service.error = QueueFull("one waits", retry_after_s=0.01)
     with pytest.raises(openai.RateLimitError):
         client.with_options(max_retries=1).audio.transcriptions.create(file=AUDIO, model="whisper-1")

@@ -1,4 +1,4 @@
-"""The interface describes itself, and holds what it says against anything that is sent."""
+"""The interface describes itself, and anything that is sent is answered as described."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def client(whisperd: Daemon) -> Iterator[httpx2.Client]:
 
 
 def test_served(client: httpx2.Client, whisperd: Daemon) -> None:
-    """The document is served, names every route of the application, and its references lead somewhere."""
+    """The document is served, names every route of the application, and its references resolve."""
     found = client.get("/openapi.json").json()
     assert found == description()
     routes = {route.path.replace(":path", "") for route in whisperd.app.routes}  # type: ignore[attr-defined]
@@ -53,19 +53,19 @@ def methods(path: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def test_every_field_is_described() -> None:
-    """A field that is read has its place in the document."""
+    """Every field that is read is in the document."""
     assert {name.removesuffix("[]") for name in PROPERTIES} == {"file", *FIELDS}
 
 
 def test_headers_are_there(client: httpx2.Client) -> None:
-    """A transcript comes with the headers that the document names."""
+    """A transcript has the headers that the document names."""
     path = "/v1/audio/transcriptions"
     named = description()["paths"][path]["post"]["responses"]["200"]["headers"]
     assert named.keys() <= client.post(path, files={"file": b"x"}, data={"seed": "1"}).headers.keys()
 
 
 def test_every_choice_is_accepted(client: httpx2.Client) -> None:
-    """What the document lists as a value is one."""
+    """Every value that the document lists is accepted."""
     for name, schema in PROPERTIES.items():
         for choice in schema.get("items", schema).get("enum", ()):
             fields = {name: choice, "response_format": "verbose_json"} | ({name: choice})
@@ -87,7 +87,7 @@ forms = st.lists(st.tuples(names | objects | st.text(max_size=8), anything), max
 @settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(form=forms, path=st.sampled_from(["transcriptions", "translations"]))
 def test_no_form_breaks_it(client: httpx2.Client, form: list[tuple[str, str]], path: str) -> None:
-    """Whatever the fields say, the answer is a transcript or an error in the envelope that is the client's."""
+    """Whatever the fields are, the answer is a transcript or a client error in the envelope."""
     parts: list[tuple[str, Any]] = [(name, (None, value.encode())) for name, value in form if name != "file"]
     response = client.post(f"/v1/audio/{path}", files=[("file", ("a.wav", b"x")), *parts])
     assert response.status_code < 500, response.text
@@ -100,7 +100,7 @@ def test_no_form_breaks_it(client: httpx2.Client, form: list[tuple[str, str]], p
 @settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(body=st.binary(max_size=300), content_type=st.sampled_from(["multipart/form-data; boundary=x", "", "text/x"]))
 def test_no_body_breaks_it(client: httpx2.Client, body: bytes, content_type: str) -> None:
-    """Bytes that are no form are the client's mistake."""
+    """A body that is no form is a client error."""
     response = client.post("/v1/audio/transcriptions", content=body, headers={"content-type": content_type})
     assert response.status_code == 400
     assert response.json()["error"]["code"]

@@ -1,4 +1,4 @@
-"""The fields of a form: how they are spelled, what they take, which are refused or ignored."""
+"""The fields of a form: their spellings and values, and which are refused or ignored."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_bad_requests(
     param: str | None,
     message: str,
 ) -> None:
-    """Each mistake has its status, code and field, says what to do, and leaves no upload behind."""
+    """Each mistake has its status, code and field, a remedy in the message, and leaves no upload behind."""
     response = client.post(URL, files=files, data=fields)
     error = error_of(response)
     assert (response.status_code, error["code"], error["param"]) == (status, code, param)
@@ -107,12 +107,12 @@ def test_bad_requests(
     assert f"POST {URL} {status} " in whisperd.finished()
 
 
-FREE = {"model", "prompt", "keywords", "hotwords"}  # any text is one
+FREE = {"model", "prompt", "keywords", "hotwords"}  # any text is a valid value
 
 
 @pytest.mark.parametrize("name", sorted(set(FIELDS) - FREE))
 def test_an_unknown_value_is_refused_with_its_field(client: httpx2.Client, whisperd: Daemon, name: str) -> None:
-    """Whatever the field, a value that it does not have is a 400 that names it as the client has spelled it."""
+    """An unknown value of any field is a 400 that names the field as the client spelled it."""
     for spelled in (name, f"{name}[]"):
         response = client.post(URL, files=[AUDIO], data={spelled: "no such value"})
         assert response.status_code == 400, spelled
@@ -129,7 +129,7 @@ ARRAYS = {
 
 
 def test_arrays_in_both_spellings_and_parts_in_both_orders(client: httpx2.Client, whisperd: Daemon) -> None:
-    """Python sends the file last, Node first, curl users leave out the brackets: the same job comes of all of them."""
+    """Python sends the file last, Node first, curl users omit the brackets: all make the same job."""
     assert set(ARRAYS) == {name for name, field in FIELDS.items() if field.array}
     for name, values in ARRAYS.items():
         response_format = "json" if name == "include" else "verbose_json"
@@ -157,7 +157,7 @@ def test_temperature_zero_is_the_ladder() -> None:
 
 
 def test_languages() -> None:
-    """Codes and names are accepted; auto means detection, nothing means the configuration."""
+    """Codes and names are accepted; auto means detection, an absent field means the configuration."""
     german = Options(language="de")
     assert parse(("language", "French")).language == "fr"
     assert parse(("language", "auto"), defaults=german).language is None
@@ -201,7 +201,7 @@ def test_every_field_takes_an_empty_value() -> None:
 
 
 def test_long_values_are_cut_in_messages() -> None:
-    """A client's own words come back shortened."""
+    """A client's own words are shortened in messages."""
     with pytest.raises(RequestError) as caught:
         parse(("x" * 60_000, "1"))
     assert len(str(caught.value)) < 500
@@ -245,7 +245,7 @@ def test_lists() -> None:
 
 
 def test_hints_of_languages_that_whisper_lacks() -> None:
-    """A code stays a hint, which the model then leaves out with a warning; a name that is none is a mistake."""
+    """An unknown code stays a hint, which the model ignores with a warning; an unknown name is a mistake."""
     assert parse(("languages[]", "ga"), ("languages[]", "nb-NO"), ("languages[]", "iw")).languages == ("ga", "no", "he")
     with pytest.raises(RequestError, match="unknown language 'klingon'"):
         parse(("languages[]", "klingon"))
@@ -269,13 +269,13 @@ HARMFUL = {
 
 
 def test_every_ignored_field_is_tried() -> None:
-    """The table below lists all of them, and none is a field that is read."""
+    """The table below lists all ignored fields, and none is a field that is read."""
     assert set(HARMLESS) == set(IGNORED)
     assert not set(IGNORED) & set(FIELDS)
 
 
 def test_harmless_fields_of_other_servers(client: httpx2.Client) -> None:
-    """They change nothing, and header and body say that they were ignored."""
+    """Such fields change nothing, and header and body list them as ignored."""
     plain = client.post(URL, files=[AUDIO], data={"response_format": "verbose_json"})
     assert "x-whisperd-warning" not in plain.headers
     for name, text in HARMLESS.items():
@@ -288,7 +288,7 @@ def test_harmless_fields_of_other_servers(client: httpx2.Client) -> None:
 
 
 def test_fields_that_would_change_the_result(client: httpx2.Client, whisperd: Daemon) -> None:
-    """They are refused by name, with what to do."""
+    """Such fields are refused by name, with a remedy."""
     for name, text in HARMFUL.items():
         response = client.post(URL, files=[AUDIO], data={name: text})
         error = error_of(response)
@@ -307,7 +307,7 @@ def test_targets_of_a_translation(client: httpx2.Client) -> None:
 
 
 def test_several_warnings(client: httpx2.Client, whisperd: Daemon) -> None:
-    """Warnings on fields and on the audio come together: header, body, last event and log have them."""
+    """Warnings on fields and on the audio are combined in header, body, last event and log."""
     whisperd.service.transcript = replace(TRANSCRIPT, warnings=("the audio ends at 3.0 s \u2013 of 7.2 s",))
     response = client.post(URL, files=[AUDIO], data={"seed": "1"})
     ignored, cut = response.json()["warnings"]

@@ -1,4 +1,4 @@
-"""HTTP/1.1 as clients speak it: offers of another protocol, pipelines, connections that are closed on one side."""
+"""HTTP/1.1 in use: offers of another protocol, pipelines, connections that are closed on one side."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BODY = bytes(range(256)) * 1000
 
 
 class Echo:
-    """Answers with what it got; ``/wait`` only after ``release``, and notes when its client is gone."""
+    """Answers with what it got; ``/wait`` only after ``release``, and records when its client has disconnected."""
 
     def __init__(self) -> None:
         self.waiting = threading.Event()
@@ -92,7 +92,7 @@ def over_tcp(app: Echo) -> Iterator[Callable[[], socket.socket]]:
 
 
 def answers(raw: socket.socket, n: int) -> list[dict[str, Any]]:
-    """So many answers, in order."""
+    """Reads so many answers, in order."""
     data = b""
     found: list[dict[str, Any]] = []
     while len(found) < n:
@@ -125,7 +125,7 @@ def chunked(path: str, body: bytes, extra: str = "") -> bytes:
 
 @pytest.mark.parametrize("piece_bytes", [1, 7, 1000, 10**9])
 def test_an_offer_of_http_2_is_ignored(tmp_path: Path, piece_bytes: int, caplog: pytest.LogCaptureFixture) -> None:
-    """Bodies arrive whole, each request of a pipeline is answered, no log line advises another package."""
+    """Bodies arrive whole, each request of a pipeline is answered, and no log line recommends another package."""
     body = BODY[:3000]
     sent = b"".join([
         post("/a", body, OFFER),
@@ -149,7 +149,7 @@ def test_an_offer_of_http_2_is_ignored(tmp_path: Path, piece_bytes: int, caplog:
 
 
 def test_an_offer_with_a_large_body(tmp_path: Path) -> None:
-    """256 kB behind an offer arrive byte for byte, and the client is asked to go on where it asks first."""
+    """256 kB behind an offer arrive byte for byte, and a client that asks first gets 100 Continue."""
     path = tmp_path / "s"
     with serving(Echo(), path), connected(path) as raw:
         head, _, body = post("/a", BODY, OFFER + "Expect: 100-continue\r\n").partition(b"\r\n\r\n")
@@ -160,7 +160,7 @@ def test_an_offer_with_a_large_body(tmp_path: Path) -> None:
 
 
 def test_a_tunnel_is_refused(tmp_path: Path) -> None:
-    """CONNECT is no request that this server could serve."""
+    """CONNECT is refused, since this server cannot serve it."""
     path = tmp_path / "s"
     with serving(Echo(), path), connected(path) as raw:
         raw.sendall(b"CONNECT /x HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -168,7 +168,7 @@ def test_a_tunnel_is_refused(tmp_path: Path) -> None:
 
 
 def test_curl_with_http_2(tmp_path: Path) -> None:
-    """Its upload arrives, and it takes the answer in HTTP/1.1."""
+    """curl's upload arrives, and curl accepts the answer in HTTP/1.1."""
     curl = shutil.which("curl")
     if curl is None or "HTTP2" not in subprocess.run([curl, "-V"], capture_output=True, text=True, check=True).stdout:
         pytest.skip("there is no curl with HTTP/2")
@@ -230,7 +230,7 @@ def test_java_at_its_defaults(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("transport", ["unix", "tcp"])
 def test_a_half_closed_connection_gets_its_answers(tmp_path: Path, transport: str) -> None:
-    """Who says that nothing follows still waits for the answers to what was sent; then the connection is closed."""
+    """A client that closes its sending side gets all answers; then the connection is closed."""
     app, path = Echo(), tmp_path / "s"
     sent = post("/a", BODY[:3000]) + post("/wait", BODY[:3000])
 
@@ -255,7 +255,7 @@ def test_a_half_closed_connection_gets_its_answers(tmp_path: Path, transport: st
 @pytest.mark.parametrize("transport", ["unix", "tcp"])
 @pytest.mark.parametrize("half_first", [False, True])
 def test_a_client_that_leaves_is_noticed(tmp_path: Path, transport: str, half_first: bool) -> None:
-    """A closed connection ends the work, at once over a Unix socket, and within seconds over TCP."""
+    """A closed connection cancels the work, at once over a Unix socket, and within seconds over TCP."""
     app, path = Echo(), tmp_path / "s"
 
     def leave(raw: socket.socket) -> None:
@@ -275,7 +275,7 @@ def test_a_client_that_leaves_is_noticed(tmp_path: Path, transport: str, half_fi
 
 
 def test_half_a_body_is_no_request(tmp_path: Path) -> None:
-    """Who closes in the middle of a body is gone, however the connection is closed."""
+    """A client that closes in the middle of a body has disconnected, however the connection is closed."""
     path = tmp_path / "s"
     with serving(Echo(), path), connected(path) as raw:
         raw.sendall(post("/a", BODY[:3000])[:-1])

@@ -1,4 +1,4 @@
-"""What goes over the wire has the types that are declared for it."""
+"""The bodies and events have the types that are declared for them."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_events(client: httpx2.Client, whisperd: Daemon) -> None:
 
 
 def test_reports_of_the_store() -> None:
-    """The store knows no wire; what it makes JSON of has these types all the same."""
+    """The JSON of the store, which does not depend on these types, has them all the same."""
     results = (
         Result(name="a", outcome="downloaded", path=Path("/cache/a"), commit="c" * 40, fetched_bytes=7),
         Result(name="b", outcome="failed", error=HubUnreachable("no route"), warning="old"),

@@ -55,7 +55,7 @@ class App:
         try:
             await self._gate.wait()
         except asyncio.CancelledError:
-            for _ in range(10):  # what a real application has to tidy up takes a few turns of the loop
+            for _ in range(10):  # the tidying up of a real application takes a few turns of the loop
                 await asyncio.sleep(0)
             self.cancelled.set()
 
@@ -76,7 +76,7 @@ def until_closed(raw: socket.socket) -> bytes:
 
 
 def answer_of(raw: socket.socket) -> bytes:
-    """One answer of App, which may come in pieces."""
+    """One answer of App, possibly in pieces."""
     answer = b""
     while not answer.endswith(b"]"):
         piece = raw.recv(65_536)
@@ -103,7 +103,7 @@ def test_a_socket_has_its_mode(tmp_path: Path, mode: int) -> None:
 
 
 def test_a_socket_is_never_wider_than_declared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between bind and chmod nobody but the owner could have connected."""
+    """Between bind and chmod only the owner can connect."""
     path = tmp_path / "whisperd.sock"
     seen: list[int] = []
     chmod = Path.chmod
@@ -122,7 +122,7 @@ def test_a_socket_is_never_wider_than_declared(tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_group_owns_the_socket(tmp_path: Path) -> None:
-    """The declared group gets the socket; one that does not exist is a mistake in the configuration."""
+    """The declared group gets the socket; a missing group is a mistake in the configuration."""
     import grp
 
     group = grp.getgrgid(os.getegid())
@@ -134,7 +134,7 @@ def test_a_group_owns_the_socket(tmp_path: Path) -> None:
 
 
 def test_paths_that_cannot_be_used(tmp_path: Path) -> None:
-    """Too long, not a socket, not a directory: each has its own words."""
+    """A path that is too long, not a socket, or in no directory has its own message."""
     with pytest.raises(ConfigError, match="longer than the 107 bytes"):
         bind_unix(tmp_path / ("x" * 108), mode=0o600, group=None)
     plain = tmp_path / "plain"
@@ -147,14 +147,14 @@ def test_paths_that_cannot_be_used(tmp_path: Path) -> None:
 
 
 def test_the_longest_path_works(tmp_path: Path) -> None:
-    """107 bytes are not too many."""
+    """A path of 107 bytes is accepted."""
     path = tmp_path / ("x" * (107 - len(os.fsencode(tmp_path)) - 1))
     with bind_unix(path, mode=0o600, group=None), connected(path):
         assert path.is_socket()
 
 
 def test_a_stale_socket_is_replaced(tmp_path: Path) -> None:
-    """The file that a killed daemon left behind is no obstacle."""
+    """The socket file that a killed daemon left behind is replaced."""
     path = tmp_path / "whisperd.sock"
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as dead:
         dead.bind(str(path))
@@ -162,8 +162,8 @@ def test_a_stale_socket_is_replaced(tmp_path: Path) -> None:
         assert mode_of(path) == 0o600
 
 
-def test_a_living_daemon_is_not_replaced(tmp_path: Path) -> None:
-    """Two daemons on one path are a mistake that the second one hears of."""
+def test_a_running_daemon_is_not_replaced(tmp_path: Path) -> None:
+    """A second daemon on one path fails with an error."""
     path = tmp_path / "whisperd.sock"
     with bind_unix(path, mode=0o600, group=None):
         with pytest.raises(UsageError, match="another daemon listens at"):
@@ -172,7 +172,7 @@ def test_a_living_daemon_is_not_replaced(tmp_path: Path) -> None:
 
 
 def test_closing_removes_only_the_own_path(tmp_path: Path) -> None:
-    """A path that another daemon has taken over stays."""
+    """A path that another daemon has taken over is kept."""
     path = tmp_path / "whisperd.sock"
     first = bind_unix(path, mode=0o600, group=None)
     path.unlink()
@@ -203,7 +203,7 @@ def test_a_slow_head_is_cut_off(tmp_path: Path, sent: bytes) -> None:
 
 
 def test_the_rest_of_an_answered_request_is_cut_off(tmp_path: Path) -> None:
-    """Who goes on sending after the answer gets no more time than for a head."""
+    """A client that goes on sending after the answer gets no more time than for a head."""
     path = tmp_path / "whisperd.sock"
     with serving(App(), path, ServerSettings(header_timeout_s=0.1)), connected(path) as raw:
         raw.sendall(b"POST / HTTP/1.1\r\nHost: whisperd\r\nContent-Length: 1000\r\n\r\n")
@@ -213,13 +213,13 @@ def test_the_rest_of_an_answered_request_is_cut_off(tmp_path: Path) -> None:
 
 
 def test_a_slow_answer_is_not_cut_off(tmp_path: Path) -> None:
-    """The deadline is for the head only."""
+    """The deadline applies to the head only."""
     path, app = tmp_path / "whisperd.sock", App()
     with serving(app, path, ServerSettings(header_timeout_s=0.05)), connected(path) as slow:
         slow.sendall(REQUEST.replace(b"/ ", b"/wait "))
         assert app.waiting.wait(PATIENCE_S)
         with connected(path) as silent:
-            assert until_closed(silent) == b""  # by now the deadline of the first one is over, too
+            assert until_closed(silent) == b""  # by now the deadline of the first request has passed, too
         app.release()
         assert b"200 OK" in answer_of(slow)
 
@@ -241,7 +241,7 @@ def test_requests_in_flight_are_answered_in_a_drain(tmp_path: Path) -> None:
 
 
 def test_a_connection_that_was_just_accepted_is_served_in_a_drain(tmp_path: Path) -> None:
-    """Whoever had connected before the stop may still send its request."""
+    """A client that connected before the stop may still send its request."""
     path, app = tmp_path / "whisperd.sock", App()
     with serving(app, path) as stop, connected(path) as busy, connected(path) as fresh, connected(path) as idle:
         for raw, line in ((idle, REQUEST), (busy, REQUEST.replace(b"/ ", b"/wait "))):
@@ -249,14 +249,14 @@ def test_a_connection_that_was_just_accepted_is_served_in_a_drain(tmp_path: Path
         assert b"200 OK" in answer_of(idle)
         assert app.waiting.wait(PATIENCE_S)
         stop()
-        assert until_closed(idle) == b""  # the drain has begun
+        assert until_closed(idle) == b""  # the drain has started
         fresh.sendall(REQUEST)
         assert b"200 OK" in until_closed(fresh)
         app.release()
 
 
 def test_a_request_that_outlives_the_drain_is_cancelled(tmp_path: Path) -> None:
-    """When the patience is over, the application is told, and the server waits for it to end."""
+    """After the drain's time limit the application is cancelled, and the server waits for it to end."""
     path, app, server = tmp_path / "whisperd.sock", App(), Server(ServerSettings(drain_s=1))
 
     async def main() -> bool:
@@ -275,7 +275,7 @@ def test_a_request_that_outlives_the_drain_is_cancelled(tmp_path: Path) -> None:
 
 
 def test_a_server_that_is_stopped_first(tmp_path: Path) -> None:
-    """A stop that comes before the start is not forgotten."""
+    """A stop that comes before the start takes effect."""
     path, server = tmp_path / "whisperd.sock", Server()
     server.stop()
     asyncio.run(server.serve(App(), [bind_unix(path, mode=0o600, group=None)]))
@@ -287,7 +287,7 @@ def test_a_server_that_is_stopped_first(tmp_path: Path) -> None:
     [{}, {"LISTEN_FDS": ""}, {"LISTEN_PID": "1", "LISTEN_FDS": "1"}, {"LISTEN_PID": str(os.getpid())}],
 )
 def test_nothing_is_inherited_by_mistake(environ: dict[str, str]) -> None:
-    """Variables that are empty, or meant for another process, are taken out and change nothing."""
+    """Variables that are empty, or meant for another process, are removed and change nothing."""
     assert inherited_sockets(environ) == []
     assert environ == {}
 
@@ -319,7 +319,7 @@ WHOLE_LONG_HEAD = REQUEST[:-2] + b"".join(b"A%d: %b\r\n" % (number, LONG) for nu
     ],
 )
 def test_what_is_no_request(tmp_path: Path, sent: bytes, status: bytes, code: str) -> None:
-    """It is answered in the envelope of errors and counted, and the connection ends."""
+    """Invalid data is answered in the envelope of errors and counted, and the connection is closed."""
     path, meter = tmp_path / "whisperd.sock", Counted()
     with serving(App(), path, meter=meter), connected(path) as raw:
         raw.sendall(sent)
@@ -334,7 +334,7 @@ def test_what_is_no_request(tmp_path: Path, sent: bytes, status: bytes, code: st
 
 
 def test_heads_of_the_allowed_length(tmp_path: Path) -> None:
-    """Many requests on one connection, long heads and bodies that arrive together with the next head are all fine."""
+    """Many requests on one connection, long heads and bodies that arrive with the next head are all accepted."""
     path, meter = tmp_path / "whisperd.sock", Counted()
     long = REQUEST[:-2] + b"A: " + b"x" * 60_000 + b"\r\n\r\n"
     post = b"POST / HTTP/1.1\r\nHost: whisperd\r\nContent-Length: 200000\r\n\r\n" + bytes(200_000)
@@ -370,7 +370,7 @@ RIVAL = textwrap.dedent("""
 
 
 def test_two_daemons_at_the_same_moment(tmp_path: Path) -> None:
-    """Of several processes that find the same dead socket exactly one gets it, and it is the one that answers."""
+    """Of several processes that find the same stale socket exactly one gets it, and it is the one that answers."""
     environ = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     with contextlib.ExitStack() as stack:
         rivals = [
@@ -430,7 +430,7 @@ def child_with(fd: int) -> subprocess.CompletedProcess[str]:
 
 
 def test_an_inherited_socket_serves_and_keeps_its_path(tmp_path: Path) -> None:
-    """A process that systemd gave a socket accepts on it, and its end does not remove the path."""
+    """A process that got a socket from systemd accepts on it, and its end does not remove the path."""
     path = tmp_path / "whisperd.sock"
     with bind_unix(path, mode=0o600, group=None) as listener, connected(path) as raw:
         done = child_with(listener.fileno())
@@ -440,7 +440,7 @@ def test_an_inherited_socket_serves_and_keeps_its_path(tmp_path: Path) -> None:
 
 
 def test_an_inherited_file_that_is_no_listener() -> None:
-    """A socket that does not listen, or no socket at all, is refused with a word on the unit."""
+    """A socket that does not listen, or a file that is no socket, is refused with a message about the unit."""
     one, other = socket.socketpair()
     with one, other:
         assert "needs ListenStream= and Accept=no" in child_with(one.fileno()).stderr

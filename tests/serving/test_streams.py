@@ -1,4 +1,4 @@
-"""Work that is sent while it runs, and that ends with its client."""
+"""Work whose results are sent while it runs, and that is cancelled when its client disconnects."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_a_client_that_leaves_cancels_its_job(whisperd: Daemon) -> None:
 
 
 def test_a_client_that_leaves_its_stream_cancels_its_job(client: httpx2.Client, whisperd: Daemon) -> None:
-    """The same holds after the first events."""
+    """The work is cancelled after the first events too."""
     whisperd.service.waits_last = True
     with client.stream("POST", URL, files=[AUDIO], data={"stream": "true"}) as response:
         assert next(response.iter_lines()) == "event: transcript.text.delta"
@@ -40,7 +40,7 @@ def test_a_client_that_leaves_its_stream_cancels_its_job(client: httpx2.Client, 
 
 @pytest.mark.parametrize("stream", ["true", "false"])
 def test_a_deadline(client: httpx2.Client, whisperd: Daemon, stream: str) -> None:
-    """Work that is not done in the time that its request gave it is cancelled."""
+    """Work that exceeds the deadline of its request is cancelled."""
     whisperd.service.waits_first = True
     response = client.post(URL, files=[AUDIO], data={"timeout": "0.1", "stream": stream})
     assert (response.status_code, error_of(response)["code"]) == (504, "deadline_exceeded")
@@ -61,7 +61,7 @@ def test_a_client_that_does_not_read(tmp_path: Path) -> None:
 
 
 def test_events_for_whisperd_clients(client: httpx2.Client, whisperd: Daemon) -> None:
-    """With the header, segments, progress and the whole transcript come too."""
+    """With the header, segments, progress and the whole transcript are sent too."""
     response = client.post(URL, files=[AUDIO], data={"stream": "true"}, headers={"x-whisperd-events": "1"})
     assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
     frames = response.text.split("\n\n")
@@ -80,7 +80,7 @@ def test_events_for_whisperd_clients(client: httpx2.Client, whisperd: Daemon) ->
 
 
 def test_a_silent_stream_is_kept_alive(tmp_path: Path) -> None:
-    """Comments come while there is nothing to tell."""
+    """Comments are sent while there is no event."""
     with daemon(tmp_path, keep_alive_s=0.02) as whisperd, client_of(whisperd.path) as client:
         whisperd.service.waits_first = True
         with client.stream("POST", URL, files=[AUDIO], data={"stream": "true"}) as response:
@@ -91,8 +91,8 @@ def test_a_silent_stream_is_kept_alive(tmp_path: Path) -> None:
         whisperd.finished()
 
 
-def test_a_stream_for_a_client_with_little_patience(tmp_path: Path) -> None:
-    """It hears something before it gives up."""
+def test_a_stream_for_a_client_with_a_short_timeout(tmp_path: Path) -> None:
+    """A client with a short timeout gets something before it expires."""
     with daemon(tmp_path, keep_alive_s=10 * PATIENCE_S) as whisperd, client_of(whisperd.path) as client:
         whisperd.service.waits_first = True
         patience = {"x-stainless-read-timeout": "1.0"}
@@ -103,7 +103,7 @@ def test_a_stream_for_a_client_with_little_patience(tmp_path: Path) -> None:
 
 
 def test_a_bug_in_mid_stream_ends_with_an_error(client: httpx2.Client, whisperd: Daemon) -> None:
-    """Whatever is raised after the first words, the stream ends with an error in the envelope."""
+    """An exception after the first words ends the stream with an error in the envelope."""
     whisperd.service.late_error = ValueError("secret detail")
     response = client.post(URL, files=[AUDIO], data={"stream": "true"})
     last = json.loads(response.text.strip().splitlines()[-1].removeprefix("data: "))
@@ -112,7 +112,7 @@ def test_a_bug_in_mid_stream_ends_with_an_error(client: httpx2.Client, whisperd:
 
 
 def test_work_that_outlives_the_drain(tmp_path: Path) -> None:
-    """A request that the stopping daemon has no time for is told to come back, in a stream as well."""
+    """A request that exceeds the drain's time gets an error that allows a retry, in a stream as well."""
     whole, streamed = FILE_PART + b"abc\r\n--x--\r\n", b"".join(FORM_IN_STREAM)
     with daemon(tmp_path, server=ServerSettings(drain_s=1)) as whisperd:
         whisperd.service.waits_last = True

@@ -1,4 +1,4 @@
-"""Every body and event holds against the models of OpenAI's own client in strict validation."""
+"""Every body and event passes the models of OpenAI's own client in strict validation."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def post(client: httpx2.Client, task: str, **fields: Any) -> httpx2.Response:
 @SILENT
 @pytest.mark.parametrize("include", ["", "logprobs"])
 def test_json(client: httpx2.Client, whisperd: Daemon, task: str, silent: bool, include: str) -> None:
-    """Text, usage in seconds, log probabilities where asked for; a transcription names what was spoken."""
+    """JSON has text, usage in seconds and requested log probabilities; a transcription names the spoken language."""
     if silent:
         whisperd.service.transcript = SILENCE
     body = post(client, task, **{"include[]": include}).text
@@ -70,7 +70,7 @@ def test_json(client: httpx2.Client, whisperd: Daemon, task: str, silent: bool, 
 def test_verbose_json(
     client: httpx2.Client, whisperd: Daemon, task: str, silent: bool, granularities: list[str]
 ) -> None:
-    """Words are there when they were asked for, segments unless only words were, both also when nobody spoke."""
+    """Words are present when requested, segments unless only words were, both also for silence."""
     if silent:
         whisperd.service.transcript = SILENCE
     fields = {"response_format": "verbose_json", "timestamp_granularities[]": granularities}
@@ -89,7 +89,7 @@ def test_verbose_json(
 @SILENT
 @pytest.mark.parametrize("include", ["", "logprobs"])
 def test_events(client: httpx2.Client, whisperd: Daemon, task: str, silent: bool, include: str) -> None:
-    """Deltas and the last event, whose usage is in tokens that add up; the stream ends as OpenAI's."""
+    """Deltas and the last event, whose usage is in tokens that add up, are valid; the stream ends as OpenAI's."""
     if silent:
         whisperd.service.transcript = SILENCE
     frames = post(client, task, stream="true", **{"include[]": include}).text.split("\n\n")
@@ -109,7 +109,7 @@ def test_events(client: httpx2.Client, whisperd: Daemon, task: str, silent: bool
 
 @SILENT
 def test_texts(client: httpx2.Client, whisperd: Daemon, silent: bool) -> None:
-    """The formats that are text are there for silence, too."""
+    """The text formats are valid for silence, too."""
     if silent:
         whisperd.service.transcript = SILENCE
     assert post(client, "transcribe", response_format="text").text == ("\n" if silent else TEXT + "\n")
@@ -118,13 +118,13 @@ def test_texts(client: httpx2.Client, whisperd: Daemon, silent: bool) -> None:
 
 
 def test_models(client: httpx2.Client) -> None:
-    """Each model is one of OpenAI's."""
+    """Each model passes OpenAI's type."""
     for card in client.get("/v1/models").json()["data"]:
         strict(Model, json.dumps(card))
 
 
 def test_strict_is_strict() -> None:
-    """A usage in seconds in the last event is what the strict client refuses: the comparison can fail."""
+    """The strict client refuses a usage in seconds in the last event, so the comparison can fail."""
     usage = {"type": "duration", "seconds": 1.0}
     with pytest.raises(ValidationError):
         strict(TranscriptionTextDoneEvent, json.dumps({"type": "transcript.text.done", "text": "", "usage": usage}))

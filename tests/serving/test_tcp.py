@@ -1,4 +1,4 @@
-"""Over TCP a request needs the right name, no foreign web page behind it, and the key."""
+"""Over TCP a request needs the right name, no foreign web page as its origin, and the key."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def listening(directory: Path, *, key: str | None = None, hosts: tuple[str, ...]
     ],
 )
 def test_names(tmp_path: Path, headers: Mapping[str, str], status: int, code: str) -> None:
-    """DNS rebinding and forms of foreign pages end in 403."""
+    """DNS rebinding and forms of foreign pages get 403."""
     with listening(tmp_path, hosts=("talk.example",)) as client:
         response = client.get("/v1/models", headers=headers)
     assert response.status_code == status
@@ -72,7 +72,7 @@ def test_names(tmp_path: Path, headers: Mapping[str, str], status: int, code: st
      ("bearer  secret", 200), ("Bearer s\u00e9cret", 401)],
 )  # fmt: skip
 def test_key(tmp_path: Path, authorization: str | None, status: int) -> None:
-    """With a key every route needs it, and a refusal says how to log in; those who watch over health need none."""
+    """With a key every route but the health checks needs it, and a refusal says how to authenticate."""
     headers = {} if authorization is None else {b"authorization": authorization.encode("latin-1")}
     with listening(tmp_path, key="secret") as client:
         for route in ("/v1/models", "/metrics", "/v1/whisperd/status", "/openapi.json", "/livez/", "/v1/no/route"):
@@ -85,15 +85,15 @@ def test_key(tmp_path: Path, authorization: str | None, status: int) -> None:
         assert client.get("/livez", headers={"host": "evil.example"}).status_code == 403
 
 
-def test_nobody_reloads_over_tcp(tmp_path: Path) -> None:
-    """The kernel does not say who is at the other end, so admin calls are refused."""
+def test_no_reload_over_tcp(tmp_path: Path) -> None:
+    """The kernel does not identify the peer over TCP, so admin calls are refused."""
     with listening(tmp_path) as client:
         response = client.post("/v1/whisperd/reload")
     assert (response.status_code, response.json()["error"]["code"]) == (403, "peer_not_allowed")
 
 
 def test_addresses() -> None:
-    """Both families are understood; names and nonsense are refused with an example."""
+    """Both families are accepted; names and nonsense are refused with an example."""
     assert split_address("127.0.0.1:9000") == ("127.0.0.1", 9000)
     assert split_address("[::1]:9000") == ("::1", 9000)
     for wrong in ("9000", ":9000", "127.0.0.1", "127.0.0.1:99999", "127.0.0.1:x"):

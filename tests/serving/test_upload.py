@@ -30,7 +30,7 @@ FIELD_PART = BOUNDARY + b'Content-Disposition: form-data; name="language"\r\n\r\
 
 
 def test_a_form_without_a_file(client: httpx2.Client, whisperd: Daemon) -> None:
-    """The missing file is named."""
+    """The error names the missing file."""
     body = BOUNDARY + b'Content-Disposition: form-data; name="model"\r\n\r\nwhisper-1\r\n--x--\r\n'
     response = client.post(URL, content=body, headers={"content-type": "multipart/form-data; boundary=x"})
     assert response.status_code == 400
@@ -52,7 +52,7 @@ def test_a_form_without_a_file(client: httpx2.Client, whisperd: Daemon) -> None:
 def test_bodies_that_are_no_form(
     client: httpx2.Client, whisperd: Daemon, body: bytes, content_type: str, message: str
 ) -> None:
-    """What is not a whole multipart form is a 400 that says why."""
+    """A body that is not a whole multipart form is a 400 with the reason."""
     response = client.post(URL, content=body, headers={"content-type": content_type})
     assert response.status_code == 400
     assert message in error_of(response)["message"]
@@ -60,7 +60,7 @@ def test_bodies_that_are_no_form(
 
 
 def test_a_file_that_is_too_large_without_a_length(client: httpx2.Client, whisperd: Daemon) -> None:
-    """The cap holds while a chunked upload is being read."""
+    """The limit applies while a chunked upload is being read."""
 
     def body() -> Iterator[bytes]:
         yield FILE_PART
@@ -74,7 +74,7 @@ def test_a_file_that_is_too_large_without_a_length(client: httpx2.Client, whispe
 
 
 def test_a_length_over_the_cap_is_refused_before_the_body(whisperd: Daemon) -> None:
-    """Ten gigabytes are refused by their header alone."""
+    """Ten gigabytes are refused by their Content-Length alone."""
     with connected(whisperd) as raw:
         raw.sendall(head(10_000_000_000))
         assert raw.recv(65_536).startswith(b"HTTP/1.1 413 ")
@@ -82,7 +82,7 @@ def test_a_length_over_the_cap_is_refused_before_the_body(whisperd: Daemon) -> N
 
 
 def answer_to(whisperd: Daemon, *sent: bytes) -> bytes:
-    """What comes back when no more than this is sent."""
+    """The answer when no more than this is sent."""
     answer = b""
     with connected(whisperd) as raw:
         for piece in sent:
@@ -93,7 +93,7 @@ def answer_to(whisperd: Daemon, *sent: bytes) -> bytes:
 
 
 def test_a_full_queue_is_refused_before_the_body(whisperd: Daemon) -> None:
-    """An upload takes its place with its headers; who finds no place hears it at once, and nothing is asked of him."""
+    """An upload takes its place with its headers; without a place it is refused at once, before its body."""
     whisperd.service.requests_max = 1
     with connected(whisperd) as slow:
         slow.sendall(head(900_000) + FILE_PART + b"abc")
@@ -109,7 +109,7 @@ def test_a_full_queue_is_refused_before_the_body(whisperd: Daemon) -> None:
 
 
 def test_curl_sends_no_body_to_a_full_queue(whisperd: Daemon, tmp_path: Path) -> None:
-    """curl asks first when it sends much, and takes no for an answer."""
+    """curl asks first when it sends much, and stops when refused."""
     curl = shutil.which("curl")
     if curl is None:
         pytest.skip("curl is not installed")
@@ -126,7 +126,7 @@ def test_curl_sends_no_body_to_a_full_queue(whisperd: Daemon, tmp_path: Path) ->
 
 
 def test_a_spool_without_room_is_refused_before_the_body(tmp_path: Path) -> None:
-    """What cannot fit is not even begun, whether the budget says so or the disk."""
+    """An upload that does not fit the budget or the disk is refused before its body."""
     with daemon(tmp_path, spool=Spool(tmp_path, upload_bytes=10**18, budget_bytes=10**18)) as whisperd:
         found = answer_to(whisperd, head(10**17))
         assert found.startswith(b"HTTP/1.1 503 ")
@@ -139,7 +139,7 @@ def test_a_spool_without_room_is_refused_before_the_body(tmp_path: Path) -> None
 
 
 def test_an_unknown_model_is_refused_before_the_file(whisperd: Daemon) -> None:
-    """Where the model comes before the file, as most clients send it, the file need not come."""
+    """Where the model comes before the file, as in most clients, the request is refused without the file."""
     model = BOUNDARY + b'Content-Disposition: form-data; name="model"\r\n\r\nnope\r\n'
     found = answer_to(whisperd, head(900_000), model + FILE_PART)
     assert found.startswith(b"HTTP/1.1 404 ")
@@ -149,7 +149,7 @@ def test_an_unknown_model_is_refused_before_the_file(whisperd: Daemon) -> None:
 
 
 def test_a_full_spool(tmp_path: Path) -> None:
-    """Uploads share one budget; what does not fit is told to come back."""
+    """Uploads share one budget; one that does not fit gets an error that allows a retry."""
     spool = Spool(tmp_path, upload_bytes=1000, budget_bytes=10)
     with daemon(tmp_path, spool=spool) as whisperd, client_of(whisperd.path) as client:
         response = client.post(URL, files=[AUDIO])
@@ -159,7 +159,7 @@ def test_a_full_spool(tmp_path: Path) -> None:
 
 
 def test_a_spool_that_cannot_be_written(tmp_path: Path) -> None:
-    """A missing spool directory is the daemon's trouble and says so."""
+    """A missing spool directory is the daemon's error and is reported as such."""
     spool = Spool(tmp_path / "gone", upload_bytes=1000, budget_bytes=1000)
     with daemon(tmp_path, spool=spool) as whisperd, client_of(whisperd.path) as client:
         response = client.post(URL, files=[AUDIO])
@@ -168,8 +168,8 @@ def test_a_spool_that_cannot_be_written(tmp_path: Path) -> None:
         whisperd.finished()
 
 
-def test_nobody_uploads_to_a_daemon_that_is_not_ready(whisperd: Daemon) -> None:
-    """The refusal comes before the body, with the reason and the time to wait."""
+def test_an_upload_to_a_daemon_that_is_not_ready_is_refused(whisperd: Daemon) -> None:
+    """The request is refused before its body, with the reason and the time to wait."""
     whisperd.service.now = Readiness(ready=False, reason="large-v3 loads", retry_after_s=2.5)
     with connected(whisperd) as raw:
         raw.sendall(head(1000))
@@ -184,7 +184,7 @@ def test_nobody_uploads_to_a_daemon_that_is_not_ready(whisperd: Daemon) -> None:
 
 
 def test_a_client_that_leaves_its_upload(whisperd: Daemon) -> None:
-    """Half an upload leaves nothing behind and reaches nobody."""
+    """Half an upload leaves no file behind and starts no job."""
     with connected(whisperd) as raw:
         raw.sendall(head(10_000) + FILE_PART + b"abc")
     assert f"POST {URL} 499 " in whisperd.finished()
@@ -192,7 +192,7 @@ def test_a_client_that_leaves_its_upload(whisperd: Daemon) -> None:
 
 
 def test_an_upload_that_stands_still(tmp_path: Path) -> None:
-    """A client that stops sending gives its place back."""
+    """A client that stops sending loses its place."""
     with daemon(tmp_path, upload_idle_s=0.05) as whisperd, connected(whisperd) as raw:
         raw.sendall(head(10_000) + FILE_PART + b"abc")
         assert raw.recv(65_536).startswith(b"HTTP/1.1 408 ")
@@ -200,7 +200,7 @@ def test_an_upload_that_stands_still(tmp_path: Path) -> None:
 
 
 def test_an_upload_that_drips(tmp_path: Path) -> None:
-    """A client that always sends a little, but never enough, gives its place back too."""
+    """A client that sends too slowly loses its place too."""
     with daemon(tmp_path, upload_idle_s=0.1, upload_bytes_per_s=1e6) as whisperd, connected(whisperd) as raw:
         raw.sendall(head(500_000) + FILE_PART)
         raw.settimeout(0.01)
@@ -231,7 +231,7 @@ def received(chunks: Sequence[bytes], spool: Spool) -> Upload:
 
 @given(st.binary(min_size=1, max_size=60), st.lists(st.integers(1, 40), max_size=8))
 def test_a_form_may_arrive_in_any_pieces(data: bytes, sizes: list[int]) -> None:
-    """However a form is cut on its way, and whatever the file holds, the same fields and bytes come out."""
+    """However a form is split on its way, and whatever the file holds, the same fields and bytes come out."""
     body = FILE_PART + data + b"\r\n" + FIELD_PART + b"ja\r\n--x--\r\n"
     chunks = []
     for size in sizes:
@@ -247,7 +247,7 @@ def test_a_form_may_arrive_in_any_pieces(data: bytes, sizes: list[int]) -> None:
 
 
 def test_node_sends_the_file_first(client: httpx2.Client, whisperd: Daemon) -> None:
-    """Fields behind the file count, names with brackets and objects are understood."""
+    """Fields behind the file count, and names with brackets and objects are understood."""
     fields = {"model": "whisper-1", "timestamp_granularities[]": "segment", "chunking_strategy[type]": "server_vad"}
     parts = [(name, (None, value.encode())) for name, value in fields.items()]
     assert client.post(URL, files=[AUDIO, *parts]).json()["text"] == TEXT
@@ -256,7 +256,7 @@ def test_node_sends_the_file_first(client: httpx2.Client, whisperd: Daemon) -> N
 
 
 def test_a_slow_upload_yields_its_place(tmp_path: Path) -> None:
-    """Uploads that drip do not keep others out: the place goes to who needs it, and comes back with the last byte."""
+    """A slow upload yields its place to a waiting request, and gets one back with its last byte."""
     with daemon(tmp_path, place_s=0.2) as whisperd, client_of(whisperd.path) as client:
         whisperd.service.requests_max = 1
         body = FILE_PART + b"abc\r\n--x--\r\n"
@@ -270,7 +270,7 @@ def test_a_slow_upload_yields_its_place(tmp_path: Path) -> None:
                 busy = pool.submit(client.post, URL, files=[AUDIO])
                 while len(whisperd.service.jobs) < 2:
                     os.sched_yield()
-                slow.sendall(body[-1:])  # it is complete, and waits for the place that the other one has
+                slow.sendall(body[-1:])  # it is complete, and waits for the place of the other one
                 with client_of(whisperd.path) as third:
                     while third.post(URL, files=[AUDIO]).status_code != 429:
                         os.sched_yield()

@@ -1,4 +1,4 @@
-"""The Wyoming protocol: its real clients against the listener, and bytes that no client would send."""
+"""The Wyoming protocol: its real clients against the listener, and invalid bytes."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class House:
             yield client
 
     async def results(self, n: int) -> list[str]:
-        """How so many utterances ended; nothing of them is left then."""
+        """The outcomes of so many utterances; by then nothing of them is left."""
         async with asyncio.timeout(PATIENCE_S):
             found = [await self.meter.results.get() for _ in range(n)]
         assert (self.spool.open_files, self.spool.used_bytes, self.service.backlog.n_requests) == (0, 0, 0)
@@ -115,7 +115,7 @@ async def answers(client: AsyncClient, last: str) -> list[Event]:
 
 
 def test_an_utterance(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Start, chunks, the whole and the end come; the service gets a wav file; one line is logged, without the text."""
+    """The events start, chunk, transcript and stop come; the service gets a wav file; the log line has no text."""
 
     async def main() -> None:
         async with house(tmp_path) as found, found.client() as client:
@@ -157,7 +157,7 @@ def test_an_utterance(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_describe_and_ping(tmp_path: Path) -> None:
-    """The declared models are described, the default one first, and a ping is answered even while it transcribes."""
+    """The declared models are described, the default one first; a ping is answered even during a transcription."""
 
     async def main() -> None:
         async with house(tmp_path) as found, found.client() as client:
@@ -192,7 +192,7 @@ def test_describe_and_ping(tmp_path: Path) -> None:
     ],
 )
 def test_mistakes(tmp_path: Path, asked: Transcribe, audio_format: dict[str, int], code: str, message: str) -> None:
-    """Each is told in an error event, and the connection is closed: some clients wait for ever behind an error."""
+    """Each mistake gets an error event and a close, since some clients wait for ever after an error."""
 
     async def main() -> None:
         async with house(tmp_path, replace(SETTINGS, audio_s=lambda: 20.0)) as found, found.client() as client:
@@ -238,7 +238,7 @@ def test_audio_stop_without_a_chunk(tmp_path: Path, sent: list[Event]) -> None:
 
 
 def test_silence(tmp_path: Path) -> None:
-    """Where nobody spoke there are the same events, and the transcript is empty."""
+    """Silence gives the same events with an empty transcript."""
 
     async def main() -> None:
         async with house(tmp_path) as found, found.client() as client:
@@ -271,7 +271,7 @@ def test_a_changing_format(tmp_path: Path) -> None:
 
 
 def test_a_full_queue(tmp_path: Path) -> None:
-    """Who finds no place hears it when the audio starts; who is refused later hears it as well."""
+    """A client without a place gets an error when the audio starts; one refused later gets it then."""
 
     async def main() -> None:
         async with house(tmp_path) as found:
@@ -297,7 +297,7 @@ def test_a_full_queue(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("whole", [True, False])
 def test_a_client_that_leaves(tmp_path: Path, whole: bool) -> None:
-    """Its work is cancelled, or never begins."""
+    """The work of a client that disconnects is cancelled, or never started."""
 
     async def main() -> None:
         async with house(tmp_path) as found:
@@ -315,7 +315,7 @@ def test_a_client_that_leaves(tmp_path: Path, whole: bool) -> None:
 
 
 def test_home_assistant_leaves_at_the_transcript(tmp_path: Path) -> None:
-    """Who closes the connection as soon as the transcript is there has left nothing unfinished."""
+    """A client that disconnects as soon as it has the transcript leaves nothing unfinished."""
 
     async def main() -> None:
         async with house(tmp_path) as found:
@@ -341,7 +341,7 @@ def test_home_assistant_leaves_at_the_transcript(tmp_path: Path) -> None:
     ],
 )
 def test_slow_clients(tmp_path: Path, settings: Settings, sent: bytes, said: bytes) -> None:
-    """Who is silent, drips, or stops in the middle is told so and gives its place back."""
+    """A client that is silent, slow, or stops in the middle gets an error and loses its place."""
 
     async def main() -> None:
         async with house(tmp_path, settings) as found:
@@ -357,7 +357,7 @@ def test_slow_clients(tmp_path: Path, settings: Settings, sent: bytes, said: byt
 
 
 def test_a_client_that_does_not_read(tmp_path: Path) -> None:
-    """It loses its connection and its place."""
+    """A client that does not read loses its connection and its place."""
 
     async def main() -> None:
         async with house(tmp_path, replace(SETTINGS, send_idle_s=0.05)) as found:
@@ -374,7 +374,7 @@ def test_a_client_that_does_not_read(tmp_path: Path) -> None:
 
 
 def test_connections_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One more than there may be is closed at once, and the others go on."""
+    """A connection over the limit is closed at once, and the others continue."""
     monkeypatch.setattr(listener, "CONNECTIONS_MAX", 1)
 
     async def main() -> None:
@@ -410,7 +410,7 @@ def test_a_drain(tmp_path: Path) -> None:
 
 
 def test_an_utterance_that_outlives_the_drain(tmp_path: Path) -> None:
-    """It is told that the daemon stops."""
+    """The client gets an error event that the daemon stops."""
 
     async def main() -> None:
         async with house(tmp_path, drain_s=0.0) as found, found.client() as client:
@@ -443,7 +443,7 @@ STREAMS = st.lists(LINES | st.binary(max_size=80) | st.just(b"{}\n") | st.just(b
 
 @given(data=STREAMS)
 def test_any_bytes_are_events_or_a_protocol_error(data: bytes) -> None:
-    """The reader ends with the stream or with an error of its own, and holds no more than its limits allow."""
+    """The reader ends with the stream or with a protocol error, and holds no more than its limits allow."""
 
     async def main() -> None:
         reader = asyncio.StreamReader(limit=messages.HEADER_BYTES)
@@ -460,7 +460,7 @@ def test_any_bytes_are_events_or_a_protocol_error(data: bytes) -> None:
 
 @given(streams=st.lists(STREAMS, max_size=5))
 def test_any_bytes_end_in_an_answer_or_a_close(tmp_path_factory: pytest.TempPathFactory, streams: list[bytes]) -> None:
-    """The listener survives every client, tells mistakes in error events, and keeps nothing of them."""
+    """The listener survives any bytes, reports mistakes in error events, and keeps nothing of them."""
 
     async def main() -> None:
         async with house(tmp_path_factory.mktemp("w"), replace(SETTINGS, event_s=0.2)) as found:
@@ -483,7 +483,7 @@ def test_any_bytes_end_in_an_answer_or_a_close(tmp_path_factory: pytest.TempPath
 
 
 def test_an_event_of_a_terabyte(tmp_path: Path) -> None:
-    """Nothing is held for what an event claims to bring."""
+    """The size that an event declares reserves no memory."""
 
     async def main() -> None:
         async with house(tmp_path) as found:
@@ -527,8 +527,8 @@ def test_addresses() -> None:
             ServerTable(wyoming=wrong)
 
 
-def test_the_package_is_missed_before_anything_listens(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without it the option is a mistake in the configuration, which says what to install."""
+def test_a_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the package the option is a mistake that says what to install, before anything listens."""
     require()
     monkeypatch.setattr("whisperd.serving.wyoming.find_spec", lambda _: None)
     with pytest.raises(ConfigError, match=r"pip install 'whisperd\[wyoming\]'"):

@@ -1,4 +1,4 @@
-"""Any container becomes mono samples at 16 kHz, as a stream; what is no audio is named as such."""
+"""Any container is decoded to mono samples at 16 kHz, as a stream; a file that is no audio is reported as such."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def on_disk(data: bytes) -> Iterator[BinaryIO]:
 
 
 def read(file: io.BytesIO) -> Samples:
-    """From memory and from disk: another way through ffmpeg, and the same samples."""
+    """The samples are the same from memory and from disk, which ffmpeg reads differently."""
     found = np.concatenate(list(audio.blocks(file)))
     with on_disk(file.getvalue()) as other:
         assert np.array_equal(np.concatenate(list(audio.blocks(other))), found)
@@ -89,7 +89,7 @@ def test_containers(container: str, codec: str, rate_hz: int, sample_format: str
 
 
 def test_samples_are_exact() -> None:
-    """A 16 kHz wav comes out as it is, in blocks of bounded size."""
+    """A 16 kHz wav is decoded unchanged, in blocks of bounded size."""
     original = noise(25.3)
     blocks = list(audio.blocks(wav(original)))
     assert [len(block) for block in blocks[:-1]] == [audio.BLOCK_SAMPLES] * 2
@@ -111,7 +111,7 @@ def test_samples_are_exact() -> None:
     ],
 )
 def test_not_audio(data: bytes, message: str) -> None:
-    """Whatever cannot be decoded is an AudioError that names the file, and playlists open nothing."""
+    """A file that cannot be decoded is an AudioError that names the file, and playlists open nothing."""
     with on_disk(data) as file:
         for source in (io.BytesIO(data), file):
             with pytest.raises(AudioError, match=message) as caught:
@@ -121,7 +121,7 @@ def test_not_audio(data: bytes, message: str) -> None:
 
 
 def test_video_without_sound(tmp_path: Path) -> None:
-    """A video without an audio stream says just that."""
+    """A video without an audio stream is reported as such."""
     path = tmp_path / "silent.mp4"
     with av.open(str(path), "w") as output:
         video = output.add_stream("mpeg4", rate=1)
@@ -133,14 +133,14 @@ def test_video_without_sound(tmp_path: Path) -> None:
 
 
 def test_cut_off(clips: dict[str, Clip]) -> None:
-    """A file that ends too early gives what is there."""
+    """A file that ends too early gives the samples that it has."""
     whole = clips["instruct"].path.read_bytes()
     half = read(io.BytesIO(whole[: len(whole) // 2]))
     assert 20 * SAMPLE_RATE_HZ < len(half) < 60 * SAMPLE_RATE_HZ
 
 
 def test_damaged_middle(clips: dict[str, Clip]) -> None:
-    """A damaged stretch costs its own packets and not the rest."""
+    """A damaged stretch loses its own packets and not the rest."""
     for container, codec, sample_format in (("mp3", "libmp3lame", "fltp"), ("flac", "flac", "s16")):
         damaged = bytearray(encoded(clips["instruct"].samples(), container, codec, 44_100, sample_format).getvalue())
         middle = len(damaged) // 2
@@ -192,7 +192,7 @@ def float_wav(samples: Samples) -> io.BytesIO:
 
 @pytest.mark.parametrize("wild", [np.nan, np.inf, -np.inf, 3e38])
 def test_wild_samples(wild: float) -> None:
-    """One sample that is no sound changes no other."""
+    """An invalid sample changes no other sample."""
     samples = noise(3.0)
     samples[20_000] = wild
     found = read(float_wav(samples))
@@ -202,7 +202,7 @@ def test_wild_samples(wild: float) -> None:
 
 
 def test_integers_as_floats(clips: dict[str, Clip]) -> None:
-    """A file of floats that holds integers sounds as it should."""
+    """A file of floats that holds integers is scaled as integers."""
     samples = clips["agent"].samples()
     found = read(float_wav(np.round(samples * 32_767)))
     assert np.abs(found).max() <= 1.0
@@ -210,13 +210,13 @@ def test_integers_as_floats(clips: dict[str, Clip]) -> None:
 
 
 def test_floats_that_are_no_sound() -> None:
-    """Floats of any size are refused in words."""
+    """A file of floats outside any scale is refused with a message."""
     with pytest.raises(AudioError, match="no sound in any scale"):
         read(float_wav(noise(1.0) * 1e30))
 
 
 def test_header_of_a_pipe() -> None:
-    """A wav file whose size was not known when its header was written is whole."""
+    """A wav file whose size was not known when its header was written is read whole."""
     data = bytearray(wav(noise(2.0)).getvalue())
     data[40:44] = b"\xff\xff\xff\xff"
     with InProcessDecoder().open(io.BytesIO(data), AudioRequest()) as recording:

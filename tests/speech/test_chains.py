@@ -1,4 +1,4 @@
-"""Files that were joined byte by byte are found to have parts."""
+"""Files that were joined byte by byte are split into their parts."""
 
 from __future__ import annotations
 
@@ -34,6 +34,6 @@ def test_flac() -> None:
 
 
 def test_other_files_are_whole() -> None:
-    """What is no chain, or nothing at all, is one part; a page that is cut off begins none."""
+    """A file that is no chain, or empty, is one part; a truncated page begins none."""
     for data in (b"", b"RIFF" + FLAC, FLAC, FIRST + LATER, FIRST + b"OggS\0\2"):
         assert links(io.BytesIO(data)) == [(0, len(data))]

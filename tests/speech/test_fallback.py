@@ -45,15 +45,15 @@ attempts = st.builds(
     ],
 )
 def test_safeguards(change: dict[str, Any], expected: str | None) -> None:
-    """Each safeguard fires on its own figure, and silence is not decoded again."""
+    """Each safeguard is triggered by its own figure, and silence is not decoded again."""
     assert failure(replace(GOOD, **change), Options()) == expected
 
 
 @given(attempts)
 def test_thresholds_of_none_accept_everything(attempt: Attempt) -> None:
-    """With all thresholds off nothing fails and nothing is silence."""
+    """With all thresholds off no attempt fails and no window is silence."""
     off = Options(compression_ratio_threshold=None, log_prob_threshold=None, no_speech_threshold=None)
-    whole = replace(attempt, looped=False)  # without a threshold no engine breaks a text off
+    whole = replace(attempt, looped=False)  # without a threshold no engine stops a text early
     assert failure(whole, off) is None
     assert not is_silence(attempt, off)
 

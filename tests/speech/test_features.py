@@ -50,6 +50,6 @@ def test_padding_is_silence(n_samples: int) -> None:
 
 
 def test_silence() -> None:
-    """Silence is flat at the floor."""
+    """Silence gives the lowest value in every frame."""
     found = LogMel(80)(silence(1.0))
     assert (found.min(), found.max()) == (pytest.approx(-1.5), pytest.approx(-1.5))

@@ -59,7 +59,7 @@ def transcripts(draw: st.DrawFn) -> Transcript:
 
 @given(transcripts(), st.booleans())
 def test_verbose_json_and_back(transcript: Transcript, extended: bool) -> None:
-    """A transcript survives the wire; without whisperd's own part it loses only what OpenAI has no place for."""
+    """A round trip changes no transcript; without whisperd's own part it lacks only what OpenAI has no field for."""
     whole = formats.verbose_json(transcript)
     if extended:
         whole["x_whisperd"] = formats.extension(transcript, 1.0)
@@ -73,7 +73,7 @@ def test_verbose_json_and_back(transcript: Transcript, extended: bool) -> None:
 
 @given(transcripts())
 def test_subtitles_have_one_cue_per_spoken_segment(transcript: Transcript) -> None:
-    """Whatever a segment says, it can neither end its cue nor begin another."""
+    """No text of a segment can end its cue or begin another."""
     spoken = [one for one in transcript.segments if one.text.strip()]
     for text in (formats.srt(transcript), formats.vtt(transcript).removeprefix("WEBVTT\n\n")):
         cues = text.split("\n\n")
@@ -83,7 +83,7 @@ def test_subtitles_have_one_cue_per_spoken_segment(transcript: Transcript) -> No
 
 
 def read_ms(text: str) -> list[tuple[int, int]]:
-    """The times of all cues as a player reads them."""
+    """The times of all cues as a player parses them."""
     times = re.compile(r"(\d+):(\d\d):(\d\d)[.,](\d{3})")
     found = [times.findall(line) for line in text.splitlines() if CUE.fullmatch(line)]
     return [
@@ -147,33 +147,33 @@ def test_json_file() -> None:
 
 
 def test_clock() -> None:
-    """Hours are always there and may have three digits; rounding carries over."""
+    """Hours are always shown and may have three digits; rounding carries over."""
     assert formats.clock(0, ".") == "00:00:00.000"
     assert formats.clock(3599.9996, ",") == "01:00:00,000"
     assert formats.clock(360_000, ".") == "100:00:00.000"
 
 
 def test_a_translation_is_english() -> None:
-    """OpenAI documents a translation's language as english, whatever was spoken."""
+    """OpenAI documents a translation's language as english, whatever language was spoken."""
     translated = formats.verbose_json(replace(TRANSCRIPT, task="translate", language="de"))
     assert translated["language"] == "english"
     assert formats.verbose_json(replace(TRANSCRIPT, language="de"))["language"] == "german"
 
 
 def test_words_know_their_segment() -> None:
-    """Words stand at the top, without spaces, with the id of their segment."""
+    """Words are at the top level, without spaces, with the id of their segment."""
     words = formats.verbose_json(TRANSCRIPT)["words"]
     assert [(word["word"], word["segment"]) for word in words][:3] == [("Hello", 0), ("there.", 0), ("General", 1)]
 
 
 def test_short_clock() -> None:
-    """On a terminal hours are written only where there are any."""
+    """On a terminal hours are written only where they are not zero."""
     assert formats.short_clock(59.9996) == "01:00.000"
     assert formats.short_clock(3600) == "01:00:00.000"
 
 
 def test_logprobs() -> None:
-    """Each token has its exact bytes, also where half a character is no text; segments without scores add none."""
+    """Each token has its exact bytes, also for half a character that is no text; segments without scores add none."""
     scores = (TokenScore(data=b" caf\xc3", logprob=-0.5), TokenScore(data=b"\xa9", logprob=-0.1))
     scored = replace(TRANSCRIPT.segments[0], scores=scores)
     assert formats.logprobs([scored, TRANSCRIPT.segments[1]]) == [
@@ -183,7 +183,7 @@ def test_logprobs() -> None:
 
 
 def test_unknown_language() -> None:
-    """Where nobody speaks no language is named, and the answer reads back so."""
+    """A transcript of silence names no language, and the answer parses back to that."""
     silent = replace(TRANSCRIPT, language="", language_probability=0.0, segments=())
     answer = formats.verbose_json(silent) | {"x_whisperd": formats.extension(silent, 1.0)}
     assert answer["language"] == "unknown"

@@ -1,4 +1,4 @@
-"""A file that crashes, hangs or bloats its decoder is refused, and nothing else notices."""
+"""A file that crashes its decoder, hangs it or fills its memory is refused, and other requests are not affected."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def read(decoder: IsolatedDecoder, data: bytes, request: AudioRequest | None = N
 
 
 def children(pid: int) -> set[int]:
-    """The processes that a process has forked and that live."""
+    """The running processes that a process has forked."""
     text = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii")
     return set(map(int, text.split()))
 
@@ -60,7 +60,7 @@ def until(happened: object, timeout_s: float = 20.0) -> None:
 
 
 def test_same_samples(decoder: IsolatedDecoder, clips: dict[str, Clip]) -> None:
-    """What comes out of the other process is what decoding gives here, for files on disk and in memory."""
+    """Samples from the other process equal those of decoding here, for files on disk and in memory."""
     expected = clips["agent"].samples()
     with clips["agent"].path.open("rb") as file, decoder.open(file, AudioRequest()) as recording:
         assert recording.length_s == pytest.approx(3.285, abs=0.01)
@@ -70,7 +70,7 @@ def test_same_samples(decoder: IsolatedDecoder, clips: dict[str, Clip]) -> None:
 
 
 def test_warnings(decoder: IsolatedDecoder) -> None:
-    """What is missing of a file is said behind its last block."""
+    """A warning about missing audio comes after the last block."""
     data = wav(noise(20.0)).getvalue()
     with decoder.open(io.BytesIO(data[: len(data) // 2]), AudioRequest()) as recording:
         assert sum(map(len, recording.blocks())) < 11 * SAMPLE_RATE_HZ
@@ -89,7 +89,7 @@ def test_warnings(decoder: IsolatedDecoder) -> None:
 def test_errors(
     decoder: IsolatedDecoder, data: bytes, request_: AudioRequest, error: type[Exception], message: str
 ) -> None:
-    """Errors keep their class and their message on the way."""
+    """Errors keep their class and their message between processes."""
     with pytest.raises(error, match=message):
         read(decoder, data, request_)
 
@@ -141,7 +141,7 @@ def test_bombs(decoder: IsolatedDecoder, bomb: bytes) -> None:
 
 
 def test_memory_limit(clips: dict[str, Clip]) -> None:
-    """Past its memory limit a file is refused with the limit; the next one is decoded by the same server."""
+    """A file that exceeds the memory limit is refused with the limit; the next one is decoded by the same server."""
     tight = IsolatedDecoder(os.environ, memory_bytes=MEBIBYTE)
     try:
         with pytest.raises(AudioError, match="more than 1 MiB of memory"):
@@ -156,7 +156,7 @@ def test_memory_limit(clips: dict[str, Clip]) -> None:
 
 
 def test_cpu_limit() -> None:
-    """A file that computes for longer than its length allows is ended by the kernel and refused in words."""
+    """The kernel ends the decoder of a file that exceeds the CPU time for its length, and the file is refused."""
     hasty = IsolatedDecoder(os.environ, cpu_s=0)
     try:
         with pytest.raises(AudioError, match="more CPU time"):
@@ -166,7 +166,7 @@ def test_cpu_limit() -> None:
 
 
 def test_crash(decoder: IsolatedDecoder) -> None:
-    """A file that crashes native code each time is refused; files beside it go on."""
+    """A file that crashes native code each time is refused; files beside it are decoded."""
     server = server_of(decoder)
     with decoder.open(wav(noise(30.0)), AudioRequest()) as good:
         others = good.blocks()
@@ -186,7 +186,7 @@ def test_crash(decoder: IsolatedDecoder) -> None:
 
 @pytest.mark.parametrize("victim", ["process", "server"])
 def test_killed(decoder: IsolatedDecoder, victim: str) -> None:
-    """When the machine kills a decoder or the server, the file is decoded again and not a sample is lost or doubled."""
+    """When a decoder or the server is killed, the file is decoded again and no sample is lost or doubled."""
     samples = noise(600.0)
     with decoder.open(wav(samples), AudioRequest()) as recording:
         blocks = recording.blocks()
@@ -198,7 +198,7 @@ def test_killed(decoder: IsolatedDecoder, victim: str) -> None:
 
 
 def test_abandoned(decoder: IsolatedDecoder) -> None:
-    """When the reader leaves, the process ends, and none remains."""
+    """When the reader stops, the process ends, and none remains."""
     with decoder.open(wav(noise(600.0)), AudioRequest()) as recording:
         next(iter(recording.blocks()))
         assert children(server_of(decoder))
@@ -206,7 +206,7 @@ def test_abandoned(decoder: IsolatedDecoder) -> None:
 
 
 def test_many_at_once(decoder: IsolatedDecoder, clips: dict[str, Clip]) -> None:
-    """Requests beside each other get the samples of their own files."""
+    """Concurrent requests get the samples of their own files."""
     data = [wav(noise(seconds)).getvalue() for seconds in (0.5, 1.0, 2.0, 4.0)] * 4
     with ThreadPoolExecutor(16) as pool:
         lengths = list(pool.map(lambda one: len(read(decoder, one)), data))
@@ -215,7 +215,7 @@ def test_many_at_once(decoder: IsolatedDecoder, clips: dict[str, Clip]) -> None:
 
 
 def test_close_ends_the_server() -> None:
-    """Nothing is left behind."""
+    """No process remains."""
     brief = IsolatedDecoder(os.environ)
     read(brief, wav(noise(1.0)).getvalue())
     server = server_of(brief)

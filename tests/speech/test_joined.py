@@ -1,4 +1,4 @@
-"""Files joined from parts of any format are read to their end, as ffmpeg's command line reads them."""
+"""Files joined from parts of any format are decoded to their end, as by ffmpeg's command line."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def part(directory: Path, form: Form, rate_hz: int, channels: int) -> Path:
 
 
 def tones_s(samples: Samples) -> list[float]:
-    """Where tones begin."""
+    """The times at which tones begin."""
     windows = samples[: len(samples) // STEP * STEP].reshape(-1, STEP)
     wave = np.exp(-2j * np.pi * TONE_HZ * np.arange(STEP) / SAMPLE_RATE_HZ)
     heard = np.concatenate([[False], np.abs(windows @ wave) / STEP > 0.02])
@@ -106,7 +106,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(sequences(BY_BYTES))
 def test_joined_by_bytes(directory: Path, drawn: tuple[Form, list[tuple[int, int]]]) -> None:
-    """Parts of changing rate and channels, one file behind the other: every part is heard, at its time."""
+    """In files joined byte by byte with changing rate and channels, every part is decoded, at its time."""
     form, shapes = drawn
     path = directory / f"joined{form.suffix}"
     path.write_bytes(b"".join(part(directory, form, *shape).read_bytes() for shape in shapes))
@@ -116,7 +116,7 @@ def test_joined_by_bytes(directory: Path, drawn: tuple[Form, list[tuple[int, int
 @settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(sequences(BY_CONCAT), st.sampled_from([".mkv", ".ts"]))
 def test_joined_by_concat(directory: Path, drawn: tuple[Form, list[tuple[int, int]]], container: str) -> None:
-    """The same put into one container by ffmpeg's concat."""
+    """The same files joined in one container by ffmpeg's concat are decoded."""
     form, shapes = drawn
     listed = directory / "list.txt"
     parts = [part(directory, form, *shape) for shape in shapes]
@@ -139,7 +139,7 @@ def test_joined_by_concat(directory: Path, drawn: tuple[Form, list[tuple[int, in
     ],
 )
 def test_rare_forms(tmp_path: Path, suffix: str, arguments: tuple[str, ...]) -> None:
-    """Codecs and numbers of channels that few programs write."""
+    """Codecs and numbers of channels that few programs write are decoded."""
     path = tmp_path / f"x{suffix}"
     run("-f", "lavfi", "-i", f"sine=f={TONE_HZ}:d=2", *arguments, str(path))
     assert len(read(path)) / SAMPLE_RATE_HZ == pytest.approx(ffmpeg_s(path), abs=TOLERANCE_S)
@@ -160,7 +160,7 @@ def test_late_sound(tmp_path: Path) -> None:
 
 
 def test_hole(tmp_path: Path) -> None:
-    """A hole of twenty seconds in the timestamps stays."""
+    """A gap of twenty seconds in the timestamps is kept."""
     first, second, path = (tmp_path / name for name in ("1.mka", "2.mka", "hole.mkv"))
     run("-f", "lavfi", "-i", f"sine=f={TONE_HZ}:d=1,volume=4", "-c:a", "libopus", str(first))
     run("-f", "lavfi", "-i", f"sine=f={TONE_HZ}:d=1,volume=4", "-c:a", "libopus", str(second))
@@ -171,7 +171,7 @@ def test_hole(tmp_path: Path) -> None:
 
 
 def test_tracks(tmp_path: Path) -> None:
-    """The default track is read although a silent one stands before it; others are chosen by number or language."""
+    """The default track is decoded although a silent one comes before it; others are chosen by number or language."""
     path = tmp_path / "tracks.mkv"
     run(
         *("-f", "lavfi", "-i", "anullsrc=d=2", "-f", "lavfi", "-i", f"sine=f={TONE_HZ}:d=2,volume=4"),
@@ -186,7 +186,7 @@ def test_tracks(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("suffix", "bit_rate"), [(".aac", "48k"), (".m4a", "48k"), (".ts", "48k"), (".mp3", "64k")])
 def test_many_damaged_places(tmp_path: Path, suffix: str, bit_rate: str) -> None:
-    """More than a hundred damaged places cost themselves: the sound goes on to its end, with silence in their place."""
+    """More than a hundred damaged places become silence, and the sound goes on to its end."""
     path = tmp_path / f"x{suffix}"
     run("-f", "lavfi", "-i", "anoisesrc=d=120:a=0.1:seed=1", "-b:a", bit_rate, str(path))
     data = bytearray(path.read_bytes())

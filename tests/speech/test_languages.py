@@ -1,4 +1,4 @@
-"""What people write for a language is one of Whisper's codes, or is refused with the nearest names."""
+"""A spelling of a language is converted to one of Whisper's codes, or refused with the nearest names."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from whisperd.speech.languages import LANGUAGES, NAMES, OTHER_CODES, language_co
     ],
 )  # fmt: skip
 def test_what_people_write(text: str, code: str) -> None:
-    """Old and long codes, regions, scripts and English names lead to the code that Whisper has."""
+    """Old and long codes, regions, scripts and English names give the code that Whisper has."""
     assert language_code(text) == language_hint(text) == code
 
 
 def test_the_tables_agree() -> None:
-    """Each alias leads to a language of Whisper, none hides a code, and each language has a code of three letters."""
+    """Each alias is for a language of Whisper, none shadows a code, and each language has a code of three letters."""
     assert len(LANGUAGES) == 100
     assert set(NAMES.values()) | set(OTHER_CODES.values()) <= set(LANGUAGES)
     assert not set(OTHER_CODES) & set(LANGUAGES)
@@ -39,7 +39,7 @@ def test_the_tables_agree() -> None:
 
 
 def test_unknown_languages() -> None:
-    """A name that is none is refused with the nearest one; a hint may be a code that Whisper lacks."""
+    """An unknown name is refused with the nearest one; a hint may be a code that Whisper lacks."""
     for read in (language_code, language_hint):
         with pytest.raises(RequestError, match="did you mean 'french'") as caught:
             read("frnch")
@@ -52,6 +52,6 @@ def test_unknown_languages() -> None:
 
 @given(st.text(max_size=20))
 def test_any_text(text: str) -> None:
-    """Whatever is written, there is a code of Whisper's or an error."""
+    """Any text gives a code of Whisper's or an error."""
     with suppress(RequestError):
         assert language_code(text) in LANGUAGES

@@ -1,4 +1,4 @@
-"""Channels of any kind become one channel of finite numbers in [-1, 1] in which the speech is."""
+"""Channels of any kind become one channel of finite numbers in [-1, 1] that holds the speech."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ SILENCE = np.zeros_like(TONE)
     ],
 )
 def test_types(samples: np.ndarray, expected: list[float]) -> None:
-    """Integers of every width are scaled to [-1, 1]; floats are what they are."""
+    """Integers of every width are scaled to [-1, 1]; floats are unchanged."""
     assert as_channels(samples, 1).tolist() == [expected]
 
 
 def test_interleaved_channels() -> None:
-    """Channels side by side, and channels one after the other, are the same."""
+    """Interleaved and planar channels give the same result."""
     planar = np.array([[1, 2, 3], [4, 5, 6]], np.float32)
     assert np.array_equal(as_channels(planar.T.reshape(1, -1), 2), planar)
     assert np.array_equal(as_channels(planar, 2), planar)
 
 
 def test_weights() -> None:
-    """The centre speaks, the low-frequency channel does not; unknown layouts count alike; the sum cannot clip."""
+    """The centre counts most, the low-frequency channel does not; unknown layouts count alike; the sum cannot clip."""
     assert SURROUND[2] == SURROUND.max()
     assert SURROUND[3] == 0.0
     assert channel_weights(["NONE"] * 7).tolist() == pytest.approx([1 / 7] * 7)
@@ -49,19 +49,19 @@ def test_weights() -> None:
 
 
 def test_opposite_phase() -> None:
-    """Stereo whose channels cancel each other out is heard from the louder one."""
+    """Of stereo whose channels cancel each other out the louder one is used."""
     assert np.array_equal(downmix(np.stack([TONE, -TONE]), STEREO), TONE)
     assert np.array_equal(downmix(np.stack([TONE, -0.9 * TONE]), STEREO), TONE)
 
 
 @pytest.mark.parametrize("right", [TONE, SILENCE, 0.3 * TONE])
 def test_ordinary_stereo_is_mixed(right: np.ndarray) -> None:
-    """The mean of two channels, also when one of them is silent."""
+    """Stereo becomes the mean of its channels, also when one of them is silent."""
     assert downmix(np.stack([TONE, right]), STEREO) == pytest.approx((TONE + right) / 2, abs=1e-6)
 
 
-def test_rumble_is_no_speech() -> None:
-    """However loud the low-frequency channel is, it is not taken for the loudest."""
+def test_the_low_frequency_channel_is_never_chosen() -> None:
+    """The low-frequency channel is never chosen as the loudest, however loud it is."""
     channels = np.stack([SILENCE, SILENCE, 0.1 * TONE, TONE, SILENCE, SILENCE])
     assert downmix(channels, SURROUND) == pytest.approx(SURROUND[2] * 0.1 * TONE, abs=1e-6)
 
@@ -73,7 +73,7 @@ def test_silence() -> None:
 
 @given(arrays.arrays(np.float32, st.tuples(st.integers(1, 8), st.integers(1, 50))), st.sampled_from([1.0, 2.0**15]))
 def test_any_floats_become_sound(samples: np.ndarray, scale: float) -> None:
-    """NaN, infinity and the largest numbers leave finite samples in [-1, 1]."""
+    """NaN, infinity and the largest numbers give finite samples in [-1, 1]."""
     channels = within_range(samples, scale)
     mixed = downmix(channels, channel_weights(["FL"] * len(channels)))
     assert np.isfinite(mixed).all()
@@ -95,14 +95,14 @@ def test_any_floats_become_sound(samples: np.ndarray, scale: float) -> None:
     ],
 )
 def test_scale_of_floats(samples: np.ndarray, scale: float | None) -> None:
-    """Integers written as floats are recognised; single wild values are not taken for the scale."""
+    """Integers written as floats are recognised; single extreme values do not decide the scale."""
     meter = RangeMeter()
     meter.feed(samples)
     assert meter.scale == scale
 
 
 def test_plausible_floats() -> None:
-    """Sound within [-1, 1] is taken as it is; integers written as floats, NaN and infinity are not."""
+    """Sound within [-1, 1] passes; integers written as floats, NaN and infinity do not."""
     assert is_plausible(np.stack([TONE, SILENCE]))
     for wrong in (TONE * np.float32(32_768), np.full_like(TONE, np.nan), np.full_like(TONE, np.inf)):
         assert not is_plausible(np.stack([TONE, wrong]))

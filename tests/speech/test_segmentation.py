@@ -1,4 +1,4 @@
-"""The cutter: nothing heard is lost, no window is too long, cuts fall into silence."""
+"""The segmentation loses no speech, makes no window too long, and cuts in silence."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_windows_are_short_ordered_and_hold_their_speech(frames: np.ndarray, ski
 
 @given(probabilities(), st.integers(1, 997))
 def test_the_size_of_the_feeds_does_not_matter(frames: np.ndarray, step: int) -> None:
-    """Frames fed in any pieces give the same cuts."""
+    """Frames fed in pieces of any size give the same cuts."""
     assert run(frames, CutOptions(), step=step) == run(frames, CutOptions())
 
 
@@ -95,7 +95,7 @@ def ending_with_speech(duration_s: float, pattern: str) -> tuple[np.ndarray, int
 @pytest.mark.parametrize("pattern", ["talk", "silence", "sentences"])
 @pytest.mark.parametrize("skip", [True, False])
 def test_the_last_half_second_of_any_length(pattern: str, skip: bool) -> None:
-    """From 29.9 to 125 s in steps of 0.1 s, whatever came before: each of its samples lies in exactly one window."""
+    """From 29.9 to 125 s in steps of 0.1 s, whatever came before, each sample is in exactly one window."""
     for tenths in range(299, 1251):
         frames, n_samples = ending_with_speech(tenths / 10, pattern)
         cutter = Cutter(CutOptions(skip_silence=skip))
@@ -109,7 +109,7 @@ def test_the_last_half_second_of_any_length(pattern: str, skip: bool) -> None:
 
 
 def test_a_pause_in_the_last_third_is_where_a_long_talk_is_cut() -> None:
-    """Continuous speech with one pause of half a second at 25 s is cut inside that pause."""
+    """Continuous speech with a pause of half a second at 25 s is cut inside that pause."""
     frames = np.full(1500, 0.95, np.float32)
     frames[781:797] = 0.01
     first, *_ = run(frames, CutOptions(speech_pad_ms=0))
@@ -117,7 +117,7 @@ def test_a_pause_in_the_last_third_is_where_a_long_talk_is_cut() -> None:
 
 
 def test_speech_without_a_pause_is_cut_where_the_detector_is_least_sure() -> None:
-    """Without any pause the cut goes to the frames with the lowest probability in the last third."""
+    """Without any pause the cut is at the frames with the lowest probability in the last third."""
     frames = np.full(1500, 0.95, np.float32)
     frames[800:803] = 0.6
     first, *_ = run(frames, CutOptions())
@@ -125,13 +125,13 @@ def test_speech_without_a_pause_is_cut_where_the_detector_is_least_sure() -> Non
 
 
 def test_silence_gives_no_window() -> None:
-    """Ten minutes of silence are skipped whole."""
+    """Ten minutes of silence are skipped as a whole."""
     assert run(np.full(18_750, 0.03, np.float32), CutOptions()) == []
 
 
 @pytest.mark.parametrize("n_samples", [1, 1600, 511, 512, 513])
 def test_a_last_word_shorter_than_a_frame_is_kept(n_samples: int) -> None:
-    """Audio shorter than a frame or a little longer ends exactly where the audio ends."""
+    """A window of audio shorter than a frame, or a little longer, ends exactly where the audio ends."""
     n_frames = -(-n_samples // FRAME_SAMPLES)
     cutter = Cutter(CutOptions())
     cuts = cutter.feed(np.full(n_frames, 0.9, np.float32)) + cutter.finish(n_samples)
@@ -139,14 +139,14 @@ def test_a_last_word_shorter_than_a_frame_is_kept(n_samples: int) -> None:
 
 
 def test_hysteresis_keeps_a_wavering_voice_together() -> None:
-    """A dip above threshold - 0.15 does not end speech, a deeper one does, and short pauses are joined."""
+    """A dip above threshold - 0.15 does not end speech, a deeper one does, and short pauses are bridged."""
     frames = np.array([0.1, 0.6, 0.4, 0.6, 0.2, 0.7, 0.1], np.float32)
     assert speech_runs(frames, 0.5) == [(1, 4), (5, 6)]
     assert join_runs([(1, 4), (5, 6)], min_gap_frames=2) == [(1, 6)]
 
 
 def test_nothing_behind_the_end_of_the_audio() -> None:
-    """A last frame that holds no sample of the audio makes no window, and no speech of one."""
+    """A last frame that holds no sample of the audio makes no window and no speech."""
     frames = np.full(40, 0.9, np.float32)
     cutter = Cutter(CutOptions(skip_silence=False))
     cuts = cutter.feed(frames) + cutter.finish(0)

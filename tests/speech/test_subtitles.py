@@ -1,4 +1,4 @@
-"""Subtitles that can be read, and lose no word."""
+"""Subtitles have a readable layout and lose no word."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ layouts = st.builds(Layout, line_chars=st.integers(5, 60), lines=st.integers(1, 
 @settings(deadline=None)
 @given(speech(), layouts)
 def test_layout(segments: list[Segment], layout: Layout) -> None:
-    """Every word once and in order; no line too long but for one word; cues in order, none over another."""
+    """Every word occurs once, in order; only a single word exceeds the length of a line; cues do not overlap."""
     found = cues(segments, layout)
     said = [word for one in segments for word in one.text.split()]
     assert [word for cue in found for line in cue.lines for word in line.split()] == said
@@ -68,7 +68,7 @@ def test_sentences_and_commas() -> None:
 
 
 def test_time_to_read() -> None:
-    """A short word stays for a while, but not into the next cue; a pause ends a cue."""
+    """A short cue is extended, but not into the next one; a pause ends a cue."""
     hello = Word(text=" Hello", start_s=1.0, end_s=1.2, probability=1.0)
     near = Word(text=" there", start_s=2.05, end_s=2.1, probability=1.0)
     far = Word(text=" friend", start_s=9.0, end_s=9.1, probability=1.0)
@@ -78,7 +78,7 @@ def test_time_to_read() -> None:
 
 
 def test_scripts_without_spaces() -> None:
-    """Words that carry no spaces are put together without any."""
+    """Words that carry no spaces are joined without any."""
     words = tuple(
         Word(text=text, start_s=n * 0.2, end_s=n * 0.2 + 0.2, probability=1.0)
         for n, text in enumerate("日本語です。" * 3)
@@ -88,7 +88,7 @@ def test_scripts_without_spaces() -> None:
 
 
 def test_files() -> None:
-    """srt and vtt are written in the layout when there is one, hostile text included."""
+    """srt and vtt use the layout when there is one, hostile text included."""
     laid_out = formats.srt(replace(TRANSCRIPT, segments=(segment(0, 8, " " + TEXT),)), Layout())
     assert laid_out.startswith("1\n00:00:00,000 --> 00:00:")
     assert "After the tone, say your temporary\nmessage, and then press the pound key.\n\n2\n" in laid_out

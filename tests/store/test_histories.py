@@ -1,4 +1,4 @@
-"""Random histories of a cache: whatever happens to it, what a reconcile says is true."""
+"""In random histories of a cache, the report of each reconcile is true."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FAULTS: Mapping[str, Callable[[bytes], bytes]] = {"cut": lambda data: data[:-1],
 
 
 class Histories(RuleBasedStateMachine):
-    """Configurations change, branches move, files rot, downloads fail; in between, reconciles."""
+    """Configurations change, branches move, files are damaged, downloads fail; in between, reconciles."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,18 +49,18 @@ class Histories(RuleBasedStateMachine):
 
     @rule(name=st.sampled_from(REPOS), branch=st.sampled_from(["main", "dev"]))
     def move(self, name: str, branch: str) -> None:
-        """Somebody pushes to the Hub."""
+        """A commit is pushed to the Hub."""
         self.seed += 1
         self.origin.commit(name, branch, self.seed)
 
     @rule(chosen=st.lists(references, min_size=1, max_size=3, unique=True))
     def declare(self, chosen: list[str]) -> None:
-        """Somebody edits the file."""
+        """The configuration file is edited."""
         self.wanted = [Wanted(name=reference, source=parse(reference)) for reference in chosen]
 
     @rule(number=st.integers(0, 30), how=st.sampled_from(["unlink", "garbage", "truncate", "regular"]))
     def damage(self, number: int, how: str) -> None:
-        """A disk has a bad day."""
+        """A file of the cache is removed, changed, cut off or replaced."""
         files = sorted(path for path in self.settings.cache_dir.glob("models--*/*/**/*") if not path.is_dir())
         if not files:
             return
@@ -77,7 +77,7 @@ class Histories(RuleBasedStateMachine):
 
     @rule(update=st.booleans(), force=st.booleans(), prune=st.booleans())
     def converge(self, update: bool, force: bool, prune: bool) -> None:
-        """Without faults, everything is as declared afterwards, and nothing is left to do."""
+        """Without faults, everything is as declared afterwards, and a plan has nothing to do."""
         report = self.reconcile(update=update, force=force, prune=prune)
         assert report.exit_code == 0, report
         assert not (self.settings.cache_dir / ".whisperd/staging").exists()
@@ -89,14 +89,14 @@ class Histories(RuleBasedStateMachine):
 
     @rule(name=st.sampled_from(REPOS), branch=st.sampled_from(["main", "dev"]), prune=st.booleans())
     def follow(self, name: str, branch: str, prune: bool) -> None:
-        """Somebody pushes, and the cache follows."""
+        """The cache follows a pushed commit."""
         self.converge(update=False, force=False, prune=False)
         self.move(name, branch)
         self.converge(update=True, force=False, prune=prune)
 
     @rule(fault=st.sampled_from(["down", "cut", "wrong"]), update=st.booleans(), force=st.booleans())
     def fail(self, fault: str, update: bool, force: bool) -> None:
-        """With a fault nothing is called done that is not, and what served before still serves."""
+        """With a fault nothing is falsely reported as done, and what served before still serves."""
         before = snapshots_without_network(self.wanted, self.settings)
         self.origin.is_down, self.origin.fault = fault == "down", FAULTS.get(fault)
         report = self.reconcile(update=update, force=force, prune=True)
@@ -112,7 +112,7 @@ class Histories(RuleBasedStateMachine):
 
     @invariant()
     def refs_lead_to_whole_snapshots(self) -> None:
-        """Where whisperd says that a model can be served, every byte is right."""
+        """Every byte of a model that whisperd reports as servable is right."""
         for one in self.wanted:
             found = snapshots_without_network([one], self.settings)
             if found:
@@ -120,7 +120,7 @@ class Histories(RuleBasedStateMachine):
 
     @invariant()
     def no_snapshot_has_lost_its_blob(self) -> None:
-        """What whisperd recorded as its own and did not remove leads to bytes, unless the disk has lost them."""
+        """A planned removal takes no declared commit and no blob of a snapshot that stays."""
         checked = replace(self.settings, check=True)
         report = reconcile(self.wanted, checked, origin=self.origin)
         kept = {(action.repo, action.to_commit) for action in report.plan.actions}

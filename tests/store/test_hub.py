@@ -1,4 +1,4 @@
-"""Everything that huggingface_hub raises is known and told in whisperd's words."""
+"""Every exception of huggingface_hub is translated into an error of whisperd."""
 
 from __future__ import annotations
 
@@ -41,19 +41,19 @@ def test_the_table_is_complete() -> None:
     ],
 )
 def test_classes(error: Exception, expected: type[errors.StoreError]) -> None:
-    """Exceptions of Python itself are sorted by what they mean."""
+    """Exceptions of Python itself are classified by their meaning."""
     assert classify(error) is expected
 
 
 def test_the_cause_counts() -> None:
-    """An error that hides another is what the other one is."""
+    """An error that hides another is classified as the other one."""
     outer = huggingface_hub.errors.LocalEntryNotFoundError("cannot find it")
     outer.__cause__ = OSError(errno.ENOSPC, "No space left on device")
     assert classify(outer) is errors.DiskFull
 
 
 def test_no_token_in_a_message() -> None:
-    """A secret that an exception quotes is struck out."""
+    """A secret that an exception quotes is removed."""
     assert "hf_secret" not in describe(ValueError("Authorization: Bearer hf_secret"), "hf_secret")
 
 

@@ -1,4 +1,4 @@
-"""Planning is pure: doing what a plan says leaves nothing to do."""
+"""Planning is pure: after a plan is carried out, the next plan has nothing to do."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ states_of_files: st.SearchStrategy[FileState] = st.sampled_from(
 
 @st.composite
 def models(draw: st.DrawFn) -> ModelState:
-    """A model in any state that can be met."""
+    """A model in any possible state."""
     target = Resolved(commit=COMMITS[0], files=FILES)
     found: dict[str, FileState] = {file.path: draw(states_of_files) for file in FILES}
     return ModelState(
@@ -49,7 +49,7 @@ def models(draw: st.DrawFn) -> ModelState:
 
 
 def applied(state: ModelState) -> ModelState:
-    """What a model is after its action was done."""
+    """The state of a model after its action was done."""
     if state.target is None:
         return state
     files: dict[str, FileState] = {file.path: "ok" for file in state.target.files}
@@ -72,7 +72,7 @@ def test_nothing_is_left_to_do(states: list[ModelState], force: bool) -> None:
 
 @given(st.lists(models(), max_size=5), st.integers(0, 3000))
 def test_what_does_not_fit_is_blocked(states: list[ModelState], free_bytes: int) -> None:
-    """The bytes of all actions together fit on the disk, and lines can be printed for any plan."""
+    """The bytes of all actions together fit on the disk, and any plan can be printed."""
     found = plan(states, room=Room(free_bytes=free_bytes))
     assert found.bytes <= free_bytes
     assert len(plan_lines(found)) == len(states) + 1
@@ -80,7 +80,7 @@ def test_what_does_not_fit_is_blocked(states: list[ModelState], free_bytes: int)
 
 @given(models())
 def test_only_flawed_files_are_fetched(state: ModelState) -> None:
-    """Files that are there and right are never fetched, unless everything is asked for anew."""
+    """Correct files are never fetched, unless force asks for all of them."""
     (action,) = plan([replace(state, problem="")]).actions
     assert all(state.files[file.path] not in ("ok", "unlinked", "wrong_link") for file in action.files)
     (forced,) = plan([replace(state, problem="")], force=True).actions
@@ -88,7 +88,7 @@ def test_only_flawed_files_are_fetched(state: ModelState) -> None:
 
 
 def test_words() -> None:
-    """The plan reads like a list of what will happen, with a sum."""
+    """The plan is printed as a list of actions with a total."""
     target = Resolved(commit=COMMITS[0], files=FILES)
     ok: dict[str, FileState] = {file.path: "ok" for file in FILES}
     states = [
@@ -133,7 +133,7 @@ NEW = ModelState(name="new", source=HubSource(repo_id="o/new"), target=Resolved(
     ],
 )
 def test_a_model_without_room_says_what_is_short(room: Room, reason: str) -> None:
-    """Bytes, inodes and the limit of the cache are told apart, and nothing is fetched."""
+    """Shortages of bytes, of inodes and the limit of the cache have their own messages, and nothing is fetched."""
     (action,) = plan([NEW], room=room).actions
     assert action.kind == "blocked"
     assert action.reason.startswith(reason)
@@ -142,7 +142,7 @@ def test_a_model_without_room_says_what_is_short(room: Room, reason: str) -> Non
 
 @given(st.integers(0, 5), st.integers(0, 6000), st.integers(0, 60), st.integers(0, 6000))
 def test_models_share_the_room(n_models: int, free_bytes: int, free_inodes: int, quota_bytes: int) -> None:
-    """What one model takes is not there for the next: together they keep to each limit."""
+    """Space that one model takes is not available to the next: together they keep to each limit."""
     room = Room(free_bytes=free_bytes, free_inodes=free_inodes, quota_bytes=quota_bytes)
     found = plan([NEW] * n_models, room=room)
     assert found.bytes <= min(free_bytes, quota_bytes)
@@ -150,7 +150,7 @@ def test_models_share_the_room(n_models: int, free_bytes: int, free_inodes: int,
 
 
 def test_a_part_that_is_here_is_not_fetched_again() -> None:
-    """Only the rest of a broken download counts, and a part is never more than its file."""
+    """Only the rest of an interrupted download counts, and a part is never more than its file."""
     state = replace(NEW, part_bytes={"f3": 900, "f0": 5})
     (action,) = plan([state], room=Room(free_bytes=210)).actions
     assert (action.total_bytes, action.bytes) == (1111, 210)
@@ -161,7 +161,7 @@ def read(name: str, n_bytes: int) -> bytes:
 
 
 def test_files_of_a_model_are_selected() -> None:
-    """An engine's files of the top directory, each as the Hub declares it; a model that is not whole is refused."""
+    """An engine's files of the top directory are selected, as the Hub lists them; an incomplete model is refused."""
     names = ("config.json", "model.bin", "tokenizer.json", "onnx/model.bin", "README.md")
     files = [RemoteFile(path=name, size_bytes=1, hash="a" * 40) for name in names]
     assert [file.path for file in select_files(files, read)] == ["config.json", "model.bin", "tokenizer.json"]
@@ -170,7 +170,7 @@ def test_files_of_a_model_are_selected() -> None:
 
 
 def test_what_is_not_declared_goes_with_its_own_blobs() -> None:
-    """A commit that whisperd fetched and nobody wants goes, with its refs and the blobs that no other snapshot has."""
+    """An unwanted commit that whisperd fetched is removed, with its refs and the blobs that no other snapshot has."""
     contents = RepoContents(
         repo="o/new",
         snapshots={COMMITS[0]: frozenset({"x", "y"}), COMMITS[1]: frozenset({"y", "z"})},
@@ -192,14 +192,14 @@ def test_what_is_not_declared_goes_with_its_own_blobs() -> None:
 
 
 def test_a_ref_that_leads_elsewhere_is_repaired() -> None:
-    """Files that are right under a ref that is not are no success."""
+    """A model with right files under a wrong ref is not reported as ok."""
     ok: dict[str, FileState] = {file.path: "ok" for file in FILES}
     (action,) = plan([replace(NEW, current_commit=COMMITS[0], files=ok, ref_ok=False)]).actions
     assert (action.kind, action.reason, action.bytes) == ("repair", "the ref does not name the commit", 0)
 
 
 def test_words_of_numbers() -> None:
-    """Sizes go by powers of ten, nouns by their number, commits by seven digits."""
+    """Sizes use powers of ten, nouns agree with their number, commits have seven digits."""
     assert [size(10**power) for power in (0, 3, 6, 9, 12, 15)] == [
         "1 B", "1.0 kB", "1.0 MB", "1.0 GB", "1.0 TB", "1000.0 TB",
     ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Whether a cache can be worked on, and by whom."""
+"""Whether a cache can be used, and by whom."""
 
 from __future__ import annotations
 
@@ -58,14 +58,14 @@ def run(origin: FakeOrigin, settings: Settings, *references: str) -> Report:
         (Room(), ""),
     ],
 )
-def test_room(room: Room, reason: str) -> None:
-    """Bytes, inodes and the quota are counted before the first byte; each refusal says its numbers."""
+def test_free_space(room: Room, reason: str) -> None:
+    """Bytes, inodes and the quota are checked before the first byte; each refusal has its numbers."""
     (action,) = plan([NEW], room=room).actions
     assert (action.kind, action.reason if reason else "") == ("blocked" if reason else "download", reason)
 
 
 def test_parts_need_no_more_room() -> None:
-    """What an earlier run has left counts neither as bytes to fetch nor as room to find."""
+    """Parts of an earlier run count neither as bytes to fetch nor as space to find."""
     (action,) = plan([replace(NEW, part_bytes={"f0": 60, "f1": 1000})], room=Room(free_bytes=240)).actions
     assert (action.kind, action.bytes, action.total_bytes, action.part_bytes) == ("download", 240, 400, 160)
     lines = plan_lines(plan([replace(NEW, part_bytes={"f0": 60})]))
@@ -85,7 +85,7 @@ def test_the_quota(origin: FakeOrigin, settings: Settings) -> None:
 
 
 def test_who_holds_the_lock(settings: Settings) -> None:
-    """The second one is told the process and its host; a crash leaves no lock behind."""
+    """A second writer gets the holder's process and host; a crash leaves no lock behind."""
     preflight(settings.cache_dir)
     code = (
         "import os, sys, pathlib\n"
@@ -111,7 +111,7 @@ def test_who_holds_the_lock(settings: Settings) -> None:
 
 @needs_root
 def test_a_cache_of_another_user(settings: Settings, origin: FakeOrigin) -> None:
-    """It is refused, with the command of its owner; looking at it is allowed."""
+    """Another user's cache is refused, with the command for its owner; looking at it is allowed."""
     settings.cache_dir.mkdir()
     os.chown(settings.cache_dir, NOBODY, NOBODY)
     with pytest.raises(errors.CachePermissionError, match="sudo -u nobody whisperd reconcile") as caught:

@@ -14,7 +14,7 @@ class Clock:
 
 
 def test_what_was_there_before_is_no_speed() -> None:
-    """A resumed download begins at its bytes with no rate; then the rate is that of the last seconds."""
+    """A resumed download starts at its bytes without a rate; then the rate is that of the last seconds."""
     told: list[Progress] = []
     clock = Clock()
     tracker = Tracker({"a": 1000, "b": 3000}, told.append, clock)
@@ -35,7 +35,7 @@ def test_what_was_there_before_is_no_speed() -> None:
 
 
 def test_not_too_often() -> None:
-    """A few times a second is enough, but the end is always told."""
+    """Progress is reported a few times a second, and the end always."""
     told: list[Progress] = []
     clock = Clock()
     tracker = Tracker({"a": 1000}, told.append, clock)
@@ -47,7 +47,7 @@ def test_not_too_often() -> None:
 
 
 def test_a_link_that_becomes_slow() -> None:
-    """The rate follows within seconds."""
+    """The rate follows the link within seconds."""
     told: list[Progress] = []
     clock = Clock()
     tracker = Tracker({"a": 10**9}, told.append, clock)
@@ -61,7 +61,7 @@ def test_a_link_that_becomes_slow() -> None:
 
 
 def test_words() -> None:
-    """One line for people, with all models where there are several."""
+    """Progress is one line of text, with all models where there are several."""
     some = Amount(done_bytes=450_000_000, total_bytes=10**9, bytes_per_s=10_000_000)
     assert some.text() == "45 % of 1.0 GB, 10.0 MB/s, 0:55 left"
     assert Amount(done_bytes=0, total_bytes=0).text() == "100 % of 0 B"

@@ -1,4 +1,4 @@
-"""Only what whisperd has fetched, only when asked, and never what is in use."""
+"""Prune removes only what whisperd has fetched, only when asked, and never what is in use."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def repos(settings: Settings) -> set[str]:
 def test_no_kept_snapshot_loses_a_blob(
     snapshots: dict[str, frozenset[str]], owned: frozenset[str], in_use: frozenset[str], wanted: frozenset[str]
 ) -> None:
-    """Whatever lies in a repository: what goes is owned, unwanted and unused, and what stays is as it was."""
+    """Removed files are owned, unwanted and unused, and the others are unchanged, whatever the repository holds."""
     contents = RepoContents(repo="o/n", snapshots=snapshots, owned=owned, in_use=in_use)
     removals = removed_from(contents, {("o/n", commit): frozenset[str]() for commit in wanted})
     gone = {removal.commit for removal in removals}
@@ -69,7 +69,7 @@ def test_no_kept_snapshot_loses_a_blob(
 
 
 def test_only_when_asked(origin: FakeOrigin, settings: Settings) -> None:
-    """A model that is no longer declared is named in the plan, stays, and goes with --prune, all of it."""
+    """A model that is no longer declared is named in the plan, kept, and removed as a whole by --prune."""
     run(origin, settings, REPOS)
     told = run(origin, settings, REPOS[:1])
     assert told.exit_code == 0
@@ -89,7 +89,7 @@ def test_only_when_asked(origin: FakeOrigin, settings: Settings) -> None:
 
 
 def test_the_generation_before(origin: FakeOrigin, settings: Settings) -> None:
-    """After an update the old commit can go; files that both share stay."""
+    """After an update the old commit can be removed; files that both share stay."""
     old = run(origin, settings, ["org/a"]).results[0].path
     origin.commit("org/a", "main", 7)
     report = run(origin, settings, ["org/a"], update=True, prune=True)
@@ -102,7 +102,7 @@ def test_the_generation_before(origin: FakeOrigin, settings: Settings) -> None:
 
 
 def test_an_update_that_fails_keeps_the_old(origin: FakeOrigin, settings: Settings) -> None:
-    """What a model goes on with is not removed, though the plan had said so."""
+    """The snapshot that a model still uses is not removed, though the plan listed it."""
     old = run(origin, settings, ["org/a"]).results[0].path
     origin.commit("org/a", "main", 7)
     origin.fault = lambda data: data[::-1]
@@ -114,16 +114,16 @@ def test_an_update_that_fails_keeps_the_old(origin: FakeOrigin, settings: Settin
 
 
 def test_not_what_others_have_fetched(origin: FakeOrigin, settings: Settings) -> None:
-    """A snapshot that was there before whisperd came is served, and never removed."""
+    """A snapshot that existed before whisperd is served, and never removed."""
     run(origin, settings, REPOS)
-    (settings.cache_dir / "whisperd.lock").unlink()  # now everything looks like another tool's
+    (settings.cache_dir / "whisperd.lock").unlink()  # now everything looks as if another tool had fetched it
     assert run(origin, settings, REPOS).exit_code == 0
     report = run(origin, settings, REPOS[:1], prune=True)
     assert (report.removed, len(repos(settings))) == ((), 2)
 
 
 def test_not_what_is_in_use(origin: FakeOrigin, settings: Settings) -> None:
-    """A snapshot that a process holds stays until it is let go of."""
+    """A snapshot that a process holds is kept until it is released."""
     paths = run(origin, settings, REPOS).snapshots
     handle = hold(paths["org/b"])
     assert handle is not None

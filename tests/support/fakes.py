@@ -83,7 +83,7 @@ class FakeEngine:
     def _within_memory(
         self, batch: Sequence[Window], answers: Mapping[int, Hypothesis], halvings: int
     ) -> list[Outcome]:
-        """The answers of what fits at once; of a larger batch in halves, and later batches are no larger then."""
+        """The answers of a batch that fits; a larger batch is halved, and later batches are no larger then."""
         if len(batch) <= self._room:
             return [replace(answers[window.id], halvings=halvings) for window in batch]
         if len(batch) == 1:

@@ -28,7 +28,7 @@ BAD_TOKEN = "hf_bad"
 
 
 def git_sha1(data: bytes) -> str:
-    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()  # noqa: S324 - git's own
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()  # noqa: S324 - git's own hash
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -267,7 +267,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(404)
 
     def _found(self, repo_id: str, revision: str) -> tuple[HubRepo, str] | None:
-        """The repository and commit, or an answer that says why not, in the words of the real Hub."""
+        """The repository and commit, or an answer with the reason, in the words of the real Hub."""
         repo = self.server.app.repos.get(repo_id)
         if self.token == BAD_TOKEN:
             self._refuse(401, None, "Invalid credentials in Authorization header")

@@ -78,7 +78,7 @@ class House:
         return self.leases.served.loaded[name]
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Runs it on the event loop; may be called from any thread."""
+        """Runs a coroutine on the event loop; may be called from any thread."""
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(PATIENCE_S)
 
     def switch(self, *names: str, memory_bytes: int = 0, keep: str = "", preload: bool = True) -> None:

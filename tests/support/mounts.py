@@ -1,4 +1,4 @@
-"""File systems that a test mounts; without the right to, the test is skipped."""
+"""File systems that a test mounts; without permission the test is skipped."""
 
 from __future__ import annotations
 

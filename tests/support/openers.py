@@ -95,7 +95,7 @@ class Doubler:
 
 
 class Echo:
-    """Answers each window with its number of samples as the only token, and says what is asked of it by its length."""
+    """Answers each window with its number of samples as the only token, and misbehaves as its length asks."""
 
     def __init__(self) -> None:
         self.health = EngineHealth()

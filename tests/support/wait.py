@@ -1,4 +1,4 @@
-"""Waiting for what becomes true by itself."""
+"""Waiting for a condition."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ POLL_S = 0.005
 
 
 def until(condition: Callable[[], object], patience_s: float = PATIENCE_S) -> float:
-    """Polls until it is true; returns how long that took, in seconds, and fails after ``patience_s``."""
+    """Polls until the condition is true; returns how long that took, in seconds, and fails after ``patience_s``."""
     started_s = time.monotonic()
     while not condition():
         assert time.monotonic() - started_s < patience_s, f"it did not become true in {patience_s:g} s"

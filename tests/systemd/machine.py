@@ -33,7 +33,7 @@ Done = subprocess.CompletedProcess[str]
 
 
 def missing() -> str | None:
-    """Why no container can be booted here; None when one can."""
+    """The reason why no container can be booted here; None when one can."""
     if os.geteuid() != 0:
         return "needs root to boot a container"
     absent = [name for name in TOOLS if shutil.which(name) is None]
@@ -74,7 +74,7 @@ class Machine:
     pid: int
 
     def run(self, *command: str, check: bool = True, timeout_s: float = COMMAND_S, stdin: bytes | None = None) -> Done:
-        """Runs a command as root in it, to its end."""
+        """Runs a command as root in it and waits for its end."""
         done = subprocess.run(
             [*self._enter(), *command], input=stdin, capture_output=True, timeout=timeout_s, check=False
         )
@@ -91,7 +91,7 @@ class Machine:
         return subprocess.Popen([*self._enter(), *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     def write(self, path: str, text: str, mode: int = 0o644) -> None:
-        """A file of root's; not below /run or /tmp, which are file systems of the inside."""
+        """A file of root's; not below /run or /tmp, which are file systems inside the container."""
         target = self.root / path.lstrip("/")
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(text, encoding="utf-8")
@@ -113,7 +113,7 @@ class Machine:
         return told.rpartition("-- cursor: ")[2].strip()
 
     def journal_until(self, since: str, text: str, priority: str | None = None) -> None:
-        """Waits for a message; the journal takes them in a moment after they were sent."""
+        """Waits for a message; the journal stores messages a moment after they were sent."""
 
         def found() -> bool:
             entries = (entry for entry in self.journal(since) if priority in {None, entry["PRIORITY"]})
@@ -122,7 +122,7 @@ class Machine:
         self.until(found, f"{text!r} in the journal")
 
     def until(self, condition: Callable[[], object], what: str, patience_s: float = PATIENCE_S) -> None:
-        """Asks again and again."""
+        """Polls a condition."""
         deadline_s = time.monotonic() + patience_s
         while not condition():
             if time.monotonic() > deadline_s:

@@ -1,4 +1,4 @@
-"""whisperd in a container, as its administrator and its users meet it."""
+"""whisperd in a container, as its administrator and its users use it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PATIENCE_S = 120.0
 
 @dataclass(slots=True, kw_only=True)
 class Load:
-    """What clients met that sent one request after the other."""
+    """The outcomes of clients that sent one request after the other."""
 
     outcomes: Counter[str] = field(default_factory=Counter)
     slowest_s: float = 0.0
@@ -67,7 +67,7 @@ class Service:
         return sorted(map(int, self.machine.run("python3", "-c", code).stdout.split()))
 
     def reset(self) -> None:
-        """As shipped and running, whatever a test before has done."""
+        """The service as shipped and running, whatever an earlier test has done."""
         self.configure()
         for path in (self.machine.root / DROP_INS).glob("*.conf"):
             path.unlink()

@@ -20,7 +20,7 @@ USER = "someone"
 
 
 def text_of(machine: Machine, path: str, clip: Clip) -> str:
-    """What the daemon behind this socket finds in a recording."""
+    """The transcript of a recording by the daemon behind this socket."""
     client = Client(Path(f"/proc/{machine.pid}/root{path}"), PATIENCE_S)
     with clip.path.open("rb") as file:
         answer = client.transcribe(file, filename=clip.path.name, fields={}, on_event=lambda *_: None)
@@ -28,7 +28,7 @@ def text_of(machine: Machine, path: str, clip: Clip) -> str:
 
 
 def test_a_second_instance(service: Service, clips: dict[str, Clip]) -> None:
-    """It has a socket and a configuration of its own; what one does, the other does not notice."""
+    """It has a socket and a configuration of its own; neither instance affects the other."""
     machine, clip = service.machine, clips["monkeys"]
     machine.run("sh", "-c", f"cp {EXAMPLES}/whisperd@.* /etc/systemd/system/")
     machine.run("systemctl", "daemon-reload")
@@ -57,7 +57,7 @@ def test_a_second_instance(service: Service, clips: dict[str, Clip]) -> None:
 
 @pytest.mark.every_debian
 def test_an_instance_of_a_user(service: Service, clips: dict[str, Clip]) -> None:
-    """systemctl --user starts, reloads and stops the user's own daemon, which nobody else can reach."""
+    """systemctl --user starts, reloads and stops the user's own daemon, which no other user can reach."""
     machine, clip = service.machine, clips["monkeys"]
     machine.run("useradd", "--create-home", USER)
     uid = machine.run("id", "-u", USER).stdout.strip()

@@ -29,7 +29,7 @@ NOTES = (
 
 @pytest.fixture
 def installed_service(bare: Machine) -> Service:
-    """The service of the container in the state in which the test before has left it."""
+    """The service of the container in the state after the test before."""
     return Service(machine=bare)
 
 
@@ -55,7 +55,7 @@ def files_before(bare: Machine) -> set[str]:
 
 
 def files(machine: Machine) -> set[str]:
-    """Every file that is there for good, without what dpkg, apt and systemd note of their own work."""
+    """Every file that stays, without what dpkg, apt and systemd record of their own work."""
     pruned = [word for path in NOTES for word in ("-path", path, "-prune", "-o")]
     return set(machine.run("find", "/", "-xdev", *pruned, "-print").stdout.splitlines())
 
@@ -69,7 +69,7 @@ def test_lintian(package: Path) -> None:
     """Debian's own checker finds no error and no warning beyond those that are overridden with a reason."""
     if shutil.which("lintian") is None:
         pytest.skip("needs lintian")
-    # the spelling inside of libraries takes half the time, and is no error
+    # spelling in libraries takes half the time, and is no error
     quick = ("--allow-root", "-X", "binaries/spelling")
     command = ["lintian", *quick, "--fail-on", "error,warning", "--tag-display-limit", "0", str(package)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -78,7 +78,7 @@ def test_lintian(package: Path) -> None:
 
 @pytest.mark.usefixtures("files_before")
 def test_install(bare: Machine, clips: dict[str, Clip]) -> None:
-    """Without network: the socket listens, nothing is fetched; with a local model the service transcribes."""
+    """Without network the socket listens and nothing is fetched; with a local model the service transcribes."""
     assert len(bare.run("cat", "/proc/net/route").stdout.splitlines()) == 1, "only the heading: no route anywhere"
     bare.run("apt-get", "install", "-y", "/root/whisperd.deb")
     assert bare.show("ActiveState", "whisperd.socket") == "active"
@@ -95,7 +95,7 @@ def test_install(bare: Machine, clips: dict[str, Clip]) -> None:
 
 
 def test_what_comes_with_it(bare: Machine) -> None:
-    """Man pages, completions and examples are there; a completion completes; nothing can be written by the service."""
+    """Man pages, completions and examples are installed; a completion completes; the service can write none of it."""
     for path in ("man/man1/whisperd.1.gz", "man/man5/whisperd.toml.5.gz", "doc/whisperd/examples/cpu-only.conf"):
         assert (bare.root / "usr/share" / path).is_file()
     script = "source /usr/share/bash-completion/completions/whisperd; COMP_WORDS=(whisperd trans); COMP_CWORD=1; "
@@ -106,7 +106,7 @@ def test_what_comes_with_it(bare: Machine) -> None:
 
 
 def test_an_extra(bare: Machine, installed_service: Service, clips: dict[str, Clip]) -> None:
-    """What the package lacks is added beside it, with the documented command."""
+    """A library that the package lacks is added beside it, with the documented command."""
     refused = bare.run("whisperd-add-extra", "nonsense", check=False)
     assert refused.returncode == 2
     assert "embedded" in refused.stderr
@@ -125,7 +125,7 @@ def test_an_extra(bare: Machine, installed_service: Service, clips: dict[str, Cl
 
 
 def test_upgrade(bare: Machine, installed_service: Service, clips: dict[str, Clip], tmp_path: Path) -> None:
-    """During an upgrade no request fails; the running service is the new one; edits and extras stay."""
+    """During an upgrade no request fails; the new service runs; edits and extras stay."""
     newer(bare.root / "root/whisperd.deb", bare.root / "root/newer.deb", tmp_path / "newer")
     before, begun = installed_service.pid, threading.Event()
 
@@ -149,7 +149,7 @@ def test_upgrade(bare: Machine, installed_service: Service, clips: dict[str, Cli
 
 
 def test_downgrade(bare: Machine, installed_service: Service, clips: dict[str, Clip]) -> None:
-    """The way back to an older version loses no request either, and leaves nothing of the newer one."""
+    """A downgrade fails no request either, and leaves nothing of the newer version."""
     before = installed_service.pid
     with installed_service.load(clips["monkeys"]) as load:
         bare.run("apt-get", "install", "-y", "--allow-downgrades", "/root/whisperd.deb")
@@ -172,7 +172,7 @@ def test_what_the_administrator_stopped_stays(bare: Machine, installed_service: 
 
 
 def test_remove(bare: Machine, installed_service: Service) -> None:
-    """The program and its units go, the running daemon too; configuration and models stay."""
+    """The program, its units and the running daemon are removed; configuration and models stay."""
     installed_service.configure(MODEL)
     installed_service.systemctl("start")
     pid = installed_service.pid
@@ -186,7 +186,7 @@ def test_remove(bare: Machine, installed_service: Service) -> None:
 
 
 def test_purge(bare: Machine, files_before: set[str]) -> None:
-    """Nothing is left but the user."""
+    """Only the user remains."""
     bare.run("apt-get", "purge", "-y", "whisperd")
     assert files(bare) - files_before == set()
     assert "whisperd" in (bare.root / "etc/passwd").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The service when something is short: connections, memory, processor time, disk; and when its processes are killed."""
+"""The service when connections, memory, processor time or disk are short, and when its processes are killed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ASK = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
 
 
 def answer(connection: socket.socket) -> bytes:
-    """The first line of what comes back."""
+    """The first line of the answer."""
     with connection:
         received = b""
         while part := connection.recv(65536):
@@ -64,7 +64,7 @@ def busy(machine: Machine) -> Iterator[None]:
 
 
 def test_thousands_wait_at_the_start(service: Service, clips: dict[str, Clip]) -> None:
-    """Everyone who connected before the daemon ran is answered, and uploads among them are transcribed."""
+    """All clients that connected before the daemon ran are answered, and uploads among them are transcribed."""
     service.systemctl("stop")
     path = f"/proc/{service.machine.pid}/root{SOCKET}"
     with ExitStack() as stack:
@@ -83,7 +83,7 @@ def test_thousands_wait_at_the_start(service: Service, clips: dict[str, Clip]) -
 
 
 def test_little_memory(service: Service, clips: dict[str, Clip]) -> None:
-    """With 600 MB the service starts, answers clients beside a long file, and nothing of it is killed for memory."""
+    """With 600 MB the service starts, answers clients beside a long file, and no process is killed for memory."""
     service.systemctl("stop")
     if not Path("/sys/fs/cgroup/memory/cgroup.procs").exists():
         pytest.skip("the limit is set from outside, with the memory controller of cgroup v1")
@@ -102,7 +102,7 @@ def test_little_memory(service: Service, clips: dict[str, Clip]) -> None:
 
 
 def test_a_long_file_beside_busy_loops(service: Service, clips: dict[str, Clip]) -> None:
-    """A daemon that gets little of the processor is slow, and the watchdog knows that from a daemon that hangs."""
+    """A daemon that gets little of the processor is slow, and the watchdog does not take that for a hang."""
     service.drop_in("WatchdogSec=15s")
     service.systemctl("restart")
     pid, clip = service.pid, clips["instruct"]
@@ -115,7 +115,7 @@ def test_a_long_file_beside_busy_loops(service: Service, clips: dict[str, Clip])
 
 
 def test_a_full_spool(service: Service, clips: dict[str, Clip]) -> None:
-    """A full disk refuses uploads with the reason, nothing else; with room again they are taken without a restart."""
+    """A full disk refuses only uploads, with the reason; with room again they are accepted without a restart."""
     run = service.machine.run
     run("mkdir", "-p", SPOOL)
     run("mount", "-t", "tmpfs", "-o", "size=2M,uid=whisperd,gid=whisperd,mode=700", "spool", SPOOL)
@@ -141,7 +141,7 @@ def test_a_full_spool(service: Service, clips: dict[str, Clip]) -> None:
 
 @pytest.mark.every_debian
 def test_any_process_is_killed(service: Service, clips: dict[str, Clip]) -> None:
-    """Whichever process is killed at whatever moment, it serves again; only requests that were inside are lost."""
+    """Whichever process is killed at whatever moment, the service recovers; only requests that were inside are lost."""
     chance = random.Random(13)  # noqa: S311 - which process comes next is no secret
     service.configure(f"{MODEL}\n[engine]\nown_process = true")
     service.systemctl("restart")

@@ -19,7 +19,7 @@ TOKEN = "hf_ofthistestalone"
 
 
 def test_start(service: Service, clips: dict[str, Clip]) -> None:
-    """start returns when it serves; the status line has the model, the device and the queue."""
+    """start returns when the service serves; the status line has the model, the device and the queue."""
     assert service.systemctl("restart") == 0
     assert service.machine.show("ActiveState") == "active"
     assert service.status_text.startswith("serving tiny (cpu, int8")
@@ -30,7 +30,7 @@ def test_start(service: Service, clips: dict[str, Clip]) -> None:
 
 
 def test_the_queue_is_shown(service: Service, clips: dict[str, Clip]) -> None:
-    """Requests that run and windows that wait are on the status line."""
+    """The status line shows running requests and waiting windows."""
     with service.load(clips["monkeys"]):
         service.machine.until(lambda: " running, " in service.status_text, "running requests are shown")
 
@@ -55,7 +55,7 @@ def test_reload_good(service: Service) -> None:
 
 
 def test_reload_bad(service: Service, clips: dict[str, Clip]) -> None:
-    """A reload of a wrong file fails, says why, and changes nothing; the next good one forgets it."""
+    """A reload of a wrong file fails with the reason and changes nothing; the next good one clears the error."""
     since = service.machine.cursor()
     service.configure("models = 3")
     assert service.systemctl("reload", check=False) == 1
@@ -72,7 +72,7 @@ def test_reload_bad(service: Service, clips: dict[str, Clip]) -> None:
 
 
 def test_reload_by_signal(service: Service) -> None:
-    """SIGHUP does the same; the unit is active again afterwards, also after a wrong file."""
+    """SIGHUP reloads too; the unit is active again afterwards, also after a wrong file."""
     service.configure("models = 3")
     service.systemctl("kill", "-s", "HUP")
     service.machine.until(lambda: "last reload failed" in service.status_text, "the failure is told")
@@ -84,7 +84,7 @@ def test_reload_by_signal(service: Service) -> None:
 
 
 def test_a_burst_of_reloads(service: Service, clips: dict[str, Clip]) -> None:
-    """Fifty reloads under load end, the newest file wins, and nobody's request fails."""
+    """Fifty reloads under load end, the newest file is in effect, and no request fails."""
     pid = service.pid
     with service.load(clips["monkeys"]) as load:
         for number in range(1, BURST):
@@ -99,7 +99,7 @@ def test_a_burst_of_reloads(service: Service, clips: dict[str, Clip]) -> None:
 
 
 def test_an_edit_during_the_boot(service: Service) -> None:
-    """A reload that is asked for during a start merges into it, and still the newest file is served."""
+    """A reload that is requested during a start is merged into it, and the newest file is served."""
     service.systemctl("stop")
     since = service.machine.cursor()
     service.systemctl("--no-block", "start")
@@ -121,7 +121,7 @@ def test_restart_under_load(service: Service, clips: dict[str, Clip]) -> None:
 
 
 def test_stop_drains(service: Service, clips: dict[str, Clip]) -> None:
-    """A request in flight is answered before the daemon ends, and that is a success."""
+    """A request in flight is answered before the daemon ends, and the unit's result is success."""
     begun = threading.Event()
 
     def request() -> str:
@@ -138,7 +138,7 @@ def test_stop_drains(service: Service, clips: dict[str, Clip]) -> None:
 
 
 def test_kill(service: Service, clips: dict[str, Clip]) -> None:
-    """After SIGKILL only what was in flight is lost; it is back by itself, and the socket has never been away."""
+    """After SIGKILL only what was in flight is lost; the service restarts, and the socket stays open."""
     socket = f"/proc/{service.machine.pid}/root{SOCKET}"
     inode = service.machine.run("stat", "-c", "%i", SOCKET).stdout
     with service.load(clips["monkeys"]) as load:
@@ -150,7 +150,7 @@ def test_kill(service: Service, clips: dict[str, Clip]) -> None:
 
 
 def test_the_engine_is_killed(service: Service, clips: dict[str, Clip]) -> None:
-    """An engine in a process of its own works in the sandbox; when it is killed, no request and no restart is seen."""
+    """An engine in its own process works in the sandbox; when it is killed, no request fails and nothing restarts."""
     service.configure(f"{MODEL}\n[engine]\nown_process = true")
     service.systemctl("restart")
     since = service.machine.cursor()
@@ -169,7 +169,7 @@ def test_the_engine_is_killed(service: Service, clips: dict[str, Clip]) -> None:
 
 
 def test_watchdog(service: Service, clips: dict[str, Clip]) -> None:
-    """An engine that does not move is killed, shows where it was, and comes back."""
+    """A hung engine is killed, logs where it was, and is started again."""
     # nothing can hang CTranslate2 on purpose, so a batch that takes long counts as hung
     service.drop_in("WatchdogSec=1s")
     slow = "workers = 1\nthreads_per_worker = 1\nbatch_size = 64\nstall_timeout_s = 0.2"
@@ -190,7 +190,7 @@ def test_watchdog(service: Service, clips: dict[str, Clip]) -> None:
 
 
 def test_a_wrong_configuration_at_boot(service: Service, clips: dict[str, Clip]) -> None:
-    """It is not tried again in a loop; who waits is told why; the corrected file is enough to heal it."""
+    """The unit does not restart in a loop; waiting clients get the reason; correcting the file is enough."""
     service.systemctl("stop")
     service.configure("models = 3")
     assert service.systemctl("start", check=False) == 1
@@ -207,7 +207,7 @@ def test_a_wrong_configuration_at_boot(service: Service, clips: dict[str, Clip])
 
 
 def test_a_model_that_is_not_there(service: Service, clips: dict[str, Clip]) -> None:
-    """Another failure to start is tried again; who waits meanwhile is told why."""
+    """Another failure to start is retried; clients that wait meanwhile get the reason."""
     service.systemctl("stop")
     service.configure('models = ["path:/srv/nothing"]')
     with pytest.raises(RemoteError, match="/srv/nothing") as caught:
@@ -228,7 +228,7 @@ def test_stop_during_the_boot(service: Service) -> None:
 
 
 def test_a_download_longer_than_the_time_to_start(service: Service, clips: dict[str, Clip]) -> None:
-    """While bytes arrive a start may take longer than TimeoutStartSec; the status line says how far it is."""
+    """While bytes arrive a start may take longer than TimeoutStartSec; the status line shows the progress."""
     service.systemctl("stop")
     service.empty_cache()
     service.drop_in("TimeoutStartSec=3s")
@@ -249,7 +249,7 @@ def test_a_download_longer_than_the_time_to_start(service: Service, clips: dict[
 
 
 def test_a_download_that_stands_still(service: Service) -> None:
-    """When no byte arrives, no more time is asked for."""
+    """When no byte arrives, the start timeout is not extended."""
     service.systemctl("stop")
     service.empty_cache()
     service.drop_in("TimeoutStartSec=4s", "TimeoutStopSec=10s", "Restart=no")
@@ -259,7 +259,7 @@ def test_a_download_that_stands_still(service: Service) -> None:
 
 
 def test_boot_without_network(service: Service, clips: dict[str, Clip]) -> None:
-    """A machine that has the models boots without a Hub, also from a cache that cannot be written to."""
+    """A machine that has the models boots without a Hub, also from a read-only cache."""
     service.empty_cache()
     service.configure(service.hub_start())
     assert service.systemctl("restart") == 0
@@ -307,8 +307,8 @@ def test_the_timer_moves_models_forward(service: Service, clips: dict[str, Clip]
     assert service.transcribe(clips["monkeys"])["text"]
 
 
-def test_who_may(service: Service) -> None:
-    """The socket is for root and the group; others are told which group to join; members may not reload."""
+def test_permissions(service: Service) -> None:
+    """The socket is for root and the group; others get the name of the group; members may not reload."""
     run = service.machine.run
     assert run("stat", "-c", "%U %G %a", SOCKET).stdout == "root whisperd 660\n"
     for arguments in (["status"], ["status", "--socket", SOCKET]):
@@ -323,7 +323,7 @@ def test_who_may(service: Service) -> None:
 
 
 def test_the_journal(service: Service, clips: dict[str, Clip]) -> None:
-    """One line of level info for a request, with fields to search by, and nothing of what was said."""
+    """A request is one line of level info, with fields to search by, and nothing of the transcript."""
     since = service.machine.cursor()
     service.transcribe(clips["monkeys"])
     service.machine.journal_until(since, "/v1/audio/transcriptions 200")
@@ -340,7 +340,7 @@ def test_the_journal(service: Service, clips: dict[str, Clip]) -> None:
 
 
 def test_the_sandbox(service: Service) -> None:
-    """What the unit promises holds for the process; only cache, state and temporary files can be written."""
+    """The restrictions of the unit hold for the process; only cache, state and temporary files can be written."""
     status = service.machine.run("cat", f"/proc/{service.pid}/status").stdout
     facts = dict(line.split(":\t") for line in status.splitlines() if ":\t" in line)
     assert (facts["NoNewPrivs"], facts["Seccomp"], int(facts["CapBnd"], 16)) == ("1", "2", 0)
@@ -358,7 +358,7 @@ def test_the_sandbox(service: Service) -> None:
 
 
 def test_files_are_right(service: Service) -> None:
-    """systemd finds nothing to complain about in the units as they are installed."""
+    """systemd reports no problem in the units as they are installed."""
     units = ("whisperd.service", "whisperd.socket", "whisperd-reconcile.service", "whisperd-reconcile.timer")
     checked = service.machine.run("systemd-analyze", "verify", "--man=no", *units)
     assert checked.stderr == ""

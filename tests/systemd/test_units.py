@@ -1,4 +1,4 @@
-"""The unit files as such; needs systemd-analyze and nothing else."""
+"""The unit files by themselves; needs only systemd-analyze."""
 
 from __future__ import annotations
 
@@ -40,21 +40,21 @@ def test_the_sandbox_is_strict(name: str) -> None:
 
 
 def test_the_socket_is_the_default() -> None:
-    """Clients look where the socket unit listens, and reload asks there whatever the configuration says."""
+    """Clients' default is the path of the socket unit, and reload uses that whatever the configuration says."""
     (path,) = settings("whisperd.socket")["ListenStream"]
     assert path == str(socket_path(Config(), {}, uid=0))
     assert settings("whisperd.service")["ExecReload"] == [f"/usr/bin/whisperd reload --socket {path}"]
 
 
 def test_the_socket_of_the_wyoming_protocol() -> None:
-    """The example goes to the service, by the name by which the daemon knows it."""
+    """The example is for the service, with the name that the daemon expects."""
     found = settings("examples/whisperd-wyoming.socket")
     assert (found["Service"], found["FileDescriptorName"]) == (["whisperd.service"], [WYOMING])
     assert ServerTable(wyoming=found["ListenStream"][0]).wyoming
 
 
 def test_exit_codes_that_end_it() -> None:
-    """What cannot heal by itself is not tried again; all else is."""
+    """Failures that a retry cannot fix are not retried; all others are."""
     codes = {str(kind.exit_code) for kind in (UsageError, CachePermissionError, ConfigError)}
     assert set(settings("whisperd.service")["RestartPreventExitStatus"][0].split()) == codes
 

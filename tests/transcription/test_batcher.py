@@ -1,4 +1,4 @@
-"""One engine serves many requests: every window is answered once, and nobody waits for a dead engine."""
+"""One engine decodes many requests: every window is answered once, and no request waits for a failed engine."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def submit(ticket: Ticket, n_windows: int) -> set[int]:
 
 
 def test_every_window_once(opened: Opener) -> None:
-    """Windows of several requests share batches and come back to their own request."""
+    """Windows of several requests share batches and are returned to their own request."""
     engine, batcher = opened()
     tickets = [batcher.ticket() for _ in range(3)]
     sent = [submit(ticket, 7) for ticket in tickets]
@@ -79,8 +79,8 @@ def test_a_failing_window_fails_alone(opened: Opener, vocabulary: Vocabulary) ->
     assert isinstance(ticket.collect(), Hypothesis)
 
 
-def test_a_dead_engine(opened: Opener) -> None:
-    """When the engine itself breaks, all that wait get an error, and so do those who come later."""
+def test_a_failed_engine(opened: Opener) -> None:
+    """When the engine itself fails, all waiting requests get an error, and so do later ones."""
 
     queued = threading.Event()
 
@@ -101,7 +101,7 @@ def test_a_dead_engine(opened: Opener) -> None:
 
 
 def test_cancel(opened: Opener) -> None:
-    """A closed ticket's windows leave the queue; others go on."""
+    """A closed ticket's windows leave the queue; others are decoded."""
     _, batcher = opened()
     gone, stays = batcher.ticket(), batcher.ticket()
     submit(gone, 20)
@@ -113,8 +113,8 @@ def test_cancel(opened: Opener) -> None:
     assert batcher.load.waiting == 0
 
 
-def test_a_vanished_client_frees_its_slots(opened: Opener, vocabulary: Vocabulary) -> None:
-    """Windows that run when their client leaves count no more at once, and the next step takes others in."""
+def test_a_disconnected_client_frees_its_slots(opened: Opener, vocabulary: Vocabulary) -> None:
+    """Running windows of a client that disconnects no longer count at once, and the next step takes others in."""
     gate, started = threading.Event(), threading.Event()
 
     def script(window: Window) -> Hypothesis:
@@ -136,7 +136,7 @@ def test_a_vanished_client_frees_its_slots(opened: Opener, vocabulary: Vocabular
 
 
 def test_nothing_is_queued_behind_a_cancellation(opened: Opener) -> None:
-    """A request that goes on for a moment after its client left cannot bring windows back in."""
+    """A request that continues for a moment after its client left cannot queue windows again."""
     _, batcher = opened()
     ticket = batcher.ticket()
     ticket.close()
@@ -146,7 +146,7 @@ def test_nothing_is_queued_behind_a_cancellation(opened: Opener) -> None:
 
 
 def test_lanes(opened: Opener, vocabulary: Vocabulary) -> None:
-    """Beside a clip, the windows of a long file take half of the slots, and all of them when it has gone."""
+    """Beside a clip, the windows of a long file take half of the slots, and all of them when the clip is done."""
     gate, started = threading.Event(), threading.Event()
 
     def script(window: Window) -> Hypothesis:
@@ -172,7 +172,7 @@ def test_lanes(opened: Opener, vocabulary: Vocabulary) -> None:
 
 
 def test_close_answers_all(opened: Opener, vocabulary: Vocabulary) -> None:
-    """Closing with windows inside fails them; nobody blocks for ever."""
+    """Closing with windows inside fails them, and no caller blocks for ever."""
     gate = threading.Event()
     started = threading.Event()
 

@@ -1,4 +1,4 @@
-"""One request end to end: nothing that was said is lost, nothing is invented, safeguards hold in batches."""
+"""One request end to end: no speech is lost, no text is invented, safeguards hold in batches."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def transcribe(
 def faked(
     vocabulary: Vocabulary, detector: SpeechDetector
 ) -> Iterator[Callable[[Script], tuple[FakeEngine, LoadedModel]]]:
-    """A model whose engine answers by script."""
+    """A model with a scripted engine."""
     batchers: list[Batcher] = []
 
     def open_one(script: Script) -> tuple[FakeEngine, LoadedModel]:
@@ -78,7 +78,7 @@ def faked(
 
 
 def ending_with_marker(clips: dict[str, Clip], duration_s: float) -> Samples:
-    """Speech of exactly this length whose last second says the marker word."""
+    """Speech of exactly this length whose last second has the marker word."""
     marker = clips["monkeys"].samples()[: -round(0.12 * SAMPLE_RATE_HZ)]  # without the silence behind the word
     filler = np.concatenate([clips["instruct"].samples()] * 2)
     n_samples = round(duration_s * SAMPLE_RATE_HZ)
@@ -102,7 +102,7 @@ def test_the_last_word_is_never_lost(tiny: LoadedModel, clips: dict[str, Clip], 
 
 @pytest.mark.parametrize("duration_s", [3.0, 30.5, 61.0])
 def test_without_the_filter(tiny: LoadedModel, clips: dict[str, Clip], duration_s: float) -> None:
-    """The same with the voice filter off."""
+    """The word is in the transcript with the voice filter off, too."""
     found = transcribe(tiny, ending_with_marker(clips, duration_s), cutting=CutOptions(skip_silence=False))
     assert plain(found.text).endswith(MARKER)
 
@@ -114,7 +114,7 @@ def test_every_sample_reaches_the_engine(
     clips: dict[str, Clip],
     duration_s: float,
 ) -> None:
-    """Without the filter the windows are the audio: nothing missing, nothing twice, none over 30 s."""
+    """Without the filter the windows are the audio: no sample is missing or repeated, and no window exceeds 30 s."""
     engine, model = faked(lambda window: written(vocabulary, window, " hello"))
     samples = ending_with_marker(clips, duration_s)
     transcribe(model, samples, cutting=CutOptions(skip_silence=False))
@@ -123,10 +123,10 @@ def test_every_sample_reaches_the_engine(
     assert np.abs(np.concatenate(windows) - samples).max() < 1e-4
 
 
-def test_a_text_that_was_broken_off_is_retried(
+def test_a_text_that_was_stopped_early_is_retried(
     faked: Callable[[Script], tuple[FakeEngine, LoadedModel]], vocabulary: Vocabulary, clips: dict[str, Clip]
 ) -> None:
-    """The engine says that it looped, whatever its figures are; engines are told which threshold holds."""
+    """The engine's report of a loop causes a retry, whatever the figures are; engines get the threshold in effect."""
 
     def script(window: Window) -> Hypothesis:
         return replace(written(vocabulary, window, " hello"), looped=window.request.temperature < 0.4)
@@ -138,10 +138,10 @@ def test_a_text_that_was_broken_off_is_retried(
     assert found.windows.retried == 2
 
 
-def test_a_retry_says_whose_audio_it_is(
+def test_a_retry_has_the_number_of_its_audio(
     faked: Callable[[Script], tuple[FakeEngine, LoadedModel]], vocabulary: Vocabulary, clips: dict[str, Clip]
 ) -> None:
-    """All decodings of one window name its first one; another window has another name."""
+    """All decodings of one window have the number of the first one; another window has another number."""
 
     def script(window: Window) -> Hypothesis:
         good = window.request.temperature >= 0.4
@@ -189,7 +189,7 @@ def test_no_invention(tiny: LoadedModel, sound: Samples) -> None:
 
 
 def test_long_speech_is_read(tiny: LoadedModel, clips: dict[str, Clip]) -> None:
-    """73 s of speech: at most one word in ten differs from the reference, and times rise."""
+    """Of 73 s of speech at most one word in ten differs from the reference, and times rise."""
     clip = clips["instruct"]
     with clip.path.open("rb") as file:
         found = Transcription(tiny, Options(), CutOptions()).run(file)
@@ -213,7 +213,7 @@ def test_word_times(tiny: LoadedModel, clips: dict[str, Clip]) -> None:
 
 
 def test_beside_each_other(tiny: LoadedModel, clips: dict[str, Clip]) -> None:
-    """Requests that share batches get what they get alone."""
+    """Requests that share batches get the results that they get alone."""
     order = ["monkeys", "instruct", "agent", "monkeys", "agent"]
 
     def one(name: str) -> str:
@@ -227,7 +227,7 @@ def test_beside_each_other(tiny: LoadedModel, clips: dict[str, Clip]) -> None:
 
 
 def test_prompt(tiny: LoadedModel, clips: dict[str, Clip]) -> None:
-    """A prompt reaches the model: it spells a name as the prompt does."""
+    """A prompt reaches the model, which spells a name as the prompt does."""
     with clips["instruct"].path.open("rb") as file:
         found = Transcription(tiny, Options(prompt="ASTERISK. DIAL. VOICEMAIL."), CutOptions()).run(file)
     assert found.text != ""
@@ -247,7 +247,7 @@ def test_hints_that_the_model_lacks(tiny: LoadedModel) -> None:
 
 
 def test_token_scores(tiny: LoadedModel, clips: dict[str, Clip]) -> None:
-    """The tokens' bytes are the text, and each has a log probability; words come only when asked for."""
+    """The tokens' bytes are the text, and each has a log probability; words come only when requested."""
     with clips["monkeys"].path.open("rb") as file:
         found = Transcription(tiny, Options(token_scores=True), CutOptions()).run(file)
     for segment in found.segments:
@@ -258,7 +258,7 @@ def test_token_scores(tiny: LoadedModel, clips: dict[str, Clip]) -> None:
 
 
 def test_hotwords(vocabulary: Vocabulary) -> None:
-    """Hotwords stand before the prompt and leave it at least half of the room; the end of the prompt is kept."""
+    """Hotwords come before the prompt and leave it at least half of the room; the end of the prompt is kept."""
     only = prompt_tokens(vocabulary, Options(hotwords=("Asterisk", "PBX")))
     assert vocabulary.decode(only) == " Asterisk, PBX"
     both = prompt_tokens(vocabulary, Options(hotwords=("PBX",) * 300, prompt="word " * 400 + "the end"))
@@ -292,7 +292,7 @@ def test_a_loop_is_decoded_again(
 def test_the_best_of_bad_attempts(
     faked: Callable[[Script], tuple[FakeEngine, LoadedModel]], vocabulary: Vocabulary, clips: dict[str, Clip]
 ) -> None:
-    """When all attempts fail, the most probable one that does not loop is kept: text is never thrown away."""
+    """When all attempts fail, the most probable one that does not loop is kept, so that no text is dropped."""
     answers = {0.0: (LOOP, -0.1), 0.2: (" unsure", -1.2), 0.4: (" very unsure", -3.0)}
 
     def script(window: Window) -> Hypothesis:
@@ -307,7 +307,7 @@ def test_the_best_of_bad_attempts(
 def test_silence_by_the_model(
     faked: Callable[[Script], tuple[FakeEngine, LoadedModel]], vocabulary: Vocabulary, clips: dict[str, Clip]
 ) -> None:
-    """A window that the model itself takes for silence is dropped without a second attempt."""
+    """A window that the model itself classifies as silence is dropped without a second attempt."""
     engine, model = faked(lambda w: written(vocabulary, w, " Thank you.", avg_logprob=-1.4, no_speech_prob=0.9))
     found = transcribe(model, clips["monkeys"].samples())
     assert found.text == ""
@@ -317,7 +317,7 @@ def test_silence_by_the_model(
 def test_echo_of_the_hotwords(
     faked: Callable[[Script], tuple[FakeEngine, LoadedModel]], vocabulary: Vocabulary, clips: dict[str, Clip]
 ) -> None:
-    """A window that gives the hotwords and nothing else is decoded again without them, and so is the rest of it."""
+    """A window with only the hotwords as its text is decoded again without them, and so is the rest of it."""
 
     def script(window: Window) -> Hypothesis:
         return written(vocabulary, window, " Grafana Terraform." if window.request.prompt_tokens else " monkeys")
@@ -344,7 +344,7 @@ def test_unread_speech_is_continued(
 
 
 def test_order_and_progress(tiny: LoadedModel, clips: dict[str, Clip]) -> None:
-    """Segments are told in order while it runs, progress rises to the end."""
+    """Segments are reported in order during the run, and progress rises to the end."""
     segments: list[float] = []
     progress: list[tuple[float, float | None]] = []
     listener = Listener(
@@ -385,7 +385,7 @@ def test_cancel(
 def test_bulk_by_length(
     faked: Callable[[Script], tuple[FakeEngine, LoadedModel]], vocabulary: Vocabulary, clips: dict[str, Clip]
 ) -> None:
-    """Long audio is bulk, short audio is not, and a request may say otherwise; its length is told before the rest."""
+    """Long audio is bulk, short audio is not, and a request may override this; its length is reported first."""
     long, short = np.concatenate([clips["instruct"].samples()] * 2), clips["monkeys"].samples()
     for samples, asked, lanes in (
         (long, None, {"bulk"}),
@@ -402,7 +402,7 @@ def test_bulk_by_length(
 
 
 def test_halved_batches_are_counted(vocabulary: Vocabulary, detector: SpeechDetector, clips: dict[str, Clip]) -> None:
-    """A request whose batches did not fit succeeds and says so."""
+    """A request whose batches did not fit succeeds and reports this."""
     queued = threading.Event()
 
     class Counting(Batcher):

@@ -15,7 +15,7 @@ REQUESTS = st.integers(0, 5)
 class SchedulerMachine(RuleBasedStateMachine):
     """Random submits, takes, finishes and cancels against a plain model: sets of ids.
 
-    A request's windows may be of both kinds: a file whose length nobody knows becomes bulk on the way.
+    A request's windows may be of both kinds: a file of unknown length becomes bulk on the way.
     """
 
     def __init__(self) -> None:
@@ -82,7 +82,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.scheduler.running == len(self.running)
 
     def _nobody_starves(self) -> None:
-        """Between two turns of a waiting request every other one has few; counted only while its kind may run."""
+        """Between two turns of a waiting request every other one has few; this counts only while its kind may run."""
         for key in [key for key, windows in self.waiting.items() if windows]:
             count = self.passed_over.setdefault(key, 0)
             if key[1] and self._bulk_running() >= BULK_SLOTS:
@@ -117,7 +117,7 @@ def test_a_short_request_is_not_stuck_behind_a_long_one() -> None:
 
 
 def test_a_window_decoded_again_goes_before_the_others_of_its_request() -> None:
-    """A retry leaves first within its request."""
+    """A retry comes first within its request."""
     scheduler = Scheduler(bulk_slots=SLOTS)
     scheduler.submit(1, 1)
     scheduler.submit(1, 2)
@@ -126,7 +126,7 @@ def test_a_window_decoded_again_goes_before_the_others_of_its_request() -> None:
 
 
 def test_interactive_goes_before_bulk() -> None:
-    """A clip's windows overtake those of a long file, but in a long row of clips the file keeps its turn."""
+    """A clip's windows come before those of a long file, but in a long row of clips the file keeps its turn."""
     scheduler = Scheduler(bulk_slots=SLOTS)
     for window in range(3):
         scheduler.submit(1, window, bulk=True)
@@ -136,7 +136,7 @@ def test_interactive_goes_before_bulk() -> None:
 
 
 def test_bulk_gets_all_slots_when_alone() -> None:
-    """A file that is alone has the whole engine; beside clips it has its share, and later all again."""
+    """A file that is alone has the whole engine; beside clips it has its share, and afterwards all again."""
     scheduler = Scheduler(bulk_slots=2)
     for window in range(60):
         scheduler.submit(1, window, bulk=True)

@@ -1,4 +1,4 @@
-"""A hypothesis in its window becomes figures, segments and words; nothing is lost, invented or out of order."""
+"""A hypothesis in its window becomes figures, segments and words; none is lost, invented or out of order."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def built(builder: SegmentBuilder, found: Hypothesis, window_s: float = WINDOW_S
 
 
 def test_segments_lie_in_the_audio(vocabulary: Vocabulary, phrase: Hypothesis) -> None:
-    """Times are those of the audio, and the figures are those of the attempt."""
+    """Segments have the times of the audio and the figures of the attempt."""
     first, second = built(SegmentBuilder(vocabulary=vocabulary), phrase)
     assert (first.text, first.start_s, first.end_s) == (" Hello.", 100.0, 102.0)
     assert (second.text, second.start_s, second.end_s) == (" World!", 104.0, 106.0)
@@ -86,7 +86,7 @@ def test_a_probability_of_zero_has_a_logarithm(vocabulary: Vocabulary) -> None:
 
 
 def test_without_alignment(vocabulary: Vocabulary, phrase: Hypothesis) -> None:
-    """An engine that gave no token times leaves segments without words, not without text."""
+    """An engine without token times gives segments without words, not without text."""
     segments = built(SegmentBuilder(vocabulary=vocabulary, words=True), replace(phrase, alignment=None))
     assert [(segment.text, segment.words) for segment in segments] == [(" Hello.", ()), (" World!", ())]
 
@@ -99,7 +99,7 @@ def test_a_piece_without_text_is_no_segment(vocabulary: Vocabulary) -> None:
 
 
 def test_figures_take_the_worst_part(vocabulary: Vocabulary) -> None:
-    """A loop in one segment shows, however varied the text before it is."""
+    """The figures show a loop in one segment, however varied the text before it is."""
     begin, loop = vocabulary.timestamp_begin, vocabulary.encode(" again and again" * 20)
     varied = vocabulary.encode(" Sphinx of black quartz, judge my vow; pack my box with five dozen liquor jugs.")
     found = hypothesis_of((begin, *varied, begin + 200, begin + 200, *loop, begin + 1600))
@@ -110,7 +110,7 @@ def test_figures_take_the_worst_part(vocabulary: Vocabulary) -> None:
 
 
 def test_remainder() -> None:
-    """The rest of a window counts only with a second of speech in it, and only if the model moved at all."""
+    """The rest of a window counts only with a second of speech in it, and only if the model advanced at all."""
     span, speech = Span(0, 160_000), (Span(0, 80_000), Span(120_000, 150_000))
     assert remainder(span, speech, 5.0) == Span(80_000, 160_000)
     assert remainder(span, speech, 9.0) is None
@@ -118,7 +118,7 @@ def test_remainder() -> None:
 
 
 def test_an_open_piece_goes_to_the_rest() -> None:
-    """Where speech goes on, the piece that the model left open is decoded again; where it does not, it is kept."""
+    """Where speech goes on, an open last piece is decoded again; where it does not, the piece is kept."""
     closed = Piece(start_s=0.0, end_s=5.0, tokens=(1,), closed=True)
     left_open = Piece(start_s=5.0, end_s=20.0, tokens=(2,), closed=False)
     speech = (Span(1_600_000, 1_900_000),)
@@ -128,7 +128,7 @@ def test_an_open_piece_goes_to_the_rest() -> None:
 
 @st.composite
 def written_tokens(draw: st.DrawFn, vocabulary: Vocabulary) -> list[int]:
-    """Text tokens and timestamps in any order, with timestamps that never decrease: the engines see to that."""
+    """Text tokens and timestamps in any order; timestamps never decrease, which the engines ensure."""
     begin = vocabulary.timestamp_begin
     token = st.one_of(st.integers(0, vocabulary.eot - 1), st.integers(begin, begin + 1500))
     tokens = draw(st.lists(token, max_size=40))
@@ -138,7 +138,7 @@ def written_tokens(draw: st.DrawFn, vocabulary: Vocabulary) -> list[int]:
 
 @given(data=st.data())
 def test_any_hypothesis(data: st.DataObject, vocabulary: Vocabulary) -> None:
-    """Segments lie in the window, words in their segment and in order, and scores are of its text."""
+    """Segments are inside the window, words inside their segment and in order, and scores belong to its text."""
     tokens = data.draw(written_tokens(vocabulary))
     window_s = data.draw(st.floats(0.02, 30))
     found = hypothesis_of(tokens, times=timed([token for token in tokens if token < vocabulary.eot]))

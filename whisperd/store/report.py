@@ -20,7 +20,7 @@ WORDS: tuple[Outcome, ...] = ("downloaded", "updated", "repaired", "ok", "failed
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """What came of one model. ``path`` is a complete, verified snapshot or None."""
+    """The outcome of one model. ``path`` is a complete, verified snapshot or None."""
 
     name: str
     outcome: Outcome
@@ -31,7 +31,7 @@ class Result:
     fetched_bytes: int = 0
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-able."""
+        """The result as values for JSON."""
         return {
             "name": self.name,
             "outcome": self.outcome,
@@ -70,11 +70,11 @@ class Report:
 
     @property
     def snapshots(self) -> Mapping[str, Path]:
-        """Where the models are that can be served."""
+        """The directories of the models that can be served."""
         return {result.name: result.path for result in self.results if result.path is not None}
 
     def lines(self) -> list[str]:
-        """The outcome for people."""
+        """The outcome as lines of text."""
         said = {action.name for action in self.plan.actions if action.kind == "blocked"}  # by the plan
         failed = [result for result in self.results if result.error is not None]
         told = [f"  x {result.name}: {result.error}" for result in failed if result.name not in said]
@@ -83,7 +83,7 @@ class Report:
         if counts["pending"] or self._prune_pending or self.exit_code == ExitCode.UNCHECKED:
             return told
         if not self.plan.pending and not told:
-            return []  # the plan has said that as well
+            return []  # the plan has printed that as well
         fetched = sum(result.fetched_bytes for result in self.results)
         words = ", ".join(f"{counts[word]} {'unchanged' if word == 'ok' else word}" for word in WORDS)
         if self.removed:
@@ -92,7 +92,7 @@ class Report:
         return [*told, f"Reconcile {outcome}: {words} ({size(fetched)} in {self.wall_s:.1f} s)."]
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-able."""
+        """The report as values for JSON."""
         return {
             "exit_code": self.exit_code,
             "wall_s": round(self.wall_s, 3),
@@ -103,7 +103,7 @@ class Report:
 
 
 def plan_lines(plan: CachePlan) -> list[str]:
-    """The plan for people: a line for each model, and a summary."""
+    """The plan as lines of text: a line for each model, and a summary."""
     repos = [action.repo for action in plan.actions] + [removal.repo for removal in plan.removals]
     repo_chars = max(map(len, repos), default=0)
     gone = [_removal_line(removal, repo_chars, plan.prune) for removal in plan.removals]
@@ -140,7 +140,7 @@ def _where(action: Action) -> str:
 
 
 def _revision(action: Action) -> str:
-    """The branch or tag; a commit is not said twice."""
+    """The branch or tag; a commit is not printed twice."""
     return "commit" if action.revision in (action.to_commit, action.from_commit) else str(action.revision)
 
 
@@ -157,7 +157,7 @@ def _what(action: Action) -> str:
 
 
 def _amount(action: Action) -> str:
-    """How much is fetched: ``2 of 5 files, 484.1 MB``."""
+    """The size of the fetch: ``2 of 5 files, 484.1 MB``."""
     if not action.files:
         return "nothing to fetch"
     total = count(action.file_count, "file")

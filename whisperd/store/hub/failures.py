@@ -1,7 +1,7 @@
-"""What goes wrong between here and the Hub, in whisperd's words.
+"""Failures of requests to the Hub and of the local disk, translated into whisperd's errors.
 
 ``BY_NAME`` knows every exception of ``huggingface_hub.errors``, by name since this module must not import the library;
-a test holds it complete.
+a test proves that none is missing.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MESSAGE_CHARS = 1000
 READ_CHARS = 10_000
 RETRIED = (HubUnreachable, HubRateLimited, HubServerError)
 
-# Classes that say less than the HTTP status, the errno or the cause that they carry.
+# Classes that are less specific than the HTTP status, the errno or the cause that they carry.
 LOOK_INSIDE = frozenset({"HfHubHTTPError", "LocalEntryNotFoundError", "DryRunError", "FileMetadataError"})
 
 BY_NAME: Mapping[str, type[StoreError]] = {
@@ -99,7 +99,7 @@ BY_STATUS: Mapping[int, type[StoreError]] = {
     416: HubUnreachable,
     429: HubRateLimited,
 }
-# What storage says of an address that has run out: about a token or a repository it knows nothing.
+# The storage's error for an expired address; the storage has no token or repository to report on.
 GONE = frozenset({401, 403, 404, 410})
 BY_ERRNO: Mapping[int, type[StoreError]] = {
     errno.ENOSPC: DiskFull,
@@ -108,7 +108,7 @@ BY_ERRNO: Mapping[int, type[StoreError]] = {
     errno.EPERM: CachePermissionError,
     errno.EROFS: CachePermissionError,
 }
-# Exceptions of Python and of the HTTP client: an answer that makes no sense comes from something that is no Hub.
+# Exceptions of Python and of the HTTP client: an invalid answer comes from something that is no Hub.
 BY_BASE: Mapping[str, type[StoreError]] = {
     "HTTPError": HubUnreachable,  # of httpx2, whose name changes with huggingface_hub's major version
     "ConnectionError": HubUnreachable,
@@ -155,7 +155,7 @@ KINDS: Mapping[str, type[StoreError]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subject:
-    """What was asked for, for messages."""
+    """The repository, revision and endpoint of a request, for messages."""
 
     repo: str
     revision: str
@@ -166,14 +166,14 @@ class Subject:
         return type(error)(f"{self.repo}@{self.revision} on {self.endpoint}: {error}"[:MESSAGE_CHARS])
 
     def error(self, kind: type[StoreError], cause: str) -> StoreError:
-        """An error of this kind: what, where, why, and what to try."""
+        """An error of this class with a message: what, where, why, and what to try."""
         place = f"{self.repo}@{self.revision} on {self.endpoint}"
         cure = CURES.get(kind, "").format(endpoint=self.endpoint, repo=self.repo)
         return kind(f"{place}: {WORDS.get(kind, 'failed')} ({cause}){f'; {cure}' if cure else ''}")
 
 
 def classify(error: BaseException) -> type[StoreError]:
-    """The class of whisperd for an exception that came up in a job; whisperd's own keep theirs."""
+    """The class of whisperd for an exception of a job; whisperd's own are kept."""
     return type(error) if isinstance(error, StoreError) else _classify(error)
 
 
@@ -214,12 +214,12 @@ def retry_after_s(error: BaseException) -> float | None:
 
 
 def is_timeout(error: BaseException) -> bool:
-    """True if nothing came for too long."""
+    """True if nothing arrived within a time limit."""
     return isinstance(error, TimeoutError) or any(cls.__name__ == "TimeoutException" for cls in type(error).__mro__)
 
 
 def is_nonsense(error: BaseException) -> bool:
-    """Whether what has arrived so far cannot be part of the file: its size is wrong, or there is nothing behind it."""
+    """Whether the bytes so far cannot belong to the file: its size is wrong, or the server has no more."""
     return _status(error) == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE or (
         type(error) is OSError and not error.errno  # "the file should be of size"
     )
@@ -234,7 +234,7 @@ def disk_error(error: OSError, path: Path) -> StoreError:
 
 
 def _is_redirected(error: BaseException) -> bool:
-    """Whether it is not the Hub that answered but the storage to which it has sent the client."""
+    """Whether the storage to which the Hub redirected the client answered, and not the Hub."""
     return bool(getattr(getattr(error, "response", None), "history", None))
 
 
