@@ -362,11 +362,9 @@ def test_a_client_that_does_not_read(tmp_path: Path) -> None:
     async def main() -> None:
         async with house(tmp_path, replace(SETTINGS, send_idle_s=0.05)) as found:
             reader, writer = await asyncio.open_unix_connection(found.path, limit=1)
-            try:
-                while True:
+            with suppress(OSError):
+                while not writer.is_closing():  # CPython 3.13.0 writes to a closed transport without an error
                     await async_write_event(Describe().event(), writer)
-            except OSError:
-                pass
             writer.transport.abort()
             del reader
 

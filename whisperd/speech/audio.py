@@ -355,12 +355,14 @@ class _Section:
 def _array(frame: AudioFrame) -> NDArray[Any]:
     """[channels, n] when planar, else [1, n * channels], in the frame's own type.
 
-    As PyAV's ``to_ndarray``, which reads past the last plane of a frame with eight channels or more.
+    As PyAV's ``to_ndarray``, which with ``planes`` goes past the last plane of a frame with eight channels or more.
     """
+    from av.audio.plane import AudioPlane
+
     n_channels, n_samples = frame.layout.nb_channels, frame.samples
     n_planes, n_each = (n_channels, n_samples) if frame.format.is_planar else (1, n_samples * n_channels)
     dtype = np.dtype(DTYPES[frame.format.name.removesuffix("p")])
-    planes = [np.frombuffer(memoryview(plane), dtype, n_each) for plane in frame.planes[:n_planes]]
+    planes = [np.frombuffer(memoryview(AudioPlane(frame, index)), dtype, n_each) for index in range(n_planes)]
     return planes[0][None] if n_planes == 1 else np.stack(planes)
 
 

@@ -336,7 +336,7 @@ class Session:
         """Sends the error and closes: some clients wait for ever for an event after an error."""
         from wyoming.error import Error as ErrorMessage
 
-        if self._gone.is_set():
+        if self._gone.is_set() or self._writer.transport.is_closing():
             return
         with suppress(Cancelled, OSError, TimeoutError):
             await self._send(ErrorMessage(text=str(error), code=error.code).event())
