@@ -231,8 +231,8 @@ def test_a_download_longer_than_the_time_to_start(service: Service, clips: dict[
     """While bytes arrive a start may take longer than TimeoutStartSec; the status line shows the progress."""
     service.systemctl("stop")
     service.empty_cache()
-    service.drop_in("TimeoutStartSec=3s")
-    service.configure(service.hub_start(faults=[{"match": "GET /cdn/", "rate_bytes_per_s": 8e6}]))
+    service.drop_in("TimeoutStartSec=10s")  # the first progress may take seconds on a busy machine
+    service.configure(service.hub_start(faults=[{"match": "GET /cdn/", "rate_bytes_per_s": 4e6}]))
     service.systemctl("--no-block", "start")
     service.machine.until(lambda: " % of 78.1 MB" in service.status_text, "the progress is shown")
     assert service.status_text.startswith("downloading org/tiny: ")
@@ -243,7 +243,7 @@ def test_a_download_longer_than_the_time_to_start(service: Service, clips: dict[
     started, ready = (
         int(service.machine.show(f"{name}TimestampMonotonic")) for name in ("ExecMainStart", "ActiveEnter")
     )
-    assert ready - started > 6_000_000
+    assert ready - started > 13_000_000
     assert service.machine.show("NRestarts") == "0"
     assert service.transcribe(clips["monkeys"])["text"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import logging
 import time
 import uuid
@@ -323,11 +324,15 @@ class Session:
 
     async def _send(self, event: Event) -> None:
         """Raises Cancelled when the client is gone or does not read."""
-        from wyoming.event import async_write_event
+        from wyoming.event import write_event
 
+        # not async_write_event: writelines has no flow control in CPython before 3.12.9 and 3.13.2 (CVE-2024-12254)
+        written = io.BytesIO()
+        write_event(event, written)
         try:
             async with self._one_at_a_time, asyncio.timeout(self._settings.send_idle_s):
-                await async_write_event(event, self._writer)
+                self._writer.write(written.getvalue())
+                await self._writer.drain()
         except (TimeoutError, OSError) as error:
             self._writer.transport.abort()
             raise Cancelled("the client went away, or does not read") from error
